@@ -1,0 +1,81 @@
+"""Opening a bundle's graphs with ONNX Runtime, on the CPU or on CUDA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import EngineError
+
+_NUMPY_TYPE = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
+
+
+def import_onnxruntime() -> Any:
+    """The library, or one line that names the extra to install. Raises EngineError."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise EngineError("no engine is installed: pip install 'ppllava-edge[cpu]' (or [cuda] for an NVIDIA card)") from None
+    return onnxruntime
+
+
+def choose_device(device: str) -> str:
+    """ "cpu" or "cuda" for "auto", "cpu" or "cuda". Raises EngineError if CUDA was asked for and isn't there."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise EngineError(f"device {device!r} is unknown; choose auto, cpu or cuda")
+    if device == "cpu":
+        return "cpu"
+    ort = import_onnxruntime()
+    available = "CUDAExecutionProvider" in ort.get_available_providers()
+    if device == "auto":
+        return "cuda" if available and _cuda_driver() else "cpu"
+    if not available:
+        raise EngineError("--device cuda needs ONNX Runtime's CUDA build: pip uninstall onnxruntime, then pip install 'ppllava-edge[cuda]'")
+    if not _cuda_driver():
+        raise EngineError("--device cuda: no NVIDIA driver was found on this machine; use --device cpu")
+    return "cuda"
+
+
+def _cuda_driver() -> bool:
+    import ctypes
+
+    try:
+        return int(ctypes.CDLL("libcuda.so.1").cuInit(0)) == 0
+    except OSError:
+        return False
+
+
+class Stage:
+    """One graph, opened. Floating inputs are cast to what the graph takes; floating outputs come back as they are."""
+
+    def __init__(self, path: Path, device: str = "cpu", threads: int | None = None):
+        ort = import_onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads:
+            options.intra_op_num_threads = threads
+        providers = ["CPUExecutionProvider"] if device == "cpu" else [("CUDAExecutionProvider", {}), "CPUExecutionProvider"]
+        try:
+            self.session = ort.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # ONNX Runtime's exceptions share no public base class
+            hint = "; it needs ONNX Runtime 1.24 or newer" if "opset" in str(error).lower() else ""
+            raise EngineError(f"ONNX Runtime {ort.__version__} can't open {path.name}: {_first_line(error)}{hint}") from None
+        if device == "cuda" and "CUDAExecutionProvider" not in self.session.get_providers():
+            raise EngineError("ONNX Runtime could not start its CUDA provider (driver, CUDA or cuDNN missing); use --device cpu")
+        self.path, self.device = path, device
+        self.dtypes = {i.name: _NUMPY_TYPE[i.type] for i in self.session.get_inputs()}
+        self.outputs = [o.name for o in self.session.get_outputs()]
+
+    def __call__(self, **inputs: np.ndarray) -> list[np.ndarray]:
+        """Run once. Raises EngineError if the engine refuses the inputs or runs out of memory."""
+        try:
+            return self.session.run(None, {name: np.ascontiguousarray(a, dtype=self.dtypes[name]) for name, a in inputs.items()})
+        except Exception as error:
+            raise EngineError(f"{self.path.name} failed: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return (text.splitlines()[0] if text else type(error).__name__)[:300]

@@ -1,0 +1,111 @@
+"""ppllava-export: a checkpoint into a bundle."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..engines.errors import PPLLaVAError
+from ..engines.terminal import Command, fail, human_bytes, table, triple
+
+PRECISIONS = {"fp32": "float32", "fp16": "float16"}
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("checkpoint")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the bundle to write.")
+@click.option("--precision", default="fp16", show_default=True, help="fp32 or fp16; or per part, like vision=fp16,decoder=fp32.")
+@click.option("--subfolder", default="", help="Where the checkpoint lies inside its directory or hub repository.")
+@click.option("--clip", help="Directory or hub id of the question tower (CLIP or SigLIP), if the checkpoint lacks it.")
+@click.option("--base", help="Directory or hub id of the language model's tokenizer, if the checkpoint lacks it.")
+@click.option("--no-tokenizer", is_flag=True, help="Write a bundle without tokenizers, for use with token ids only.")
+@click.option("--pooling", type=click.Choice(["ppllava", "pllava", "pllava_npu", "avp", "none"]), help="Pooling instead of the checkpoint's.")
+@click.option("--kernel", callback=triple("--kernel"), metavar="T,H,W", help="Pooling window for videos.")
+@click.option("--stride", callback=triple("--stride"), metavar="T,H,W", help="Step between windows for videos; smaller than the kernel: they overlap.")
+@click.option("--output-size", callback=triple("--output-size"), metavar="T,H,W", help="Windows along frames, rows, columns.")
+@click.option("--image-kernel", callback=triple("--image-kernel"), metavar="T,H,W", help="Pooling window for images.")
+@click.option("--image-stride", callback=triple("--image-stride"), metavar="T,H,W", help="Step between windows for images.")
+@click.option("--pooling-temperature", type=float, help="Temperature of the softmax inside a window.  [checkpoint's, 0.01]")
+@click.option("--valuew-plus/--no-valuew-plus", default=None, help="SigLIP: multiply the weights by the head's attention.")
+@click.option("--template", help="Prompt template by name (plain_v1, plain_qwen, conv_vcg_v1, …).")
+@click.option("--force", is_flag=True, help="Replace a bundle that is already there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the closing table as JSON.")
+def main(checkpoint: str, output: Path, precision: str, as_json: bool, **options: Any) -> None:
+    """Turn CHECKPOINT (a directory in upstream's layout, or a hub id) into a bundle that ppllava-run opens.
+
+    Weights are read tensor by tensor: the whole model is never in memory.
+    """
+    try:
+        from .config import Overrides
+        from .convert import PARTS, Options, convert
+    except ModuleNotFoundError as error:
+        fail(f"exporting needs the package {error.name}: pip install 'ppllava-edge[export]'")
+    overrides = Overrides(
+        options["pooling"], options["kernel"], options["stride"], options["output_size"], options["image_kernel"], options["image_stride"],
+        options["pooling_temperature"], options["valuew_plus"], options["template"],
+    )  # fmt: skip
+    job = Options(
+        checkpoint, output, parse_precision(precision, PARTS), overrides, options["subfolder"], options["clip"], options["base"],
+        not options["no_tokenizer"], options["force"],
+    )  # fmt: skip
+    with _progress() as progress:
+        manifest, reports = convert(job, progress)
+    rows = [(r.stage, f"{r.parameters:,}", human_bytes(r.bytes), f"{r.seconds:.2f}") for r in reports]
+    if as_json:
+        stages = [vars(r) for r in reports]
+        click.echo(json.dumps({"bundle": str(output), "name": manifest.name, "precision": manifest.precision, "stages": stages}))
+        return
+    total = sum(f.bytes for f in manifest.files.values())
+    rows.append(("all", f"{sum(r.parameters for r in reports):,}", human_bytes(total), f"{sum(r.seconds for r in reports):.2f}"))
+    table(f"{manifest.name} → {output}", ("stage", "parameters", "size", "seconds"), rows, err=True)
+
+
+def parse_precision(text: str, parts: tuple[str, ...]) -> dict[str, str]:
+    """"fp16" or "vision=fp16,decoder=fp32" → a float type per part. Raises PPLLaVAError."""
+    known = ", ".join(PRECISIONS)
+    chosen = dict.fromkeys(parts, "float16")
+    for piece in text.split(","):
+        part, equals, value = piece.strip().rpartition("=")
+        if value not in PRECISIONS:
+            raise PPLLaVAError(f"--precision {text}: {value!r} is unknown; choose {known}")
+        if equals and part not in parts:
+            raise PPLLaVAError(f"--precision {text}: there is no part {part!r}; the parts are {', '.join(parts)}")
+        chosen.update({part: PRECISIONS[value]} if equals else dict.fromkeys(parts, PRECISIONS[value]))
+    return chosen
+
+
+def _progress() -> Any:
+    """A progress bar on stderr over the bytes written; quiet when stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    from .convert import Progress
+
+    class Shown(Progress):
+        def __init__(self) -> None:
+            columns = (TextColumn("{task.description:12s}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+            self.bar = Bar(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+            self.task = self.bar.add_task("reading", total=None)
+
+        def __enter__(self) -> Shown:
+            self.bar.start()
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.bar.stop()
+
+        def start(self, total_bytes: int) -> None:
+            self.bar.update(self.task, total=total_bytes)
+
+        def stage(self, name: str) -> None:
+            self.bar.update(self.task, description=name)
+
+        def wrote(self, count: int) -> None:
+            self.bar.advance(self.task, count)
+
+    return Shown()

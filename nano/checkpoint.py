@@ -1,0 +1,1 @@
+def write_checkpoint(*a, **k): pass

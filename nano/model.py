@@ -1,0 +1,251 @@
+"""PPLLaVA at nano size, for training: every stage of the architecture, in torch.
+
+The same mathematics as the exported graphs (export/), written batched and differentiable. checkpoint.py turns the parameters into
+upstream's layout, and the exporter takes it from there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .vocabulary import WORDS
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the model. The grid must be a multiple of the pooling kernel, and frames too."""
+
+    image: int = 108
+    patch: int = 12
+    frames: int = 8
+    vision: int = 128
+    vision_layers: int = 4
+    branch_layers: int = 2
+    heads: int = 4
+    question: int = 64
+    question_layers: int = 2
+    question_length: int = 16
+    projection: int = 64
+    decoder: int = 128
+    decoder_layers: int = 3
+    decoder_mlp: int = 384
+    kernel: tuple[int, int, int] = (2, 3, 3)
+    temperature: float = 0.01
+
+    @property
+    def grid(self) -> int:
+        return self.image // self.patch
+
+    @property
+    def patches(self) -> int:
+        return self.grid**2
+
+    as_dict = asdict
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int, bias: bool = True):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+
+    def forward(self, x: Tensor, causal: bool = False, rotate=None) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if rotate is not None:
+            q, k = rotate(q), rotate(k)
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT  # written out: on CPU in bf16 faster to train than the fused kernel
+        if causal:
+            scores = scores + torch.full((length, length), -1e4, dtype=x.dtype).triu(1)
+        y = torch.softmax(scores, -1) @ v
+        return self.out(y.transpose(1, 2).reshape(batch, length, width))
+
+
+class ClipLayer(nn.Module):
+    """Pre-norm transformer layer of both CLIP towers; exact GELU."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), SelfAttention(width, heads)
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        return self.mlp(x + self.attention(self.norm1(x), causal))
+
+
+class TemporalLayer(nn.Module):
+    """Attention along time for every patch, then a linear map: the temporal half of a branch pair."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm, self.attention, self.out = nn.LayerNorm(width), SelfAttention(width, heads), nn.Linear(width, width)
+
+    def forward(self, patches: Tensor) -> Tensor:  # (B, T, P, D)
+        batch, frames, count, width = patches.shape
+        along_time = self.norm(patches).transpose(1, 2).reshape(batch * count, frames, width)
+        return patches + self.out(self.attention(along_time)).view(batch, count, frames, width).transpose(1, 2)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, 1e-5)
+
+
+class DecoderLayer(nn.Module):
+    """LLaMA layer: RMSNorm, rotary attention, SwiGLU."""
+
+    def __init__(self, width: int, heads: int, mlp: int):
+        super().__init__()
+        self.norm1, self.attention = RMSNorm(width), SelfAttention(width, heads, bias=False)
+        self.norm2, self.gate_up = RMSNorm(width), nn.Linear(width, 2 * mlp, bias=False)
+        self.down = nn.Linear(mlp, width, bias=False)
+
+    def forward(self, x: Tensor, rotate) -> Tensor:
+        x = x + self.attention(self.norm1(x), causal=True, rotate=rotate)
+        gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class NanoPPLLaVA(nn.Module):
+    """The whole model. guided=False trains (and runs) with uniform window weights instead of the question's."""
+
+    def __init__(self, shape: Shape = Shape(), guided: bool = True):
+        super().__init__()
+        s, self.shape, self.guided = shape, shape, guided
+        self.patch_embedding = nn.Linear(3 * s.patch**2, s.vision, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(s.vision) * 0.02)
+        self.patch_positions = nn.Parameter(torch.randn(1 + s.patches, s.vision) * 0.02)
+        self.pre_norm = nn.LayerNorm(s.vision)
+        self.trunk = nn.ModuleList(ClipLayer(s.vision, s.heads) for _ in range(s.vision_layers))
+        self.branch_time = nn.ModuleList(TemporalLayer(s.vision, s.heads) for _ in range(s.branch_layers))
+        self.branch_space = nn.ModuleList(ClipLayer(s.vision, s.heads) for _ in range(s.branch_layers))
+        self.branch_class = nn.Parameter(torch.zeros(s.vision))
+        self.frame_positions = nn.Parameter(1.5 * sine_cosine(s.frames, s.vision))
+        self.similarity_norm = nn.LayerNorm(s.vision)
+        self.similarity_projection = nn.Linear(s.vision, s.projection, bias=False)
+
+        self.question_embedding = nn.Embedding(len(WORDS), s.question)
+        self.question_positions = nn.Parameter(torch.randn(s.question_length, s.question) * 0.02)
+        self.question_layers = nn.ModuleList(ClipLayer(s.question, s.heads) for _ in range(s.question_layers))
+        self.question_norm = nn.LayerNorm(s.question)
+        self.question_projection = nn.Linear(s.question, s.projection, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+
+        self.linear_1, self.linear_2 = nn.Linear(s.vision, s.decoder), nn.Linear(s.decoder, s.decoder)
+        self.token_embedding = nn.Embedding(len(WORDS), s.decoder)
+        self.decoder = nn.ModuleList(DecoderLayer(s.decoder, s.heads, s.decoder_mlp) for _ in range(s.decoder_layers))
+        self.decoder_norm = RMSNorm(s.decoder)
+        self.lm_head = nn.Linear(s.decoder, len(WORDS), bias=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for name, p in self.named_parameters():
+            if name.endswith("embedding.weight") and not name.startswith("patch"):
+                nn.init.normal_(p, std=0.02)
+            elif p.dim() == 2 and not name.endswith("positions"):
+                nn.init.normal_(p, std=0.7 * p.shape[1] ** -0.5)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+            if name.endswith(("attention.out.weight", "down.weight")) or (name.startswith("branch_time") and name.endswith(".out.weight")):
+                p.data *= 0.5
+        half = sine_cosine(self.shape.grid, self.shape.vision // 2)
+        g = self.shape.grid
+        self.patch_positions.data[1:] = 0.3 * torch.cat(
+            [half[:, None].expand(g, g, -1), half[None].expand(g, g, -1)], -1
+        ).reshape(g * g, -1)
+
+    def features(self, pixels: Tensor, branch: bool = True) -> Tensor:
+        """pixels (B,T,3,H,W) → features (B,T,P,D), the average of trunk and branch (trunk alone without the branch)."""
+        s, (batch, frames) = self.shape, pixels.shape[:2]
+        g, p = s.grid, s.patch
+        x = pixels.to(self.patch_embedding.weight.dtype)
+        x = x.view(-1, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(batch * frames, g * g, 3 * p * p)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), self.patch_embedding(x)], 1) + self.patch_positions
+        x, state = self.pre_norm(x), None
+        for i, layer in enumerate(self.trunk):
+            x = layer(x)
+            pair = i - (s.vision_layers - s.branch_layers)
+            if branch and pair >= 0:
+                state = self._branch(pair, x.view(batch, frames, 1 + s.patches, -1), state)
+        trunk = x[:, 1:].view(batch, frames, s.patches, -1)
+        return (trunk + state[0]) / 2 if state is not None else trunk
+
+    def _branch(self, pair: int, x: Tensor, state):
+        """One branch pair over all frames. x (B,T,1+P,D): the trunk's state; state: the branch's (patches, class token)."""
+        patches, token = x[:, :, 1:], x[:, :, 0].mean(1)
+        if state is None:
+            patches = patches + self.patch_positions[1:] + self.frame_positions[: x.shape[1], None]
+            token = (token + self.branch_class + self.patch_positions[0]) / 2
+        else:
+            patches, token = patches + state[0], token + state[1]
+        patches, layer = self.branch_time[pair](patches), self.branch_space[pair]
+        y = torch.cat([token[:, None, None].expand(-1, x.shape[1], -1, -1), patches], 2)
+        residual = layer.attention(layer.norm1(y.flatten(0, 1))).view_as(y)
+        patches, token = patches + residual[:, :, 1:], token + residual[:, :, 0].mean(1)
+        return layer.mlp(patches), layer.mlp(token)
+
+    def questions(self, ids: Tensor, ends: Tensor) -> Tensor:
+        """ids (N,L), ends (N) index of the end token → normalised question embeddings (N,E), float32."""
+        x = self.question_embedding(ids) + self.question_positions[: ids.shape[1]]
+        for layer in self.question_layers:
+            x = layer(x, causal=True)
+        x = self.question_norm(x[torch.arange(len(ids)), ends])
+        return F.normalize(self.question_projection(x).float(), dim=-1)
+
+    def patch_embeddings(self, features: Tensor) -> Tensor:
+        """features (B,T,P,D) → normalised (B, T*P, E), float32."""
+        return F.normalize(self.similarity_projection(self.similarity_norm(features)).float(), dim=-1).flatten(1, 2)
+
+    def pool(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Prompt-guided pooling. features (B,T,P,D), logits (B,K,T*P) cosine × scale of K questions → visual tokens (B*K,N,D)."""
+        (kt, kh, kw), g = self.shape.kernel, self.shape.grid
+        batch, count = logits.shape[:2]
+        frames, window = features.shape[1], kt * kh * kw
+
+        def windows(x: Tensor, lead: int) -> Tensor:
+            """(lead.., T, g, g, ...) → (lead.., windows, window, ...)"""
+            shape = x.shape[:lead] + (frames // kt, kt, g // kh, kh, g // kw, kw) + x.shape[lead + 3 :]
+            order = [*range(lead), lead, lead + 2, lead + 4, lead + 1, lead + 3, lead + 5, *range(lead + 6, len(shape))]
+            return x.reshape(shape).permute(order).flatten(lead + 3, lead + 5).flatten(lead, lead + 2)
+
+        hidden = windows(F.gelu(self.linear_1(features)).unflatten(2, (g, g)), 1)
+        weights = windows(torch.softmax(logits, -1).view(batch, count, frames, g, g), 2).transpose(1, 2)
+        weights = torch.softmax(weights / self.shape.temperature if self.guided else weights * 0, -1).to(hidden.dtype)
+        assert hidden.shape[2] == window
+        return self.linear_2((weights @ hidden).transpose(1, 2)).flatten(0, 1)
+
+    def decode(self, visual: Tensor, ids: Tensor) -> Tensor:
+        """visual (B,N,D) before the token ids (B,L) → logits (B,L,V) at the token positions, float32."""
+        x = torch.cat([visual, self.token_embedding(ids)], 1)
+        rotate = rotary(x.shape[1], self.shape.decoder // self.shape.heads, x.dtype)
+        for layer in self.decoder:
+            x = layer(x, rotate)
+        return self.lm_head(self.decoder_norm(x[:, visual.shape[1] :])).float()
+
+
+def rotary(length: int, width: int, dtype: torch.dtype):
+    """The rotation of queries and keys by position, LLaMA's half-split layout, base 10000."""
+    frequency = 10000 ** (-torch.arange(0, width, 2) / width)
+    angle = torch.outer(torch.arange(length).float(), frequency).repeat(1, 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return lambda x: x * cos + torch.cat([-x[..., width // 2 :], x[..., : width // 2]], -1) * sin
+
+
+def sine_cosine(positions: int, width: int) -> Tensor:
+    """(positions, width) smooth start for learned position tables."""
+    frequency = math.pi * torch.exp(torch.arange(width // 2) / (width // 2) * math.log(positions)) / positions
+    angle = torch.outer(torch.arange(positions) + 0.5, frequency)
+    return torch.cat([angle.sin(), angle.cos()], 1)

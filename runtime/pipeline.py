@@ -1,0 +1,225 @@
+"""The model's stages, one call each: what tests, tools and the session stand on.
+
+frames → encode_frames → features ─┐
+question → encode_question → q ────┴→ similarity, visual_tokens → prefill / generate
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..engines.bundle import Bundle
+from ..engines.errors import EngineError, MediaError, PromptError
+from ..engines.ort import Stage, choose_device
+from . import anyres
+from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from .decoding import Decoder
+
+MEDIA = ("video", "image", "multi-image")
+TOKENS_PER_VISION_CALL = 2400  # patches encoded at once: 1-4 frames of a large tower; more only costs memory
+POOLING_BYTES = 32 << 20  # of linear_1's output at once
+
+
+class Pipeline:
+    """A bundle, opened. Stages load when they are first used. Not for several threads at once; see VideoQA for that."""
+
+    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None):
+        self.bundle, self.manifest = bundle, bundle.manifest
+        self.device, self.threads = choose_device(device), threads
+        self._lock = threading.Lock()
+        self._stages: dict[str, Stage] = {}
+
+    @classmethod
+    def open(cls, bundle: str | os.PathLike[str], device: str = "cpu", threads: int | None = None) -> Pipeline:
+        """Open and check a bundle directory. device: auto | cpu | cuda. threads: of the engine, default one per core.
+
+        Raises BundleError or EngineError in one line.
+        """
+        return cls(Bundle.open(bundle), device, threads)
+
+    def stage(self, name: str) -> Stage:
+        """The opened graph of a stage."""
+        with self._lock:
+            if name not in self._stages:
+                self._stages[name] = Stage(self.bundle.file(f"{name}.onnx"), self.device, self.threads)
+            return self._stages[name]
+
+    def load(self) -> None:
+        """Open every stage now, so that the first question finds them ready."""
+        for name in self.manifest.required_files():
+            if name.endswith(".onnx"):
+                self.stage(name.removesuffix(".onnx"))
+        _ = self.decoder
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The decoder with its KV cache."""
+        from .decoding import Decoder
+
+        return Decoder(self.stage("decoder"), self.manifest.decoder)
+
+    # -- vision ------------------------------------------------------------------------------------------------------
+
+    def encode_trunk(self, pixels: np.ndarray) -> np.ndarray:
+        """pixels (T,3,H,W) float32 → states (T,S,P+1,C): frame by frame, so it can be called as frames arrive."""
+        size = self.manifest.vision.image_size
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
+            raise MediaError(f"pixels must be (T, 3, {size}, {size}), not {pixels.shape}")
+        if not len(pixels):
+            raise MediaError("there are no frames to encode")
+        trunk, step = self.stage("trunk"), max(1, TOKENS_PER_VISION_CALL // (self.manifest.vision.patches + 1))
+        return np.concatenate([trunk(pixels=pixels[i : i + step])[0] for i in range(0, len(pixels), step)])
+
+    def branch(self, states: np.ndarray) -> np.ndarray:
+        """states (T,S,P+1,C) of one clip → features (T,P,C). Raises MediaError for clips longer than the temporal adapter knows."""
+        limit = self.manifest.vision.max_frames
+        if limit is None:
+            return np.ascontiguousarray(states[:, -1, 1:] if self.manifest.vision.class_token else states[:, -1])
+        if len(states) > limit:
+            raise MediaError(f"{len(states)} frames are too many: this model's temporal adapter knows at most {limit}; use --frames {limit} or fewer")
+        return self.stage("temporal")(states=states)[0]
+
+    def encode_frames(self, pixels: np.ndarray, media: str = "video") -> np.ndarray:
+        """pixels (T,3,H,W) float32, preprocessed → features (T,P,C).
+
+        media: "video" and "multi-image" run all frames as one clip; "image" runs every tile by itself (the adapter sees T = 1).
+        """
+        _check_media(media)
+        states = self.encode_trunk(np.asarray(pixels))
+        if media == "image":
+            return np.concatenate([self.branch(states[i : i + 1]) for i in range(len(states))])
+        return self.branch(states)
+
+    # -- question and similarity -------------------------------------------------------------------------------------
+
+    def encode_question(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """ids (1,L) int64, mask (1,L) or None (all ones) → q (1,E) float32, before normalisation.
+
+        SigLIP's tower wants its ids padded to the full length (upstream does so). Raises PromptError if L is too long.
+        """
+        question = self.manifest.question
+        if question is None:
+            raise EngineError(f"this bundle pools without the question ({self.manifest.pooling.method}); it has no question tower")
+        ids = np.asarray(ids, np.int64)
+        if ids.ndim != 2 or ids.shape[0] != 1 or not 1 <= ids.shape[1] <= question.length:
+            raise PromptError(f"the question tower takes ids of shape (1, 1 to {question.length}), not {ids.shape}")
+        mask = np.ones_like(ids) if mask is None else np.asarray(mask, np.int64)
+        stage = self.stage("question")
+        return stage(ids=ids, mask=mask)[0] if "mask" in stage.dtypes else stage(ids=ids)[0]
+
+    def similarity(self, features: np.ndarray, q: np.ndarray) -> np.ndarray:
+        """features (T,P,C), q (1,E) → cosine (T,rows,columns) float32 of every patch with the question."""
+        return self.stage("similarity")(features=features, q=q)[0]
+
+    def window_weights(self, features: np.ndarray, q: np.ndarray | None) -> np.ndarray:
+        """The weights that pooling takes, (T,rows,columns) float32: softmax over all patches, or equal ones without a question."""
+        if not self.manifest.pooling.guided:
+            return np.zeros((len(features), *self.manifest.vision.grid), np.float32)
+        if q is None:
+            raise PromptError("prompt-guided pooling needs the encoded question")
+        return self.stage("similarity")(features=features, q=q)[1]
+
+    # -- visual tokens -----------------------------------------------------------------------------------------------
+
+    def visual_tokens(
+        self,
+        features: np.ndarray,
+        q: np.ndarray | None,
+        media: str = "video",
+        image_size: tuple[int, int] | None = None,
+        weights: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Pool features (T,P,C) under the guidance of q (1,E) → visual tokens (N,D) float32, as spliced into the text.
+
+        media "image": tile 0 is the whole image, the others are crops; image_size (height, width) of the original is needed for crops.
+        weights (T,rows,columns) take the place of the question's, for experiments.
+        Raises MediaError if the clip is too short for the pooling windows.
+        """
+        _check_media(media)
+        pooling = self.manifest.pooling
+        if media == "image" and pooling.method.startswith("pllava"):
+            raise MediaError(f"{pooling.method} pooling can't take single images (neither can the original); give the image as a one-frame video")
+        if weights is None and pooling.windowed:
+            weights = self.window_weights(features, q)
+        if not pooling.windowed:
+            if media == "image":
+                tiles = np.stack([self.stage("pooling")(features=features[i : i + 1])[0] for i in range(len(features))])
+                return self._assemble_image(tiles, self.manifest.vision.grid, image_size)
+            return self.stage("pooling")(features=features)[0].astype(np.float32, copy=False)
+        assert weights is not None
+        windows = pooling.video if media == "video" else pooling.image
+        size = (len(features), *self.manifest.vision.grid)
+        output, kernel, stride = windows.resolve(size)
+        tokens = self._pool(features, weights, output[0], kernel, stride)
+        if media != "image":
+            return tokens
+        if output[0] != len(features):
+            raise MediaError(f"image pooling must keep every tile apart; its windows ({windows}) mix {len(features)} tiles into {output[0]}")
+        return self._assemble_image(tokens.reshape(output[0], output[1] * output[2], -1), output[1:], image_size)
+
+    def _pool(self, features: np.ndarray, weights: np.ndarray, count: int, kernel: tuple[int, ...], stride: tuple[int, ...]) -> np.ndarray:
+        """Pool some temporal windows at a time, so that the projector's wide intermediate never exists for the whole clip."""
+        pooling, arguments = self.stage("pooling"), {"kernel": np.array(kernel, np.int64), "stride": np.array(stride, np.int64)}
+        per_frame = self.manifest.vision.patches * self.manifest.decoder.hidden_size * 4
+        at_once = count if kernel[0] > stride[0] else max(1, POOLING_BYTES // (per_frame * stride[0]))
+        parts = []
+        for first in range(0, count, at_once):
+            last = min(first + at_once, count) - 1
+            frames = slice(first * stride[0], last * stride[0] + kernel[0])
+            parts.append(pooling(features=features[frames], weights=weights[frames], **arguments)[0])
+        return np.concatenate(parts).astype(np.float32, copy=False)
+
+    def _assemble_image(self, tiles: np.ndarray, grid: tuple[int, int], image_size: tuple[int, int] | None) -> np.ndarray:
+        """tiles (1+crops, tokens, D) → (N,D): the whole image, then the unpadded grid of crops with a newline after every row."""
+        newline = self._embeddings.get_slice("image_newline")[:].astype(np.float32)
+        if len(tiles) == 1:
+            return np.concatenate([tiles[0].astype(np.float32), newline[None]])
+        if image_size is None:
+            raise MediaError("an image of several tiles needs image_size (height, width)")
+        p = self.manifest.preprocessing
+        return anyres.assemble(tiles.astype(np.float32), grid, image_size, p.image_grids, p.size, newline)
+
+    # -- decoder -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _embeddings(self) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.bundle.file("embed_tokens.safetensors")
+        try:
+            return safe_open(path, "np").__enter__()
+        except SafetensorError as error:
+            raise EngineError(f"{path.name} can't be read: {error}") from None
+
+    def embed_tokens(self, ids: Iterable[int] | np.ndarray) -> np.ndarray:
+        """Token ids (L,) → embeddings (L,D) float32, read from the mapped file row by row."""
+        table, d = self._embeddings.get_slice("embed_tokens"), self.manifest.decoder
+        ids = [int(i) for i in np.asarray(ids, np.int64).ravel()]
+        if any(not 0 <= i < d.vocab for i in ids):
+            raise PromptError(f"token ids must lie in 0 to {d.vocab - 1}")
+        rows = [table[i : i + 1] for i in ids]
+        return np.concatenate(rows).astype(np.float32) if rows else np.zeros((0, d.hidden_size), np.float32)
+
+    def prefill(self, inputs_embeds: np.ndarray) -> np.ndarray:
+        """inputs_embeds (S,D) → logits (V,) float32 of the last position; a fresh cache holds the S positions afterwards."""
+        return self.decoder.prefill(np.asarray(inputs_embeds))
+
+    def generate(
+        self, inputs_embeds: np.ndarray, max_new_tokens: int, stop_ids: Iterable[int] = (), sampling: Sampling | None = None
+    ) -> Iterator[int]:
+        """Yield token ids after the prompt (S,D), a stop id included; greedy unless sampling says otherwise."""
+        choose = (sampling or Sampling()).chooser()
+        return self.decoder.generate(np.asarray(inputs_embeds), max_new_tokens, lambda i: self.embed_tokens([i]), choose, stop_ids)
+
+
+def _check_media(media: str) -> None:
+    if media not in MEDIA:
+        raise MediaError(f"media {media!r} is unknown; choose {', '.join(MEDIA)}")

@@ -1,0 +1,10 @@
+"""The layout: folders at the top of the repository install as sub-packages of ppllava_edge (metadata stands in pyproject.toml)."""
+
+from setuptools import setup
+
+FOLDERS = {"": "api", ".engines": "engines", ".export": "export", ".runtime": "runtime", ".bench": "bench", ".nano": "nano"}
+
+setup(
+    packages=[f"ppllava_edge{name}" for name in FOLDERS],
+    package_dir={f"ppllava_edge{name}": folder for name, folder in FOLDERS.items()},
+)
