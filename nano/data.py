@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .vocabulary import ASK, END, TEXT_ID, encode
+from .vocabulary import ASK, END, POSITION_BINS, TEXT_ID, encode
 from .world import FRAME, KINDS, MAX_OBJECTS, STEPS, ask, draw, sample_scene
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's
@@ -61,7 +61,7 @@ def make_batch(rng: np.random.Generator, clips: int, patch: int, single: bool = 
             objects[name][b, :n] = getattr(scene, name)
         mine = owner[:, None] == np.arange(n, dtype=np.int8)[:, None, None]
         coverage[b, :n] = mine.reshape(frames, n, grid, patch, grid, patch).mean((3, 5)).transpose(1, 0, 2, 3)
-        bins[b, :n] = np.clip(scene.centers(times) // (FRAME / 9), 0, 8).transpose(1, 0, 2)
+        bins[b, :n] = np.clip(scene.centers(times) // (FRAME / POSITION_BINS), 0, POSITION_BINS - 1).transpose(1, 0, 2)
         if scene.staggered:
             order[b] = scene.appears.argmin(), scene.appears.argmax()
         if with_questions:

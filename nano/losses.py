@@ -84,7 +84,9 @@ def contrastive_loss(logits: Tensor, batch: Batch, single: bool = False, motion_
     patches = logits.shape[-1] // batch.row.shape[-1]
     for axis, bins in (("row", batch.row), ("column", batch.column)):
         target = torch.gather(bins.repeat_interleave(patches, -1), 1, owner[:, None])[:, 0][owned]
-        losses.append(F.cross_entropy(of_patch[:, torch.from_numpy(GROUPS[axis])], target))
+        scores = of_patch[:, torch.from_numpy(GROUPS[axis])]
+        losses.append(F.cross_entropy(scores, target))
+        accuracy[axis] = float((scores.argmax(1) == target).float().mean())
     if not single:
         is_first, is_last = owner == batch.first[:, None], owner == batch.last[:, None]
         ends = (is_first | is_last) & owned

@@ -9,7 +9,7 @@ import numpy as np
 from .world import BRIEF, COLOR_NAMES, MOTION_NAMES, NUMBER_NAMES, SHAPE_NAMES, STILL
 
 PAD, UNKNOWN, BEGIN, ASK, END = "<pad>", "<unk>", "<s>", "<a>", "</s>"
-POSITION_BINS = 9  # pretraining texts name rows and columns of the patch grid
+POSITION_BINS = 27  # pretraining texts name rows and columns a third of a patch wide: without them direction is not learned
 
 # Id 2 is not the end token: for CLIP's configuration 2 means the legacy pooling rule (see export/checkpoint.py).
 WORDS = [PAD, UNKNOWN, BEGIN, ASK, END, "?", "."]

@@ -27,7 +27,7 @@ FRAME = 108  # pixels, the side of a frame at the world's own scale
 STEPS = 8  # steps in a clip; the model looks at one frame of each
 MAX_OBJECTS = 4
 RADIUS = (5.5, 7.5)
-SPEED = (3.0, 5.0)  # pixels per step
+SPEED = (3.5, 5.5)  # pixels per step
 
 COLORS = {
     "red": (230, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230), "yellow": (235, 220, 50),

@@ -1,0 +1,92 @@
+"""ppllava-info: what is in a bundle, checked."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from .bundle import Bundle
+from .terminal import Command, human_bytes, table
+
+
+def describe(bundle: Bundle) -> dict[str, str]:
+    """The facts people ask for, by name."""
+    m = bundle.manifest
+    v, p, d = m.vision, m.pooling, m.decoder
+    adapter = f", temporal adapter up to {v.max_frames} frames" if v.max_frames else ""
+    facts = {
+        "name": m.name,
+        "family": m.family,
+        "vision": f"{v.image_size} px, {v.grid[0]}x{v.grid[1]} patches, width {v.hidden_size}{adapter}",
+        "frames": f"{v.default_frames} by default",
+        "pooling": p.method + (f", temperature {p.temperature:g}" if p.guided else ""),
+    }
+    if p.windowed:
+        facts |= {"video windows": str(p.video), "image windows": str(p.image)}
+        output, *_ = p.video.resolve((v.default_frames, *v.grid)) if v.default_frames >= p.video.least_frames() else ((0, 0, 0),)
+        facts["visual tokens"] = f"{output[0]}x{output[1]}x{output[2]} = {output[0] * output[1] * output[2]} at {v.default_frames} frames"
+    if m.question:
+        facts["question tower"] = f"up to {m.question.length} tokens, embedding {m.question.embedding_size}"
+    kv = 2 * d.layers * d.kv_heads * d.head_size * (4 if d.kv_dtype == "float32" else 2)
+    facts |= {
+        "decoder": f"{d.layers} layers x {d.hidden_size}, {d.vocab} tokens, context {d.context}",
+        "KV cache": f"{human_bytes(kv)} a token, {human_bytes(kv * 1280)} at 1280",
+        "precision": ", ".join(f"{part} {kind}" for part, kind in m.precision.items()),
+        "tokenizers": "yes" if m.tokenizer else "no (token ids only)",
+        "checkpoint": f"{m.checkpoint.get('name', '?')}, sha256 {str(m.checkpoint.get('sha256', '?'))[:16]}…",
+        "written by": m.created_by,
+        "size": human_bytes(bundle.total_bytes),
+        "checked": "names, sizes, hashes, shapes: all as the manifest says",
+    }
+    return facts
+
+
+def check_graphs(bundle: Bundle) -> None:
+    """Whether every graph opens and takes the shapes that the manifest promises. Raises BundleError or EngineError."""
+    from .errors import BundleError
+    from .ort import Stage
+
+    m = bundle.manifest
+    v, d = m.vision, m.decoder
+    promised: dict[str, dict[str, list[object]]] = {
+        "trunk": {"pixels": [None, 3, v.image_size, v.image_size]},
+        "temporal": {"states": [None, v.states, v.patches + v.class_token, v.hidden_size]},
+        "question": {"ids": [1, None]},
+        "similarity": {"features": [None, v.patches, v.hidden_size]},
+        "pooling": {"features": [None, v.patches, v.hidden_size]},
+        "decoder": {"inputs_embeds": [1, None, d.hidden_size], "past.0.key": [1, d.kv_heads, None, d.head_size]},
+    }
+    for name in [n.removesuffix(".onnx") for n in m.required_files() if n.endswith(".onnx")]:
+        stage = Stage(bundle.file(f"{name}.onnx"))
+        shapes = {i.name: i.shape for i in stage.session.get_inputs()}
+        for tensor, want in promised[name].items():
+            got = shapes.get(tensor)
+            if got is None or len(got) != len(want) or any(w is not None and g != w for g, w in zip(got, want)):
+                raise BundleError(f"{bundle.path / (name + '.onnx')}: input {tensor} is {got}, the manifest promises {want}")
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest and the facts as JSON.")
+@click.option("--no-graphs", is_flag=True, help="Don't open the graphs (quick, and needs no engine).")
+def main(bundle: str | None, as_json: bool, no_graphs: bool) -> None:
+    """Show what BUNDLE holds (default: the packed demonstration model), and check hashes and shapes."""
+    if bundle is None:
+        from ..nano import bundle_path
+
+        bundle = str(bundle_path())
+    opened = Bundle.open(bundle, verify=True)
+    if not no_graphs:
+        check_graphs(opened)
+    facts: dict[str, Any] = dict(describe(opened))
+    if as_json:
+        click.echo(json.dumps({"bundle": str(bundle), "bytes": opened.total_bytes, "facts": facts, "manifest": opened.manifest.as_json()}))
+        return
+    table(str(bundle), ("what", "value"), list(facts.items()))
+    table("files", ("file", "bytes", "sha256"), [(n, f"{f.bytes:,}", f.sha256[:16] + "…") for n, f in sorted(opened.manifest.files.items())])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""How often nano is right: draw clips, encode them to H.264, ask the real runtime, compare.
+
+    python -m ppllava_edge.nano.evaluate --questions 2000 --seed 12345
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from ..engines.terminal import Command, table
+from .clips import spoken, write_clip
+from .world import KINDS, ask, sample_scene
+
+
+def evaluate(model: str | Path | None, questions: int, seed: int, uniform: bool = False, progress: Any = None) -> list[dict[str, str]]:
+    """Ask `questions` questions about freshly drawn clips, every kind that a clip allows once. Returns kind, question, expected, answer.
+
+    model: a bundle; None: the packed one. uniform: replace the question's pooling weights by equal ones, to see what guidance does.
+    """
+    from ..runtime.session import VideoQA
+
+    qa = VideoQA(model, device="cpu")
+    if uniform:
+        rows, columns = qa.pipeline.manifest.vision.grid
+        qa.pipeline.window_weights = lambda features, q: np.zeros((len(features), rows, columns), np.float32)  # type: ignore[method-assign]
+    rng, answers = np.random.default_rng([seed, 77]), []
+    with tempfile.TemporaryDirectory() as folder:
+        while len(answers) < questions:
+            scene = sample_scene(rng)
+            video = qa.open(write_clip(Path(folder) / "clip.mp4", scene, rng))
+            for kind in KINDS:
+                asked = ask(scene, kind, rng)
+                if asked is None or len(answers) >= questions:
+                    continue
+                question = spoken(asked[0])
+                answer = video.ask(question, max_new_tokens=48).text
+                answers.append({"kind": kind, "question": question, "expected": asked[1], "answer": answer})
+            if progress:
+                progress(len(answers))
+    return answers
+
+
+def summary(answers: list[dict[str, str]]) -> dict[str, dict[str, float]]:
+    """kind → {"right", "asked", "exact"}; "all" over everything."""
+    found = {}
+    for kind in [*KINDS, "all"]:
+        mine = [a for a in answers if kind in (a["kind"], "all")]
+        if mine:
+            right = sum(a["answer"] == a["expected"] for a in mine)
+            found[kind] = {"right": right, "asked": len(mine), "exact": right / len(mine)}
+    return found
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--questions", type=click.IntRange(1, 10**7), default=2000, show_default=True)
+@click.option("--seed", type=int, default=12345, show_default=True, help="Of the clips; training used others.")
+@click.option("--model", metavar="BUNDLE", help="A bundle instead of the packed one.")
+@click.option("--uniform", is_flag=True, help="Equal pooling weights instead of the question's: accuracy must collapse.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, every answer included.")
+def main(questions: int, seed: int, model: str | None, uniform: bool, as_json: bool) -> None:
+    """Measure exact answers on held-out clips, through encoded files and the real runtime."""
+    started = time.perf_counter()
+    if sys.stderr.isatty():
+        with click.progressbar(length=questions, label="asking", file=sys.stderr) as bar:
+            answers = evaluate(model, questions, seed, uniform, lambda done: bar.update(done - bar.pos))
+    else:
+        answers = evaluate(model, questions, seed, uniform)
+    seconds, found = time.perf_counter() - started, summary(answers)
+    if as_json:
+        click.echo(json.dumps({"summary": found, "seed": seed, "uniform": uniform, "seconds": seconds, "answers": answers}))
+        return
+    rows = [(kind, f["asked"], f["right"], f"{100 * f['exact']:.1f} %") for kind, f in found.items()]
+    table(f"exact answers, seed {seed}{', uniform pooling weights' if uniform else ''}, {seconds:.0f} s", ("kind", "asked", "right", "exact"), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Which frames of a video the model looks at, exactly as upstream chooses them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..engines.errors import MediaError
+
+
+def sample_indices(count: int, fps: float, frames: int, bound: tuple[float, float] | None = None, first: int = 0) -> list[int]:
+    """The middle frame of each of `frames` equal segments of a video of `count` frames (upstream's get_index).
+
+    bound: (start, end) in seconds. Short videos repeat frames. A range without frames gives indices outside it, as upstream does:
+    check_range refuses it before.
+    """
+    first_index, last_index = _ends(count, fps, bound, first)
+    segment = float(last_index - first_index) / frames
+    return [int(first_index + segment / 2 + np.round(segment * i)) for i in range(frames)]
+
+
+def check_range(count: int, fps: float, bound: tuple[float, float] | None) -> None:
+    """Raise MediaError if no frame of the video lies between the bound's (start, end) seconds."""
+    if count < 1:
+        raise MediaError("the video has no frames")
+    first_index, last_index = _ends(count, fps, bound, 0)
+    if bound and (bound[1] < bound[0] or first_index > last_index):
+        raise MediaError(f"there are no frames between {bound[0]:g} and {bound[1]:g} s; the video lasts {count / fps:.2f} s")
+
+
+def _ends(count: int, fps: float, bound: tuple[float, float] | None, first: int) -> tuple[int, int]:
+    start, end = bound if bound else (-100000.0, 100000.0)
+    return max(first, round(start * fps)), min(round(end * fps), count - 1)
+
+
+def frames_for_duration(seconds_per_frame: float, duration: float) -> int:
+    """32 or 64 frames, by a clip's duration in seconds (upstream's negative num_segments: 64 when it has more than 32 such steps)."""
+    return 32 if duration / seconds_per_frame <= 32 else 64
+
+
+def centred_indices(total: int, wanted: int) -> list[int]:
+    """The centre of each of `wanted` equal parts of total-1 (upstream's get_seq_frames)."""
+    size = float(total - 1) / wanted
+    return [(int(np.round(size * i)) + int(np.round(size * (i + 1)))) // 2 for i in range(wanted)]
+
+
+def middle_indices(frames: int, count: int) -> list[int]:
+    """The middle of `frames` intervals over count frames, padded with the last (upstream's get_frame_indices, mode "middle")."""
+    used = min(frames, count)
+    edges = np.linspace(start=0, stop=count, num=used + 1).astype(int)
+    found = [(int(low) + int(high) - 1) // 2 for low, high in zip(edges[:-1], edges[1:])]
+    return found + [found[-1]] * (frames - len(found))
+
+
+def indices_at_rate(rate: float, count: int, fps: float, most: int = -1) -> list[int]:
+    """One frame every 1/rate seconds, each in the middle of its step (upstream's get_frame_indices, mode "fpsX")."""
+    duration, step = float(count) / fps, 1 / rate
+    seconds = np.arange(0 + step / 2, duration + step / 2, step)
+    found = [int(i) for i in np.around(seconds * fps).astype(int) if i < count]
+    return found[:most] if most > 0 else found
