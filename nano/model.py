@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from .vocabulary import WORDS
 
 
+# The trunk's states are about 8 in size where the branch begins. A time embedding much smaller than that is lost in the norm that
+# follows, and the model then learns along which axis things move, but not which way.
+TIME_SCALE = 8.0
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of the model. The grid must be a multiple of the pooling kernel, and frames too."""
@@ -133,7 +138,7 @@ class NanoPPLLaVA(nn.Module):
         self.branch_time = nn.ModuleList(TemporalLayer(s.vision, s.heads) for _ in range(s.branch_layers))
         self.branch_space = nn.ModuleList(ClipLayer(s.vision, s.heads) for _ in range(s.branch_layers))
         self.branch_class = nn.Parameter(torch.zeros(s.vision))
-        self.frame_positions = nn.Parameter(1.5 * sine_cosine(s.frames, s.vision))
+        self.frame_positions = nn.Parameter(TIME_SCALE * sine_cosine(s.frames, s.vision))
         self.similarity_norm = nn.LayerNorm(s.vision)
         self.similarity_projection = nn.Linear(s.vision, s.projection, bias=False)
 

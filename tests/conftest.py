@@ -1,0 +1,87 @@
+"""Shared fixtures: the golden data, small bundles, and one real video."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+COMMANDS = {
+    "ppllava-run": "ppllava_edge.runtime.cli",
+    "ppllava-export": "ppllava_edge.export.cli",
+    "ppllava-info": "ppllava_edge.engines.info",
+    "ppllava-bench": "ppllava_edge.bench.cli",
+}
+
+
+def run_command(name: str, *arguments: object, stdin: str | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run one of the installed commands as a user would."""
+    script = Path(sys.executable).with_name(name)
+    return subprocess.run([str(script), *map(str, arguments)], capture_output=True, text=True, input=stdin, cwd=cwd, timeout=300)
+
+
+def assert_one_line_error(run: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit status 2, one clear line on stderr that holds all words, nothing on stdout, no traceback."""
+    assert run.returncode == 2, (run.returncode, run.stderr)
+    assert "Traceback" not in run.stderr
+    lines = [line for line in run.stderr.splitlines() if line and not line.startswith(("nano is a tiny", "Usage:", "Try "))]
+    assert len(lines) == 1, run.stderr
+    assert lines[0].lower().startswith("error: ")
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert not run.stdout
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint with tokenizers, in upstream's layout."""
+    from ppllava_edge.bench.random_checkpoint import TINY, write_random_checkpoint
+
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    write_random_checkpoint(folder, TINY)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path) -> Path:
+    """That checkpoint, exported in fp32."""
+    output = tiny_checkpoint.parent / "bundle"
+    run = run_command("ppllava-export", tiny_checkpoint, "-o", output, "--precision", "fp32")
+    assert run.returncode == 0, run.stderr
+    return output
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """vicuna_tiny_bt, exported in fp32 without tokenizers."""
+    output = tmp_path_factory.mktemp("golden") / "bundle"
+    run = run_command("ppllava-export", GOLDEN / "vicuna_tiny_bt", "-o", output, "--precision", "fp32", "--no-tokenizer")
+    assert run.returncode == 0, run.stderr
+    return output
+
+
+@pytest.fixture(scope="session")
+def moving_frames() -> np.ndarray:
+    """(24, 96, 128, 3) uint8: every frame has a grey level of its own, so that a frame can be told from its content."""
+    frames = np.zeros((24, 96, 128, 3), np.uint8)
+    for i, frame in enumerate(frames):
+        frame[:] = 20 + 9 * i
+        frame[20:50, 4 * i : 4 * i + 24] = (200, 40, 40)
+    return frames
+
+
+@pytest.fixture(scope="session")
+def video_file(tmp_path_factory: pytest.TempPathFactory, moving_frames: np.ndarray) -> Path:
+    """Those frames as H.264 in MP4, 12 frames a second."""
+    from ppllava_edge.nano.clips import write_video
+
+    return write_video(tmp_path_factory.mktemp("video") / "moving.mp4", moving_frames, fps=12, options={"crf": "10"})
+
+
+def frame_number(image: np.ndarray) -> int:
+    """Which of moving_frames this decoded image is, by its grey level in a corner."""
+    return round((float(image[-20:, -20:].mean()) - 20) / 9)
