@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import numpy as np
 
 from ..engines.errors import PPLLaVAError
 from ..engines.terminal import Command, human_bytes, table
+from .memory import peak_memory
 
 _COLD = "import sys, ppllava_edge.runtime as r; r.Pipeline.open(sys.argv[1], device=sys.argv[2]).load()"
 
@@ -92,10 +92,11 @@ def measure(
             weights = timed("similarity", lambda: p.window_weights(features, q))
         visual = timed("pooling", lambda: p.visual_tokens(features, q, weights=weights))
         embeds = np.concatenate([visual, p.embed_tokens(ids)])
-        timed("prefill", lambda: p.decoder.prefill(embeds, new_tokens))
-        token = p.embed_tokens([1])
+        sequence, token = p.decoder.start(len(embeds), new_tokens), p.embed_tokens([1])
+        timed("prefill", lambda: sequence.run(embeds))
         for _ in range(new_tokens - 1):
-            timed("decode, a token", lambda: p.decoder.run(token))
+            timed("decode, a token", lambda: sequence.run(token))
+        p.decoder.finish(sequence)
         return len(visual)
 
     for _ in range(warmup):
@@ -115,7 +116,7 @@ def measure(
         "model": m.name, "bundle": str(bundle), "device": p.device, "frames": count, "visual_tokens": tokens, "text_tokens": text_tokens,
         "new_tokens": new_tokens, "runs": runs, "stages": {name: percentiles(values) for name, values in samples.items()},
         "tokens_per_second": per_second, "decode_gb_per_second": per_second * weights_bytes / 1e9, "copy_gb_per_second": copy_bandwidth(),
-        "cold_start_seconds": cold, "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "cold_start_seconds": cold, "peak_memory_bytes": peak_memory(),
         "engine": f"ONNX Runtime {import_onnxruntime().__version__}, {threads or os.cpu_count()} threads",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
     }  # fmt: skip

@@ -9,7 +9,6 @@ original algorithm in torch, float32, in turns, each in a process of its own so 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import click
 import numpy as np
 
 from ..engines.terminal import Command, human_bytes, table
+from .memory import peak_memory
 from .random_checkpoint import SHAPES, write_random_checkpoint
 
 STAGES = ("video_decode", "vision", "question", "pooling", "prefill", "generate")
@@ -135,6 +135,6 @@ def main(folder: Path, shape: str, precision: str, frames: int, new_tokens: int,
 if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1] in JOBS:
         result = JOBS[sys.argv[1]](*sys.argv[2:])
-        print(json.dumps({**result, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+        print(json.dumps({**result, "peak": peak_memory()}))
     else:
         main()

@@ -41,10 +41,10 @@ class Windows:
             raise PPLLaVAError("pooling needs exactly one or two of kernel, stride and output size (kernel alone and stride alone are not enough)")
         assert kernel and stride and output
         for axis, i, k, s, o in zip(_AXES, size, kernel, stride, output):
-            if k < 1 or s < 1 or o < 1:
-                raise PPLLaVAError(f"pooling windows don't fit: {i} {axis} can't give {o} windows of {k} with stride {s}")
             if k > i:
                 raise PPLLaVAError(f"pooling windows don't fit: a window of {k} {axis} is larger than the {i} there are")
+            if k < 1 or s < 1 or o < 1:
+                raise PPLLaVAError(f"pooling windows don't fit: {i} {axis} can't give {o} windows of {k} with stride {s}")
             if (i - k) // s + 1 != o:
                 raise PPLLaVAError(f"pooling of {i} {axis} with window {k} and stride {s} gives {(i - k) // s + 1} windows, not the {o} of the output size")
         return output, kernel, stride

@@ -45,3 +45,24 @@ def spoken(words: str) -> str:
     """A question as a person would type it: "What color is the circle?" """
     text = words.replace(" ?", "?").replace(" .", ".")
     return text[:1].upper() + text[1:]
+
+
+def sample_scene_for_the_readme() -> Scene:
+    """The clip that README, `make demo` and the tests use: a red circle moves right, a blue square rests, a yellow cross flashes up."""
+    from .world import BRIEF, COLOR_NAMES, SHAPE_NAMES, SPEED, STILL, VELOCITY
+
+    motions = np.array([1, STILL, BRIEF])
+    return Scene(
+        colors=np.array([COLOR_NAMES.index(c) for c in ("red", "blue", "yellow")]),
+        shapes=np.array([SHAPE_NAMES.index(s) for s in ("circle", "square", "cross")]),
+        motions=motions, radius=np.array([7.0, 7.0, 7.0], np.float32),
+        start=np.array([(22, 30), (54, 84), (88, 58)], np.float32), velocity=VELOCITY[motions] * np.float32(sum(SPEED) / 2),
+        appears=np.array([0, 0, 3], np.float32), vanishes=np.array([STEPS, STEPS, 5], np.float32), staggered=False,
+        tint=np.zeros((3, 1), np.float32), background=(90.0, 12.0, -10.0),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    import sys
+
+    write_clip(sys.argv[1], sample_scene_for_the_readme(), np.random.default_rng(1))

@@ -18,7 +18,7 @@ from .vocabulary import WORDS
 
 # The trunk's states are about 8 in size where the branch begins. A time embedding much smaller than that is lost in the norm that
 # follows, and the model then learns along which axis things move, but not which way.
-TIME_SCALE = 8.0
+TIME_SCALE = 4.0
 
 
 @dataclass(frozen=True)

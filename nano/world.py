@@ -27,7 +27,7 @@ FRAME = 108  # pixels, the side of a frame at the world's own scale
 STEPS = 8  # steps in a clip; the model looks at one frame of each
 MAX_OBJECTS = 4
 RADIUS = (5.5, 7.5)
-SPEED = (3.5, 5.5)  # pixels per step
+SPEED = (5.5, 8.0)  # pixels per step
 
 COLORS = {
     "red": (230, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230), "yellow": (235, 220, 50),
@@ -120,7 +120,7 @@ def sample_scene(rng: np.random.Generator, max_objects: int = MAX_OBJECTS) -> Sc
     )  # fmt: skip
 
 
-def _place(rng: np.random.Generator, radius: np.ndarray, velocity: np.ndarray, candidates: int = 24) -> np.ndarray:
+def _place(rng: np.random.Generator, radius: np.ndarray, velocity: np.ndarray, candidates: int = 40) -> np.ndarray:
     """Starting centres (n,2) such that objects stay in the frame and, if one of the candidates allows it, never touch.
 
     Half of the scenes take the tightest such placement, so that several objects often share one pooling window.

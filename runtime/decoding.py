@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterable
 
 import numpy as np
 
@@ -24,27 +25,42 @@ class KVCache:
         ort = import_onnxruntime()
         self.capacity, self.length, self.device = capacity, 0, device
         shape, dtype = (1, info.kv_heads, capacity, info.head_size), np.dtype(info.kv_dtype)
+        self.bytes = 2 * info.layers * int(np.prod(shape)) * dtype.itemsize
         self.buffers = {}
         for layer in range(info.layers):
             for kind in ("key", "value"):
                 self.buffers[f"{layer}.{kind}"] = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), device, 0)
 
-    @property
-    def bytes(self) -> int:
-        """Size of all buffers."""
-        return sum(int(np.prod(b.shape())) * (2 if "16" in b.element_type() else 4) for b in self.buffers.values())
+
+class Sequence:
+    """One prompt and what follows it: a cache, and the steps that fill it."""
+
+    def __init__(self, stage: Stage, info: DecoderInfo, cache: KVCache):
+        self.stage, self.info, self.cache = stage, info, cache
+        self._step: _Step | None = None
+
+    def run(self, inputs_embeds: np.ndarray) -> np.ndarray:
+        """Feed (s, D) embeddings after what the cache holds → logits (V,) float32 of the last position."""
+        cache, count = self.cache, len(inputs_embeds)
+        if count < 1 or cache.length + count > cache.capacity:
+            raise EngineError(f"the cache holds {cache.length} of {cache.capacity} positions; {count} more don't fit")
+        if self._step is None or self._step.count != count:
+            self._step = _Step(self.stage, self.info, cache, count)
+        logits = self._step.run(inputs_embeds)
+        cache.length += count
+        return logits
 
 
 class Decoder:
-    """decoder.onnx with its cache. One generation at a time."""
+    """decoder.onnx. Several sequences may be under way at once, each with a cache of its own; finished ones leave theirs for the next."""
 
     def __init__(self, stage: Stage, info: DecoderInfo):
         self.stage, self.info = stage, info
-        self.cache: KVCache | None = None
-        self._step: _Step | None = None
+        self._idle: list[KVCache] = []
+        self._lock = threading.Lock()
 
-    def start(self, length: int, new_tokens: int) -> KVCache:
-        """Make room for a prompt of that length and new_tokens more; an old cache of the right size is used again.
+    def start(self, length: int, new_tokens: int) -> Sequence:
+        """A sequence with room for a prompt of that length and new_tokens more.
 
         Raises PromptError if the prompt alone is too long for the model's context, and says by how much.
         """
@@ -55,29 +71,25 @@ class Decoder:
                 "ask a shorter question or use fewer frames"
             )
         capacity = min(-(-min(length + new_tokens, context) // CAPACITY_STEP) * CAPACITY_STEP, context)
-        if self.cache is None or self.cache.capacity != capacity:
-            self.cache = self._step = None  # let go of the old memory first
-            self.cache = KVCache(self.info, capacity, self.stage.device)
-        self.cache.length = 0
-        return self.cache
+        with self._lock:
+            fitting = [cache for cache in self._idle if cache.capacity == capacity]
+            self._idle.clear()  # one of another size is let go before a new one is made
+        cache = fitting[0] if fitting else KVCache(self.info, capacity, self.stage.device)
+        cache.length = 0
+        return Sequence(self.stage, self.info, cache)
 
-    def run(self, inputs_embeds: np.ndarray) -> np.ndarray:
-        """Feed (s, D) embeddings after what the cache holds → logits (V,) float32 of the last position."""
-        if self.cache is None:
-            raise EngineError("the decoder was not started")
-        cache, count = self.cache, len(inputs_embeds)
-        if count < 1 or cache.length + count > cache.capacity:
-            raise EngineError(f"the cache holds {cache.length} of {cache.capacity} positions; {count} more don't fit")
-        if self._step is None or self._step.count != count:
-            self._step = _Step(self.stage, self.info, cache, count)
-        logits = self._step.run(inputs_embeds)
-        cache.length += count
-        return logits
+    def finish(self, sequence: Sequence) -> None:
+        """The sequence is done with; its cache may serve the next one."""
+        with self._lock:
+            self._idle = [sequence.cache]
 
-    def prefill(self, inputs_embeds: np.ndarray, new_tokens: int = 1) -> np.ndarray:
-        """Start over with a prompt (S, D) → logits (V,) of its last position."""
-        self.start(len(inputs_embeds), new_tokens)
-        return self.run(inputs_embeds)
+    def prefill(self, inputs_embeds: np.ndarray) -> np.ndarray:
+        """A prompt (S, D) → logits (V,) of its last position."""
+        sequence = self.start(len(inputs_embeds), 1)
+        try:
+            return sequence.run(inputs_embeds)
+        finally:
+            self.finish(sequence)
 
     def generate(
         self,
@@ -86,7 +98,7 @@ class Decoder:
         embed: Callable[[int], np.ndarray],
         choose: Callable[[np.ndarray, list[int]], int],
         stop_ids: Iterable[int] = (),
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Yield token ids until a stop id (yielded too), max_new_tokens, or the end of the context.
 
         embed: token id → (1, D) embedding. choose: (logits (V,), ids so far) → the next id.
@@ -94,16 +106,18 @@ class Decoder:
         if max_new_tokens < 1:
             return
         stops, ids = set(stop_ids), []
-        logits = self.prefill(inputs_embeds, max_new_tokens)
-        while True:
-            token = choose(logits, ids)
-            ids.append(token)
-            yield token
-            if token in stops or len(ids) >= max_new_tokens:
-                return
-            if self.cache is None or self.cache.length >= self.cache.capacity:
-                return
-            logits = self.run(embed(token))
+        sequence = self.start(len(inputs_embeds), max_new_tokens)
+        try:
+            logits = sequence.run(inputs_embeds)
+            while True:
+                token = choose(logits, ids)
+                ids.append(token)
+                yield token
+                if token in stops or len(ids) >= max_new_tokens or sequence.cache.length >= sequence.cache.capacity:
+                    return
+                logits = sequence.run(embed(token))
+        finally:
+            self.finish(sequence)
 
 
 class _Step:
@@ -119,7 +133,6 @@ class _Step:
         self.write_index = np.zeros(1, np.int64)
         self.mask = np.full((1, 1, count, cache.capacity), self.hidden_value, kind)
         self.logits = np.zeros((1, info.vocab), np.float32)
-        self.shown = 0  # mask columns below this are open for every row (single steps only)
         self.binding = stage.session.io_binding()
         self.inputs = {"inputs_embeds": self.embeds, "position_ids": self.positions, "write_index": self.write_index, "mask": self.mask}
         if stage.device == "cpu":
@@ -136,10 +149,7 @@ class _Step:
         self.positions[0] = np.arange(at, at + self.count)
         self.write_index[0] = at
         if self.count == 1:
-            if at < self.shown:  # a new generation in the same buffers
-                self.mask[..., at + 1 :] = self.hidden_value
-            self.mask[..., : at + 1] = 0
-            self.shown = at + 1
+            self.mask[..., : at + 1] = 0  # a sequence only grows, so nothing has to be hidden again
         else:
             visible = np.arange(self.cache.capacity) <= self.positions[0][:, None]
             self.mask[0, 0] = np.where(visible, np.array(0, self.mask.dtype), self.hidden_value)

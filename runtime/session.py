@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engines.errors import MediaError, PromptError
+from ..engines.errors import EngineError, MediaError, PromptError
 from ..engines.prompt_template import PromptTemplate
 from .pipeline import Pipeline
 from .preprocess import preprocess_image, preprocess_video
@@ -66,7 +66,7 @@ class VideoQA:
 
     bundle: a directory that ppllava-export wrote; None: the packed demonstration model, nano. device: auto | cpu | cuda. threads: of the
     engine. template: a prompt template's name instead of the bundle's own.
-    Raises BundleError or EngineError in one line. Safe to use from several threads; questions are answered one after another.
+    Raises BundleError or EngineError in one line. Safe to use from several threads: every answer has a cache of its own.
     """
 
     def __init__(
@@ -82,7 +82,6 @@ class VideoQA:
             bundle = bundle_path()
         self.pipeline = Pipeline.open(bundle, device, threads)
         self.text = TextSide(self.pipeline.bundle, template)
-        self.lock = threading.RLock()
 
     @property
     def name(self) -> str:
@@ -118,8 +117,7 @@ class VideoQA:
             self._check_frames(len(read.images))
         decoded = time.perf_counter()
         media = "video" if read.kind == "video" or self.pipeline.manifest.pooling.method.startswith("pllava") else "image"
-        with self.lock:
-            features, size = self._encode(read, media, progress)
+        features, size = self._encode(read, media, progress)
         timings = {"video_decode": decoded - started, "vision": time.perf_counter() - decoded}
         return Video(self, read, features, media, size, timings)
 
@@ -151,7 +149,7 @@ class Video:
 
     def __init__(self, qa: VideoQA, read: Frames, features: np.ndarray, media: str, image_size: tuple[int, int] | None, timings: dict[str, float]):
         self.qa, self.frames, self.features, self.media, self.image_size = qa, read, features, media, image_size
-        self._unspent = timings  # charged to the first question
+        self._unspent, self._lock = timings, threading.Lock()
 
     def ask(self, question: str, max_new_tokens: int = 256, sampling: Sampling | None = None, stop: Sequence[str] = ()) -> Answer:
         """Answer one question. stop: texts that end the answer. Raises PromptError for an empty question or one too long."""
@@ -166,14 +164,17 @@ class Video:
 
     def similarity(self, question: str) -> np.ndarray:
         """Cosine (T,rows,columns) float32 of every patch with the question. Raises EngineError if the model pools without the question."""
-        with self.qa.lock:
-            ids, _ = self._question_ids(clean_question(question))
-            return self.qa.pipeline.similarity(self.features, self.qa.pipeline.encode_question(ids))
+        pipeline = self.qa.pipeline
+        if not pipeline.manifest.pooling.guided:
+            raise EngineError(f"{self.qa.name} pools without the question ({pipeline.manifest.pooling.method}): it has no similarity")
+        ids, _ = self.qa.text.question_ids(clean_question(question))
+        return pipeline.similarity(self.features, pipeline.encode_question(ids))
 
-    def _question_ids(self, question: str) -> tuple[np.ndarray, bool]:
-        if not self.qa.pipeline.manifest.pooling.guided:
-            self.qa.pipeline.encode_question(np.zeros((1, 1), np.int64))  # raises: there is no question tower
-        return self.qa.text.question_ids(question)
+    def take_unspent(self) -> dict[str, float]:
+        """Seconds of decoding and encoding, for whoever asks first; zeros afterwards."""
+        with self._lock:
+            unspent, self._unspent = self._unspent, {"video_decode": 0.0, "vision": 0.0}
+        return unspent
 
 
 class AnswerStream:
@@ -206,49 +207,49 @@ class AnswerStream:
 
     def _generate(self) -> Iterator[str]:
         video, qa = self._video, self._video.qa
-        with qa.lock:
-            pipeline, started = qa.pipeline, time.perf_counter()
-            unspent, video._unspent = video._unspent, {"video_decode": 0.0, "vision": 0.0}
-            timings, notes = dict(unspent), list(video.frames.notes)
-            q = None
-            if pipeline.manifest.pooling.guided:
-                ids, cut = qa.text.question_ids(self._question)
-                q = pipeline.encode_question(ids)
-                if cut:
-                    notes.append("the question is longer than the question tower reads; its end did not guide the pooling")
-            at = _lap(timings, "question", started)
-            visual = pipeline.visual_tokens(video.features, q, video.media, video.image_size)
-            at = _lap(timings, "pooling", at)
-            before, after = qa.text.prompt_pieces(self._question)
-            embeds = np.concatenate([pipeline.embed_tokens(before), visual, pipeline.embed_tokens(after)])
-            stop_ids = qa.text.stop_ids()
-            ids_stream = pipeline.generate(embeds, self._most, stop_ids, self._sampling)
-            detokenizer = Detokenizer(lambda tokens: qa.text.tokenizer.decode(tokens, skip_special_tokens=True), self._stop)
-            count, text, finish = 0, "", "length"
-            try:
-                for token, piece in stream_text(ids_stream, detokenizer, stop_ids):
-                    if token >= 0:
-                        count += 1
-                        if count == 1:
-                            at = _lap(timings, "prefill", at)
-                            timings["first_token"] = sum(unspent.values()) + at - started
-                        if token in stop_ids:
-                            finish = "stop"
-                    piece = piece if text else piece.lstrip()
-                    if piece:
-                        text += piece
-                        yield piece
-                if detokenizer.stopped:
-                    finish = "stop string"
-            finally:
-                timings.setdefault("prefill", 0.0)
-                timings.setdefault("first_token", 0.0)
-                _lap(timings, "generate", at)
-                frames = video.frames
-                self._answer = Answer(
-                    self._question, text.rstrip(), qa.name, finish, list(frames.indices), [round(t, 3) for t in frames.times], len(visual),
-                    len(before) + len(after), count, timings, notes,
-                )  # fmt: skip
+        pipeline, started = qa.pipeline, time.perf_counter()
+        unspent = video.take_unspent()
+        timings, notes = dict(unspent), list(video.frames.notes)
+        q = None
+        if pipeline.manifest.pooling.guided:
+            ids, cut = qa.text.question_ids(self._question)
+            q = pipeline.encode_question(ids)
+            if cut:
+                notes.append("the question is longer than the question tower reads; its end did not guide the pooling")
+        at = _lap(timings, "question", started)
+        visual = pipeline.visual_tokens(video.features, q, video.media, video.image_size)
+        at = _lap(timings, "pooling", at)
+        before, after = qa.text.prompt_pieces(self._question)
+        embeds = np.concatenate([pipeline.embed_tokens(before), visual, pipeline.embed_tokens(after)])
+        stop_ids = qa.text.stop_ids()
+        new_ids = pipeline.generate(embeds, self._most, stop_ids, self._sampling)
+        detokenizer = Detokenizer(lambda tokens: qa.text.tokenizer.decode(tokens, skip_special_tokens=True), self._stop)
+        count, text, finish = 0, "", "length"
+        try:
+            for token, piece in stream_text(new_ids, detokenizer, stop_ids):
+                if token >= 0:
+                    count += 1
+                    if count == 1:
+                        at = _lap(timings, "prefill", at)
+                        timings["first_token"] = sum(unspent.values()) + at - started
+                    if token in stop_ids:
+                        finish = "stop"
+                piece = piece if text else piece.lstrip()
+                if piece:
+                    text += piece
+                    yield piece
+            if detokenizer.stopped:
+                finish = "stop string"
+        finally:
+            new_ids.close()  # gives the cache back
+            timings.setdefault("prefill", 0.0)
+            timings.setdefault("first_token", 0.0)
+            _lap(timings, "generate", at)
+            frames = video.frames
+            self._answer = Answer(
+                self._question, text.rstrip(), qa.name, finish, list(frames.indices), [round(t, 3) for t in frames.times], len(visual),
+                len(before) + len(after), count, timings, notes,
+            )  # fmt: skip
 
 
 def _lap(timings: dict[str, float], name: str, since: float) -> float:
