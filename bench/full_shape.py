@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -91,7 +92,7 @@ def job_torch(checkpoint: str, bundle: str, video: str, frames: str, new_tokens:
     return {"load": load, "timings": {"video_decode": decoded, **timings}, "tokens": len(ids), "text": decoded_text}
 
 
-JOBS = {"export": job_export, "run": job_run, "torch": job_torch}
+JOBS: dict[str, Callable[..., dict]] = {"export": job_export, "run": job_run, "torch": job_torch}
 
 
 @click.command(cls=Command)

@@ -25,7 +25,7 @@ class TorchModel:
         self.w: dict[str, Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, "pt") as reader:
-                for name in reader.keys():
+                for name in reader.keys():  # noqa: SIM118  (not a dict)
                     self.w[name] = reader.get_tensor(name).float()
 
     def linear(self, x: Tensor, name: str) -> Tensor:
@@ -57,7 +57,9 @@ class TorchModel:
         positions = self.w[tower + "embeddings.position_embedding.weight"]
         x = self.norm(torch.cat([token, x], 1) + positions, tower + "pre_layrnorm")
         depth = self.config["btadapter_depth"] if self.config.get("btadapter") else 0
-        states, patches, cls = [], None, None
+        states: list[Tensor | None] = []
+        patches: Tensor | None = None
+        cls: Tensor | None = None
         for i in range(layers):
             if i == layers - 1:
                 states = [x, patches]
@@ -65,10 +67,11 @@ class TorchModel:
                 break  # a checkpoint without the layer that nothing reads
             x = self.layer(x, f"{tower}encoder.layers.{i}", heads, act)
             pair = i - (layers - depth)
-            if depth and 0 <= pair and f"{tower}btadapter_S_layers.{pair}.mlp.fc1.weight" in self.w:
+            if depth and pair >= 0 and f"{tower}btadapter_S_layers.{pair}.mlp.fc1.weight" in self.w:
                 patches, cls = self._branch(x, patches, cls, pair, positions, heads, act)
-        x, patches = states
-        return (x[:, 1:] + patches) / 2 if patches is not None else x[:, 1:]
+        trunk, patches = states
+        assert trunk is not None
+        return (trunk[:, 1:] + patches) / 2 if patches is not None else trunk[:, 1:]
 
     def _branch(self, x: Tensor, patches: Tensor | None, cls: Tensor | None, pair: int, positions: Tensor, heads: int, act: str):
         tower = "vision_tower.vision_model."
@@ -78,6 +81,7 @@ class TorchModel:
             patches = x[:, 1:] + positions[1:] + times
             cls = (mean + self.w[tower + "btadapter_cls_token"][0, 0] + positions[0]) / 2
         else:
+            assert cls is not None
             patches, cls = x[:, 1:] + patches, mean + cls
         t, s = f"{tower}btadapter_T_layers.{pair}", f"{tower}btadapter_S_layers.{pair}"
         along = self.attention(self.norm(patches.transpose(0, 1), f"{t}.layer_norm1"), f"{t}.self_attn", heads)

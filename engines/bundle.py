@@ -315,7 +315,9 @@ def _parse(value: dict[str, Any]) -> Manifest:
             None if pool["pooled_shape"] is None else Windows.from_json({"output_size": pool["pooled_shape"]}).output_size,
         ),
         decoder=DecoderInfo(
-            *(_count(d[key], f"decoder.{key}", 1 << 24) for key in ("hidden_size", "layers", "kv_heads", "head_size", "vocab", "context")),
+            _count(d["hidden_size"], "decoder.hidden_size", 1 << 16), _count(d["layers"], "decoder.layers", 1 << 12),
+            _count(d["kv_heads"], "decoder.kv_heads", 1 << 12), _count(d["head_size"], "decoder.head_size", 1 << 12),
+            _count(d["vocab"], "decoder.vocab", 1 << 24), _count(d["context"], "decoder.context", 1 << 24),
             _one_of(d["kv_dtype"], ("float32", "float16"), "decoder.kv_dtype"),
         ),
         prompt=PromptTemplate.from_json(value["prompt"]), image_token=_count(value["image_token"], "image_token", 1 << 31, least=0),

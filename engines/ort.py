@@ -56,7 +56,7 @@ class Stage:
         options.log_severity_level = 3
         if threads:
             options.intra_op_num_threads = threads
-        providers = ["CPUExecutionProvider"] if device == "cpu" else [("CUDAExecutionProvider", {}), "CPUExecutionProvider"]
+        providers: list[Any] = ["CPUExecutionProvider"] if device == "cpu" else [("CUDAExecutionProvider", {}), "CPUExecutionProvider"]
         try:
             self.session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class

@@ -88,13 +88,11 @@ MVBENCH_SYSTEM = (
     "Carefully watch the video and pay attention to the cause and sequence of events, the detail and movement of objects, and the action "
     "and pose of persons. Based on your observations, select the best option that accurately addresses the question.\n"
 )
-_VIDEOQA = dict(
-    pre_query=(
-        "The input consists of a sequence of key frames from a video. Answer the question concisely first and followed by significant "
-        "events, characters, or objects that appear throughout the frames. Question:"
-    ),
-    answer_prefix="Answer: In the video,",
+_VIDEOQA_QUERY = (
+    "The input consists of a sequence of key frames from a video. Answer the question concisely first and followed by significant "
+    "events, characters, or objects that appear throughout the frames. Question:"
 )
+_VIDEOQA_ANSWER = "Answer: In the video,"
 
 # The names are upstream's; a checkpoint was trained with one of them, and the wording is part of the model.
 TEMPLATES: dict[str, PromptTemplate] = {
@@ -103,6 +101,6 @@ TEMPLATES: dict[str, PromptTemplate] = {
     "conv_vcg_v1": replace(_VICUNA, system=_VIDEO_CHATGPT),
     "conv_vcg_qwen": replace(_QWEN, system=_VIDEO_CHATGPT),
     "conv_mvbench_v1": replace(_VICUNA, system=MVBENCH_SYSTEM),
-    "conv_videoqa_v1": replace(_VICUNA, **_VIDEOQA),
-    "conv_videoqa_qwen": replace(_QWEN, **_VIDEOQA),
+    "conv_videoqa_v1": replace(_VICUNA, pre_query=_VIDEOQA_QUERY, answer_prefix=_VIDEOQA_ANSWER),
+    "conv_videoqa_qwen": replace(_QWEN, pre_query=_VIDEOQA_QUERY, answer_prefix=_VIDEOQA_ANSWER),
 }

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ml_dtypes  # noqa: F401  (makes bfloat16 known to numpy)
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..engines.errors import PPLLaVAError
@@ -143,7 +143,7 @@ class Checkpoint:
         if file.suffix == ".bin":
             return [(name, tuple(tensor.shape)) for name, tensor in self._reader(file).items()]
         reader = self._reader(file)
-        return [(name, tuple(reader.get_slice(name).get_shape())) for name in reader.keys()]
+        return [(name, tuple(reader.get_slice(name).get_shape())) for name in reader.keys()]  # noqa: SIM118  (not a dict)
 
     def _reader(self, file: Path) -> Any:
         if file not in self._readers:

@@ -109,3 +109,7 @@ def _progress() -> Any:
             self.bar.advance(self.task, count)
 
     return Shown()
+
+
+if __name__ == "__main__":
+    main()

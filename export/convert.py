@@ -191,7 +191,7 @@ def _known_unused(name: str, model: Model) -> bool:
         rest = name[len(PROJECTOR) :]
         if model.pooling != "ppllava":
             return rest.startswith(("clip_", "logit_"))
-        return rest.startswith(UNUSED) or rest.startswith("clip_visual_head.probe") or rest.endswith("position_ids")
+        return rest.startswith((*UNUSED, "clip_visual_head.probe")) or rest.endswith("position_ids")
     return name.endswith(("rotary_emb.inv_freq", "position_ids")) or (model.decoder.tied and name == LANGUAGE + "lm_head.weight")
 
 

@@ -57,7 +57,7 @@ def _attention(g: Graph, source: Source, d: Decoder, x: str, layer: int, cos: st
     q, k = (g.RotaryEmbedding(part, cos, sin, position_ids) for part in (q, k))
     cached = []
     for kind, new in (("key", k), ("value", v)):
-        shape = [1, d.kv_heads, "capacity", d.head_size]
+        shape: list[int | str] = [1, d.kv_heads, "capacity", d.head_size]
         past, present = g.input(f"past.{layer}.{kind}", g.dtype, shape), f"present.{layer}.{kind}"
         cached.append(g.op("TensorScatter", past, new, write_index, output=present, axis=2, mode="linear"))
         g.output(present, present, g.dtype, shape)

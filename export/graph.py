@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -64,7 +65,7 @@ class Graph:
         self._functions: list[onnx.FunctionProto] = []
         self._scopes: list[str] = []
         self._count = 0
-        self._file = open(data, "wb") if data else None
+        self._file = open(data, "wb") if data else None  # noqa: SIM115  (closed by save or close)
 
     # -- structure ---------------------------------------------------------------------------------------------------
 
@@ -86,7 +87,7 @@ class Graph:
             self._nodes.append(helper.make_node("Identity", [value], [name], name=name))
         self._outputs.append(helper.make_tensor_value_info(name, _ONNX_TYPE[dtype], list(shape)))
 
-    def op(self, kind: str, *inputs: str, output: str | None = None, domain: str = "", **attributes: object) -> str:
+    def op(self, kind: str, *inputs: str, output: str | None = None, domain: str = "", **attributes: Any) -> str:
         """Add one node with one output and return the output's name. An empty input name is an omitted optional input."""
         self._count += 1
         name = "/".join([*self._scopes, f"{kind}_{self._count}"])

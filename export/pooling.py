@@ -9,6 +9,8 @@ The poolings without guidance (pllava, avp, none) take features alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx
 from onnx import helper
 
@@ -82,7 +84,7 @@ def pool_function() -> onnx.FunctionProto:
     """
     nodes: list[onnx.NodeProto] = []
 
-    def op(kind: str, *inputs: str, output: str | None = None, **attributes: object) -> str:
+    def op(kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
         name = output or f"{kind.lower()}_{len(nodes)}"
         nodes.append(helper.make_node(kind, list(inputs), [name], **attributes))
         return name

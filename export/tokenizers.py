@@ -49,8 +49,8 @@ def language_tokenizer(folder: Path, image_token: int, vocab: int) -> Tokenizer:
     tokenizer = load_tokenizer(folder)
     if tokenizer.token_to_id(IMAGE) is None:
         tokenizer.add_special_tokens([IMAGE])
-    found, size = tokenizer.token_to_id(IMAGE), tokenizer.get_vocab_size()
-    if found != image_token and found < vocab and size > found + 1 and tokenizer.id_to_token(image_token) not in (None, IMAGE):
+    found = tokenizer.token_to_id(IMAGE)
+    if found is not None and found != image_token and found < vocab and tokenizer.id_to_token(image_token) not in (None, IMAGE):
         raise PPLLaVAError(f"the tokenizer in {folder} has {IMAGE} at {found}, the checkpoint's image_token_index is {image_token}: not its tokenizer")
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .vocabulary import ASK, END, POSITION_BINS, TEXT_ID, encode
-from .world import FRAME, KINDS, MAX_OBJECTS, STEPS, ask, draw, sample_scene
+from .world import FRAME, KINDS, MAX_OBJECTS, STEPS, Scene, ask, draw, sample_scene
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -65,21 +65,28 @@ def make_batch(rng: np.random.Generator, clips: int, patch: int, single: bool = 
         if scene.staggered:
             order[b] = scene.appears.argmin(), scene.appears.argmax()
         if with_questions:
-            asked = [(kind, ask(scene, kind, rng)) for kind in QUESTIONS]
-            asked = [pair if pair[1] else ((kind := str(rng.choice(INSTEAD))), ask(scene, kind, rng)) for pair in asked]
-            asked.append(("describe", ask(scene, "describe", rng)))
-            text.append([TEXT_ID[qa[0]] for _, qa in asked])
-            answers.append([encode(qa[1]) for _, qa in asked])
-            kinds.append([KINDS.index(kind) for kind, _ in asked])
+            asked = [_question(scene, kind, rng) for kind in [*QUESTIONS, "describe"]]
+            text.append([TEXT_ID[question] for _, question, _ in asked])
+            answers.append([encode(answer) for _, _, answer in asked])
+            kinds.append([KINDS.index(kind) for kind, _, _ in asked])
     flat = torch.from_numpy(coverage).flatten(2)
     most, owner_of = flat.max(1)
+    colors, shapes, motions = (torch.from_numpy(objects[name]) for name in ("colors", "shapes", "motions"))
+    first, last = torch.from_numpy(order).unbind(1)
     return Batch(
-        torch.from_numpy(pixels),
-        *(torch.from_numpy(objects[name]) for name in ("colors", "shapes", "motions")),
-        flat > COVERED, torch.where(most > COVERED, owner_of, -1),
-        torch.from_numpy(bins[..., 1].copy()), torch.from_numpy(bins[..., 0].copy()),
-        *torch.from_numpy(order).unbind(1), torch.tensor(text), answers, torch.tensor(kinds),
+        torch.from_numpy(pixels), colors, shapes, motions, flat > COVERED, torch.where(most > COVERED, owner_of, -1),
+        torch.from_numpy(bins[..., 1].copy()), torch.from_numpy(bins[..., 0].copy()), first, last,
+        torch.tensor(text), answers, torch.tensor(kinds),
     )  # fmt: skip
+
+
+def _question(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, str, str]:
+    """Kind, question and answer; another kind where the scene does not allow this one."""
+    asked = ask(scene, kind, rng)
+    while asked is None:
+        kind = str(rng.choice(INSTEAD))
+        asked = ask(scene, kind, rng)
+    return kind, *asked
 
 
 def decoder_sequences(questions: list[list[int]], answers: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -88,7 +95,7 @@ def decoder_sequences(questions: list[list[int]], answers: list[list[int]]) -> t
     length = max(len(q) + len(a) for q, a in zip(questions, answers)) + 1
     ids, labels = torch.zeros(len(questions), length, dtype=torch.long), torch.full((len(questions), length), -100)
     for row, (q, a) in enumerate(zip(questions, answers)):
-        sequence = q + [ask_id] + a
+        sequence = [*q, ask_id, *a]
         ids[row, : len(sequence)] = torch.tensor(sequence)
-        labels[row, len(q) : len(sequence)] = torch.tensor(a + [end_id])
+        labels[row, len(q) : len(sequence)] = torch.tensor([*a, end_id])
     return ids, labels

@@ -31,7 +31,8 @@ def evaluate(model: str | Path | None, questions: int, seed: int, uniform: bool 
     if uniform:
         rows, columns = qa.pipeline.manifest.vision.grid
         qa.pipeline.window_weights = lambda features, q: np.zeros((len(features), rows, columns), np.float32)  # type: ignore[method-assign]
-    rng, answers = np.random.default_rng([seed, 77]), []
+    rng = np.random.default_rng([seed, 77])
+    answers: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as folder:
         while len(answers) < questions:
             scene = sample_scene(rng)

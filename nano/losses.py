@@ -15,7 +15,7 @@ _ENCODED = [encode(text.words) for text in TEXTS]
 TEXT_ENDS = torch.tensor([len(ids) for ids in _ENCODED])
 TEXT_IDS = torch.zeros(len(TEXTS), int(TEXT_ENDS.max()) + 1, dtype=torch.long)
 for _row, _ids in enumerate(_ENCODED):
-    TEXT_IDS[_row, : len(_ids) + 1] = torch.tensor(_ids + [WORD_ID[END]])
+    TEXT_IDS[_row, : len(_ids) + 1] = torch.tensor([*_ids, WORD_ID[END]])
 
 _REFERENT = torch.tensor([(t.color, t.shape, t.motion) for t in TEXTS])
 _NAMES_MOTION = _REFERENT[:, 2] >= 0

@@ -7,14 +7,15 @@ upstream's layout, and the exporter takes it from there.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .vocabulary import WORDS
-
 
 # The trunk's states are about 8 in size where the branch begins. A time embedding much smaller than that is lost in the norm that
 # follows, and the model then learns along which axis things move, but not which way.
@@ -60,7 +61,7 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.out = nn.Linear(width, width, bias=bias)
 
-    def forward(self, x: Tensor, causal: bool = False, rotate=None) -> Tensor:
+    def forward(self, x: Tensor, causal: bool = False, rotate: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if rotate is not None:
@@ -188,7 +189,7 @@ class NanoPPLLaVA(nn.Module):
         trunk = x[:, 1:].view(batch, frames, s.patches, -1)
         return (trunk + state[0]) / 2 if state is not None else trunk
 
-    def _branch(self, pair: int, x: Tensor, state):
+    def _branch(self, pair: int, x: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """One branch pair over all frames. x (B,T,1+P,D): the trunk's state; state: the branch's (patches, class token)."""
         patches, token = x[:, :, 1:], x[:, :, 0].mean(1)
         if state is None:
@@ -196,7 +197,8 @@ class NanoPPLLaVA(nn.Module):
             token = (token + self.branch_class + self.patch_positions[0]) / 2
         else:
             patches, token = patches + state[0], token + state[1]
-        patches, layer = self.branch_time[pair](patches), self.branch_space[pair]
+        layer: Any = self.branch_space[pair]
+        patches = self.branch_time[pair](patches)
         y = torch.cat([token[:, None, None].expand(-1, x.shape[1], -1, -1), patches], 2)
         residual = layer.attention(layer.norm1(y.flatten(0, 1))).view_as(y)
         patches, token = patches + residual[:, :, 1:], token + residual[:, :, 0].mean(1)
@@ -222,7 +224,7 @@ class NanoPPLLaVA(nn.Module):
 
         def windows(x: Tensor, lead: int) -> Tensor:
             """(lead.., T, g, g, ...) → (lead.., windows, window, ...)"""
-            shape = x.shape[:lead] + (frames // kt, kt, g // kh, kh, g // kw, kw) + x.shape[lead + 3 :]
+            shape = (*x.shape[:lead], frames // kt, kt, g // kh, kh, g // kw, kw, *x.shape[lead + 3 :])
             order = [*range(lead), lead, lead + 2, lead + 4, lead + 1, lead + 3, lead + 5, *range(lead + 6, len(shape))]
             return x.reshape(shape).permute(order).flatten(lead + 3, lead + 5).flatten(lead, lead + 2)
 

@@ -55,15 +55,15 @@ def step_loss(model: NanoPPLLaVA, args, stage: str, rng: np.random.Generator) ->
 @torch.no_grad()
 def validate(model: NanoPPLLaVA, clips: int, seed: int) -> dict[str, float]:
     """Exact answers by kind on fresh scenes (teacher forced, which equals greedy for exact match)."""
-    rng, right, kinds = np.random.default_rng([seed, 10**6]), [], []
+    rng, rights, kinds_ = np.random.default_rng([seed, 10**6]), [], []
     texts = model.questions(TEXT_IDS, TEXT_ENDS)
     for _ in range(clips // 16):
         batch = make_batch(rng, 16, model.shape.patch)
         features = model.features(batch.pixels)
         _, r, k = answer_loss(model, features, model.patch_embeddings(features), texts, batch)
-        right.append(r)
-        kinds.append(k)
-    right, kinds = torch.cat(right).float(), torch.cat(kinds)
+        rights.append(r)
+        kinds_.append(k)
+    right, kinds = torch.cat(rights).float(), torch.cat(kinds_)
     table = {kind: round(float(right[kinds == i].mean()), 4) for i, kind in enumerate(KINDS)}
     return {"all": round(float(right.mean()), 4), **table}
 

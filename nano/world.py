@@ -104,7 +104,7 @@ def sample_scene(rng: np.random.Generator, max_objects: int = MAX_OBJECTS) -> Sc
     style = rng.random()
     staggered = n > 1 and style < 0.4
     if staggered:
-        entrances = [0] + sorted(rng.choice(np.arange(2, 6), n - 1, replace=False)) if n < 4 else [0, 2, 4, 5]
+        entrances = [0, *sorted(rng.choice(np.arange(2, 6), n - 1, replace=False))] if n < 4 else [0, 2, 4, 5]
         appears = np.array(entrances, np.float32)[rng.permutation(n)]
     elif n > 1 and style < 0.75:
         one, length = int(rng.integers(n)), int(rng.integers(1, 3))

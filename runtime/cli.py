@@ -14,7 +14,7 @@ import click
 from ..engines.terminal import Command
 
 if TYPE_CHECKING:
-    from .session import Answer, Video, VideoQA
+    from .session import Answer, Video
 
 DEMO_NOTE = (
     "nano is a tiny demonstration model: it knows drawn shapes, nothing of the real world. "

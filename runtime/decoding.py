@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -105,7 +106,7 @@ class Decoder:
         """
         if max_new_tokens < 1:
             return
-        stops, ids = set(stop_ids), []
+        stops, ids = set(stop_ids), list[int]()
         sequence = self.start(len(inputs_embeds), max_new_tokens)
         try:
             logits = sequence.run(inputs_embeds)
@@ -126,12 +127,12 @@ class _Step:
     def __init__(self, stage: Stage, info: DecoderInfo, cache: KVCache, count: int):
         ort = import_onnxruntime()
         self.stage, self.cache, self.count = stage, cache, count
-        kind = stage.dtypes["inputs_embeds"]
+        kind: Any = stage.dtypes["inputs_embeds"]
         self.hidden_value = np.float32("-inf") if kind == np.float32 else np.float16(-1e4)
-        self.embeds = np.zeros((1, count, info.hidden_size), kind)
+        self.embeds: np.ndarray = np.zeros((1, count, info.hidden_size), kind)
         self.positions = np.zeros((1, count), np.int64)
         self.write_index = np.zeros(1, np.int64)
-        self.mask = np.full((1, 1, count, cache.capacity), self.hidden_value, kind)
+        self.mask: np.ndarray = np.full((1, 1, count, cache.capacity), self.hidden_value, kind)
         self.logits = np.zeros((1, info.vocab), np.float32)
         self.binding = stage.session.io_binding()
         self.inputs = {"inputs_embeds": self.embeds, "position_ids": self.positions, "write_index": self.write_index, "mask": self.mask}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from ..engines.errors import MediaError
@@ -47,7 +49,7 @@ def middle_indices(frames: int, count: int) -> list[int]:
     """The middle of `frames` intervals over count frames, padded with the last (upstream's get_frame_indices, mode "middle")."""
     used = min(frames, count)
     edges = np.linspace(start=0, stop=count, num=used + 1).astype(int)
-    found = [(int(low) + int(high) - 1) // 2 for low, high in zip(edges[:-1], edges[1:])]
+    found = [(int(low) + int(high) - 1) // 2 for low, high in pairwise(edges)]
     return found + [found[-1]] * (frames - len(found))
 
 

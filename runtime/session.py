@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,7 +186,7 @@ class AnswerStream:
         self._video, self._question, self._most = video, question, max_new_tokens
         self._sampling, self._stop = sampling, stop
         self._answer: Answer | None = None
-        self._run = self._generate()
+        self._run: Generator[str, None, None] = self._generate()
 
     def __iter__(self) -> Iterator[str]:
         return self._run
@@ -205,7 +205,7 @@ class AnswerStream:
             raise PromptError("the answer is not finished: exhaust the stream, or close it, first")
         return self._answer
 
-    def _generate(self) -> Iterator[str]:
+    def _generate(self) -> Generator[str, None, None]:
         video, qa = self._video, self._video.qa
         pipeline, started = qa.pipeline, time.perf_counter()
         unspent = video.take_unspent()

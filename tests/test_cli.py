@@ -68,7 +68,7 @@ def test_images_folders_and_ranges(tmp_path: Path) -> None:
         assert run.stdout == f"{ANSWER}\n", (source, run.stderr)
     assert run_command("ppllava-run", tmp_path / "still.png", QUESTION).returncode == 0
     ranged = json.loads(run_command("ppllava-run", SAMPLE, QUESTION, "--start", "0.5", "--end", "1.5", "--json").stdout)
-    assert 0.45 <= ranged["frame_times"][0] and ranged["frame_times"][-1] <= 1.55
+    assert ranged["frame_times"][0] >= 0.45 and ranged["frame_times"][-1] <= 1.55
 
 
 def test_sampling_and_stop_strings() -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from ppllava_edge.engines.errors import EngineError, PromptError
 from ppllava_edge.runtime import Pipeline
 from ppllava_edge.runtime.decoding import CAPACITY_STEP

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import GOLDEN, assert_one_line_error, run_command
-from safetensors.numpy import load_file, save_file
-
 from ppllava_edge.engines.bundle import Bundle
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.export import graph
 from ppllava_edge.export.cli import parse_precision
 from ppllava_edge.export.convert import PARTS, Options, convert
 from ppllava_edge.runtime import Pipeline
+from safetensors.numpy import load_file, save_file
 
 FP32 = dict.fromkeys(PARTS, "float32")
 

@@ -14,7 +14,6 @@ from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-
 from ppllava_edge.engines.bundle import Preprocessing
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.engines.pooling import Windows
@@ -66,7 +65,7 @@ def test_indices_of_the_training_sampler(case: dict[str, Any]) -> None:
 def test_sampled_indices_lie_in_the_video_in_order(count: int, fps: float, wanted: int) -> None:
     found = frames.sample_indices(count, fps, wanted)
     assert len(found) == wanted and found == sorted(found)
-    assert 0 <= found[0] and found[-1] < count
+    assert found[0] >= 0 and found[-1] < count
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------
@@ -216,9 +215,8 @@ def test_resolved_windows_cover_what_they_say(frames_: int, side: int, data: st.
 
 
 def _projector(folder: Path, model: Any, features: np.ndarray, tmp_path: Path, **feeds: np.ndarray) -> np.ndarray:
-    from safetensors.numpy import load_file
-
     from ppllava_edge.export.pooling import build_pooling
+    from safetensors.numpy import load_file
 
     tensors = load_file(folder / "model.safetensors")
     g = Graph("pooling", data=tmp_path / "pooling.onnx.data")
@@ -258,11 +256,10 @@ def test_unguided_projectors(mode: str, case: dict[str, Any], tmp_path: Path) ->
 @pytest.mark.parametrize("case", range(5))
 def test_guided_projectors(variant: str, case: int, tmp_path: Path) -> None:
     """The whole projector, question tower included, on random features with other grids, kernels, output sizes and temperatures."""
-    from safetensors.numpy import load_file
-
     from ppllava_edge.export.config import Overrides, read_model
     from ppllava_edge.export.question import build_question
     from ppllava_edge.export.similarity import build_similarity
+    from safetensors.numpy import load_file
 
     folder = GOLDEN / variant
     told, arrays = json.loads((folder / "projector_direct.json").read_text())[case], np.load(folder / "projector_direct.npz")

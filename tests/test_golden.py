@@ -30,7 +30,6 @@ def test_variant_matches_the_original(variant: int, monkeypatch: pytest.MonkeyPa
 def test_fp16_stays_close(tmp_path: Path) -> None:
     """The same graphs with fp16 weights and activations: similarity stays fp32, so answers of the well-separated cases don't change."""
     import numpy as np
-
     from ppllava_edge.runtime import Pipeline
 
     bundle = tmp_path / "half"

@@ -8,10 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import ppllava_edge.engines
 import ppllava_edge.runtime
+import pytest
 
 HEAVY = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "optimum"}
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from ppllava_edge.nano import bundle_path, world
 from ppllava_edge.nano.clips import clip_frames, spoken
 from ppllava_edge.nano.evaluate import evaluate, summary

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from ppllava_edge import MediaError, PromptError, VideoQA
 from ppllava_edge.runtime.pipeline import Pipeline
 from ppllava_edge.runtime.preprocess import preprocess_video

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-
 from ppllava_edge.bench.random_checkpoint import byte_tokenizer
 from ppllava_edge.runtime.text import Detokenizer, stream_text
 

@@ -1,0 +1,30 @@
+# Two commands do everything on a machine with Python 3.11 or later: make demo, make test.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+$(VENV)/demo: pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or later is needed: make PYTHON=python3.12 demo")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[cpu]'
+	@touch $@
+
+$(VENV)/dev: $(VENV)/demo
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/demo
+	$(BIN)/ppllava-run nano/sample/shapes.mp4 "What color is the circle?"
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest
+
+# mypy looks at an installed copy: in the source tree the package's name belongs to no folder. The number of files it must see is checked.
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/python tests/lint_types.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
