@@ -79,9 +79,11 @@ def read_frames(
 
 @dataclass
 class _Index:
-    """What reading the packets (not decoding them) tells: frames in the file, their rate, whether reading ended in an error."""
+    """What reading the packets (not decoding them) tells: frames in the file and how many it promised, their rate, the first one's time,
+    whether reading ended early or in an error."""
 
     count: int
+    promised: int
     fps: float
     start: float
     broken: bool
@@ -89,7 +91,7 @@ class _Index:
 
 def _read_video(path: Path, frames: int, start: float | None, end: float | None, progress: Callable[[int, int], None] | None) -> Frames:
     index = _index_packets(path)
-    bound = _bound(start, end, index.count / index.fps)
+    bound = _bound(start, end, index.count / index.fps, str(path))
     check_range(index.count, index.fps, bound)
     indices = sample_indices(index.count, index.fps, frames, bound)
     found, decoded, damaged = _decode(path, set(indices), index, progress)
@@ -104,10 +106,11 @@ def _read_video(path: Path, frames: int, start: float | None, end: float | None,
         indices = [i for i in indices if i in found]
         if not indices:
             raise MediaError(f"no frame of {path} could be decoded; the file is damaged")
-    if missing or damaged or index.broken:
-        what = "is truncated or damaged" if index.broken or damaged else "has fewer frames than packets"
-        notes.append(f"{path.name} {what}: answering from the {decoded} of {index.count} frames that could be decoded")
     count = decoded if missing else index.count
+    if count < index.promised:
+        notes.append(f"{path.name} is truncated or damaged: answering from the {count} of {index.promised} frames that could be decoded")
+    elif damaged or index.broken:
+        notes.append(f"{path.name} is damaged: some of its frames may not show what they should")
     images, times = [found[i][0] for i in indices], [found[i][1] for i in indices]
     return Frames(images, indices, times, count, index.fps, count / index.fps, notes=notes)
 
@@ -161,10 +164,11 @@ def _index_packets(path: Path) -> _Index:
             span = float((last - first) * stream.time_base) if first is not None and last is not None and last > first else 0.0
             fps = (count - 1) / span if span else 25.0
         origin = float(first * stream.time_base) if first is not None else 0.0
-        broken = broken or 0 < count < stream.frames  # the container promised more
+        promised = int(stream.frames or 0)
+        broken = broken or count < promised
     if count == 0:
         raise MediaError(f"{path} has a video stream without a single frame")
-    return _Index(count, fps, origin, broken)
+    return _Index(count, max(count, promised), fps, origin, broken)
 
 
 def _decode(
@@ -189,6 +193,7 @@ def _decode(
             if packet is None:
                 break
             for frame in decoded:
+                damaged = damaged or bool(getattr(frame, "is_corrupt", False))
                 if at in wanted:
                     check_size(frame.width, frame.height, str(path))
                     seconds = float(frame.pts * frame.time_base) - index.start if frame.pts is not None and frame.time_base else at / index.fps
@@ -213,13 +218,18 @@ def check_size(width: int, height: int, what: str, unknown_allowed: bool = False
     if min(width, height) < SMALLEST_SIDE:
         raise MediaError(f"{what}: frames of {width}x{height} pixels are too small; {SMALLEST_SIDE}x{SMALLEST_SIDE} is the least")
     if max(width, height) > LARGEST_SIDE or width * height > LARGEST_AREA:
-        raise MediaError(f"{what}: frames of {width}x{height} pixels are too large; scale the video down below {LARGEST_AREA >> 20} megapixels")
+        raise MediaError(f"{what}: frames of {width}x{height} pixels are too large; scale the video down below {LARGEST_AREA // 10**6} megapixels")
 
 
-def _bound(start: float | None, end: float | None, duration: float) -> tuple[float, float] | None:
+def _bound(start: float | None, end: float | None, duration: float, what: str) -> tuple[float, float] | None:
+    """The range in seconds, None for all. Raises MediaError for one that holds no frames."""
     if start is None and end is None:
         return None
-    return (start or 0.0, end if end is not None else max(duration, start or 0.0))
+    start = start or 0.0
+    if start >= duration or (end is not None and end < start):
+        upto = "on" if end is None else f"to {end:g} s"
+        raise MediaError(f"there are no frames of {what} from {start:g} s {upto}: it lasts {duration:.2f} s")
+    return start, duration if end is None else end
 
 
 def _reason(error: Exception) -> str:
@@ -296,7 +306,7 @@ def _read_pictures(pictures: Sequence[Picture], what: str, frames: int, start: f
     starts = np.concatenate([[0.0], np.cumsum([seconds for _, seconds in pictures])])
     duration = float(starts[-1])
     fps = len(pictures) / duration
-    bound = _bound(start, end, duration)
+    bound = _bound(start, end, duration, what)
     check_range(len(pictures), fps, bound)
     indices = sample_indices(len(pictures), fps, frames, bound)
     loaded = {i: pictures[i][0]() for i in sorted(set(indices))}

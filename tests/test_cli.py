@@ -134,7 +134,7 @@ def test_bench(tmp_path: Path) -> None:
         ([SAMPLE, "<image>"], "question is empty"),
         ([SAMPLE, "What?", "--frames", "0"], "--frames"),
         ([SAMPLE, "What?", "--frames", "64"], "at most 8"),
-        ([SAMPLE, "What?", "--start", "50"], "no frames between"),
+        ([SAMPLE, "What?", "--start", "50"], "from 50 s on: it lasts 2.00 s"),
         ([SAMPLE, "What?", "--start", "-1"], "--start"),
         ([SAMPLE, "What?", "--end", "nan"], "--end"),
         ([SAMPLE, "What?", "--model", "nowhere"], "no bundle at nowhere"),
