@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ..engines.errors import PPLLaVAError
 from .graph import Tensor
 
+_SMALL_FILES = ("*.json", "*.model", "*.txt", "clip*/*.json", "siglip*/*.json", "clip*/*.txt")
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -50,6 +51,14 @@ def locate(name: str, subfolder: str = "", patterns: Iterable[str] | None = None
         raise PPLLaVAError(
             f"{name} is not a directory here and could not be read from the hub ({type(error).__name__}: {reason}); download it and name its directory"
         ) from None
+
+
+def locate_checkpoint(name: str, subfolder: str = "") -> Path:
+    """As locate; from the hub, only what is read: configuration, tokenizers, and safetensors, or .bin shards where there are none."""
+    folder = locate(name, subfolder, [*_SMALL_FILES, "*.safetensors"])
+    if not Path(name).expanduser().is_dir() and not any(folder.glob("*.safetensors")):
+        folder = locate(name, subfolder, [*_SMALL_FILES, "*.bin"])
+    return folder
 
 
 def read_json(path: Path) -> dict[str, Any]:

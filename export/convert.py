@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from ..engines.bundle import DecoderInfo, Manifest, PoolingInfo, Preprocessing, QuestionInfo, VisionInfo, write_manifest
 from ..engines.errors import PPLLaVAError
 from ..engines.prompt_template import TEMPLATES, PromptTemplate
-from .checkpoint import Checkpoint, locate, read_json
+from .checkpoint import Checkpoint, locate, locate_checkpoint, read_json
 from .config import Model, Overrides, read_model
 from .decoder import LANGUAGE, build_decoder
 from .graph import Graph, Tensor
@@ -82,7 +82,7 @@ def convert(options: Options, progress: Progress | None = None) -> tuple[Manifes
     Raises PPLLaVAError in one line for anything that the user can mend.
     """
     progress = progress or Progress()
-    folder = locate(options.checkpoint, options.subfolder)
+    folder = locate_checkpoint(options.checkpoint, options.subfolder)
     config = read_json(folder / "config.json")
     wanted = options.overrides.pooling or config.get("pooling", "avp")
     clip = _clip_folder(folder, config, options) if wanted == "ppllava" else None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..engines.bundle import Bundle
+from ..engines.contract import check_stage
 from ..engines.errors import EngineError, MediaError, PromptError
 from ..engines.ort import Stage, choose_device
 from . import anyres
@@ -49,7 +50,9 @@ class Pipeline:
         """The opened graph of a stage."""
         with self._lock:
             if name not in self._stages:
-                self._stages[name] = Stage(self.bundle.file(f"{name}.onnx"), self.device, self.threads)
+                stage = Stage(self.bundle.file(f"{name}.onnx"), self.device, self.threads)
+                check_stage(name, stage, self.manifest)
+                self._stages[name] = stage
             return self._stages[name]
 
     def load(self) -> None:

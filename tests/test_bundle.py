@@ -103,6 +103,35 @@ def test_large_bundles_are_hashed_once_and_again_after_a_change(copied: Path, mo
         Bundle.open(copied)
 
 
+def rehash(folder: Path) -> None:
+    """Make the manifest right about the files as they are: a forger would."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": bundles.hash_file(folder / name)} for name in manifest["files"]}
+    edit(folder, {"files": files})
+
+
+def test_a_graph_that_reads_weights_from_outside_the_bundle(copied: Path) -> None:
+    import onnx
+
+    model = onnx.load(copied / "trunk.onnx", load_external_data=False)
+    outside = next(t for t in model.graph.initializer if t.external_data)
+    next(e for e in outside.external_data if e.key == "location").value = "../../secret"
+    (copied / "trunk.onnx").write_bytes(model.SerializeToString())
+    rehash(copied)
+    assert_one_line_error(run_command("ppllava-info", copied), "trunk.onnx")
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [("decoder", {"layers": 4096}), ("decoder", {"kv_heads": 4096}), ("decoder", {"vocab": 1 << 20}), ("vision", {"states": 7}), ("vision", {"grid": [6, 5]})],
+    ids=str,
+)
+def test_shapes_are_checked_before_anything_is_allocated(copied: Path, part: str, change: dict[str, Any]) -> None:
+    manifest = json.loads((copied / "manifest.json").read_text())
+    edit(copied, {part: manifest[part] | change})
+    assert_one_line_error(run_command("ppllava-info", copied), "the manifest")
+
+
 _JUNK = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8) | st.lists(st.integers(-3, 3), max_size=4) | st.just({})
 
 

@@ -108,6 +108,21 @@ def test_a_sub_folder(golden: Path) -> None:
     assert run.returncode == 0, run.stderr
 
 
+def test_a_hub_id_from_the_hubs_own_cache(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a download leaves on the disk, read without a network."""
+    cache = golden.parent / "hub" / "models--someone--some-model"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("abc123")
+    shutil.copytree(golden, cache / "snapshots" / "abc123" / "inner")
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache.parent))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    output = golden.parent / "from-hub"
+    run = run_command("ppllava-export", "someone/some-model", "--subfolder", "inner", "-o", output, "--no-tokenizer")
+    assert run.returncode == 0, run.stderr
+    assert Bundle.open(output).manifest.checkpoint["name"] == "someone/some-model"
+    assert_one_line_error(run_command("ppllava-export", "someone/other", "-o", output, "--force"), "someone/other", "hub")
+
+
 def test_a_plain_clip_position_table_is_stretched(golden: Path) -> None:
     from ppllava_edge.export.question import stretch_positions
 

@@ -1,0 +1,48 @@
+"""Whether an opened graph takes and gives the shapes that the manifest promises: checked before anything is allocated by them."""
+
+from __future__ import annotations
+
+from .bundle import Manifest
+from .errors import BundleError
+from .ort import Stage
+
+Shape = list[int | None]  # None: any, or symbolic
+
+
+def promised(name: str, m: Manifest) -> dict[str, Shape]:
+    """Inputs and outputs of a stage, by name, as far as the manifest fixes them."""
+    v, d = m.vision, m.decoder
+    features: Shape = [None, v.patches, v.hidden_size]
+    states: Shape = [None, v.states, v.patches + v.class_token, v.hidden_size]
+    patches: Shape = [None, *v.grid]
+    embedding: Shape = [1, m.question.embedding_size if m.question else None]
+    if name == "trunk":
+        return {"pixels": [None, 3, v.image_size, v.image_size], "states": states}
+    if name == "temporal":
+        return {"states": states, "features": features}
+    if name == "question":
+        return {"ids": [1, None], "mask": [1, None], "q": embedding}
+    if name == "similarity":
+        return {"features": features, "q": embedding, "cosine": patches, "weights": patches}
+    if name == "pooling":
+        windows: dict[str, Shape] = {"weights": patches, "kernel": [3], "stride": [3]} if m.pooling.windowed else {}
+        return {"features": features, **windows, "visual_tokens": [None, d.hidden_size]}
+    cache: Shape = [1, d.kv_heads, None, d.head_size]
+    layers = {f"{when}.{i}.{kind}": cache for i in range(d.layers) for when in ("past", "present") for kind in ("key", "value")}
+    small: dict[str, Shape] = {"position_ids": [1, None], "write_index": [1], "mask": [1, 1, None, None]}
+    return {"inputs_embeds": [1, None, d.hidden_size], **small, **layers, "logits": [1, d.vocab]}
+
+
+def check_stage(name: str, stage: Stage, m: Manifest) -> None:
+    """Raise BundleError if the graph and the manifest don't belong together."""
+    values = [*stage.session.get_inputs(), *stage.session.get_outputs()]
+    found, wanted = {value.name: value.shape for value in values}, promised(name, m)
+    for tensor, want in wanted.items():
+        got = found.get(tensor)
+        if got is None:
+            raise BundleError(f"{stage.path} has no {tensor}, which the manifest promises; the bundle is damaged, export it again")
+        if len(got) != len(want) or any(w is not None and g != w for g, w in zip(got, want)):
+            raise BundleError(f"{stage.path}: {tensor} is {got}, the manifest promises {want}; the bundle is damaged, export it again")
+    extra = sorted(set(found) - set(wanted))
+    if extra:
+        raise BundleError(f"{stage.path} has inputs or outputs that the manifest doesn't know ({', '.join(extra[:4])}); the bundle is damaged")
