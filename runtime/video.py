@@ -22,6 +22,7 @@ from .frames import check_range, sample_indices
 SMALLEST_SIDE, LARGEST_SIDE, LARGEST_AREA = 8, 16384, 8192 * 8192  # pixels
 MOST_FRAMES = 4096  # that can be sampled at once
 MOST_ERRORS = 1000  # packets that may fail before a file is given up
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")  # none of which starts another program; FFmpeg opens more
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
 
 
@@ -248,13 +249,11 @@ def _open_picture(path: Path) -> Any:
 
     Image.MAX_IMAGE_PIXELS = None  # our own limit is checked instead, before anything is decoded
     try:
-        picture = Image.open(path)
+        picture = Image.open(path, formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
         return None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(f"{path} is a damaged image ({_reason(error)})") from None
-    if picture.format in ("MPO", "MPEG"):
-        return picture if picture.format == "MPO" else None
     check_size(*picture.size, str(path))
     return picture
 
