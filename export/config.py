@@ -238,6 +238,8 @@ def _decoder(config: dict[str, Any], text_type: str) -> tuple[Decoder, tuple[int
         raise PPLLaVAError("a decoder with use_sliding_window isn't supported")
     if c["hidden_act"] not in ("silu", "swish"):
         raise PPLLaVAError(f"the decoder's activation {c['hidden_act']!r} isn't supported (silu is)")
+    if text_type == "llama" and (c["attention_bias"] or c.get("mlp_bias")):
+        raise PPLLaVAError("a LLaMA decoder with attention_bias or mlp_bias isn't supported")
     heads = c["num_attention_heads"]
     decoder = Decoder(
         c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], heads, c["num_key_value_heads"] or heads,

@@ -264,6 +264,41 @@ def test_without_the_question_towers_configuration(golden: Path) -> None:
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("text_config", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3'"),
+        ("text_config", {"use_sliding_window": True}, "sliding"),
+        ("text_config", {"attention_bias": True}, "attention_bias"),
+        ("text_config", {"hidden_act": "relu"}, "'relu'"),
+        ("vision_config", {"model_type": "dinov2"}, "'dinov2'"),
+        ("vision_config", {"hidden_act": "swiglu"}, "'swiglu'"),
+        (None, {"btadapter_depth": 9}, "btadapter_depth 9"),
+        (None, {"frame_shape": [5, 6]}, "frame_shape"),
+        (None, {"pooling": "psychic"}, "'psychic'"),
+        (None, {"pooling_kernel": "2;3"}, "pooling_kernel"),
+    ],
+    ids=str,
+)
+def test_models_that_are_not_supported_are_refused_by_name(golden: Path, part: str | None, change: dict[str, Any], words: str) -> None:
+    config = json.loads((golden / "config.json").read_text())
+    change_config(golden, **(change if part is None else {part: config[part] | change}))
+    assert_one_line_error(export(golden), words)
+
+
+def test_linear_rotary_scaling_stretches_positions(golden: Path) -> None:
+    from ppllava_edge.export.config import Overrides, read_model
+    from ppllava_edge.export.decoder import rotary_tables
+
+    config = json.loads((golden / "config.json").read_text())
+    question = json.loads((golden / "clip_tiny" / "config.json").read_text())
+    plain = rotary_tables(read_model(config, question, Overrides()).decoder)
+    config["text_config"]["rope_scaling"] = {"type": "linear", "factor": 4.0}
+    scaled = rotary_tables(read_model(config, question, Overrides()).decoder)
+    for a, b in zip(plain, scaled):
+        np.testing.assert_allclose(b.load()[::4], a.load()[:256], atol=1e-6)
+
+
 # -- faults while writing --------------------------------------------------------------------------------------------
 
 
