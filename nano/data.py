@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 COVERED = 0.12  # a patch shows an object if it covers this share of it
 QUESTIONS = ["color", "shape", "direction", "direction", "count", "presence", "order", "position", "brief"]
+# Towards the end the easiest kind makes room for the hardest (color is still asked instead of kinds that a scene does not allow).
+LATE_QUESTIONS = ["order", *QUESTIONS[1:]]
 INSTEAD = ["shape", "color", "presence"]  # asked where a scene does not allow a kind
 
 
@@ -39,8 +42,8 @@ class Batch:
     kinds: Tensor
 
 
-def make_batch(rng: np.random.Generator, clips: int, patch: int, single: bool = False, with_questions: bool = True) -> Batch:
-    """Draw a batch. single: one frame of each scene instead of a clip."""
+def make_batch(rng: np.random.Generator, clips: int, patch: int, single: bool = False, questions: Sequence[str] = QUESTIONS) -> Batch:
+    """Draw a batch. single: one frame of each scene instead of a clip. questions: kinds to ask about each clip, a description beside them."""
     grid = FRAME // patch
     frames = 1 if single else STEPS
     objects = {name: np.full((clips, MAX_OBJECTS), -1) for name in ("colors", "shapes", "motions")}
@@ -64,8 +67,8 @@ def make_batch(rng: np.random.Generator, clips: int, patch: int, single: bool = 
         bins[b, :n] = np.clip(scene.centers(times) // (FRAME / POSITION_BINS), 0, POSITION_BINS - 1).transpose(1, 0, 2)
         if scene.staggered:
             order[b] = scene.appears.argmin(), scene.appears.argmax()
-        if with_questions:
-            asked = [_question(scene, kind, rng) for kind in [*QUESTIONS, "describe"]]
+        if questions:
+            asked = [_question(scene, kind, rng) for kind in [*questions, "describe"]]
             text.append([TEXT_ID[question] for _, question, _ in asked])
             answers.append([encode(answer) for _, _, answer in asked])
             kinds.append([KINDS.index(kind) for kind, _, _ in asked])

@@ -2,8 +2,8 @@
 
     python -m ppllava_edge.nano.train --out DIR [--seed S] [--unguided]
 
-Three stages in one schedule, as docs/nano.md tells: the towers on single frames (contrastive), then clips with the temporal branch
-(contrastive), then everything jointly (answers + contrastive). Data parallel over --processes one-thread processes. Batches depend on
+Stages in one schedule, as docs/nano.md tells: the towers on single frames (contrastive), then clips with the temporal branch
+(contrastive), then everything jointly (answers + contrastive), the last steps with another mix of questions. Data parallel over --processes one-thread processes. Batches depend on
 seed, process and step alone, so that a run that was stopped goes on where it was (--resume) as if nothing had happened.
 """
 
@@ -24,7 +24,7 @@ import torch
 import torch.multiprocessing as mp
 
 from .checkpoint import write_checkpoint
-from .data import make_batch
+from .data import LATE_QUESTIONS, QUESTIONS, make_batch
 from .losses import TEXT_ENDS, TEXT_IDS, answer_loss, contrastive_loss
 from .model import NanoPPLLaVA, Shape
 from .optimizer import FlatMuon
@@ -39,13 +39,14 @@ def learning_rate(step: int, total: int, peak: float, warmup: int = 60, decay_sh
 def step_loss(model: NanoPPLLaVA, args, stage: str, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
     """The loss of one step's batch in one process."""
     clips = args.clips // args.processes * (8 if stage == "frames" else 1)
-    batch = make_batch(rng, clips, model.shape.patch, single=stage == "frames", with_questions=stage == "joint")
+    questions = {"joint": QUESTIONS, "late": LATE_QUESTIONS}.get(stage, [])
+    batch = make_batch(rng, clips, model.shape.patch, single=stage == "frames", questions=questions)
     texts = model.questions(TEXT_IDS, TEXT_ENDS)
     features = model.features(batch.pixels, branch=stage != "frames")
     patches = model.patch_embeddings(features)
     logits = torch.einsum("bvd,kd->bkv", patches, texts) * model.logit_scale.float().exp()
     loss, figures = contrastive_loss(logits, batch, single=stage == "frames")
-    if stage == "joint":
+    if questions:
         answers, right, _ = answer_loss(model, features, patches, texts, batch)
         figures |= {"answer loss": float(answers.detach()), "exact": float(right.float().mean())}
         loss = answers + 0.5 * loss
@@ -77,7 +78,7 @@ def worker(rank: int, args, shared: torch.Tensor, barrier, started: float) -> No
     if args.init:
         model.load_state_dict(torch.load(args.init, weights_only=True)["weights"])
     optimizer = FlatMuon(model)
-    ends = np.cumsum([args.frame_steps, args.clip_steps, args.joint_steps])
+    ends = np.cumsum([args.frame_steps, args.clip_steps, args.joint_steps, args.late_steps])
     total, first = int(ends[-1]), 0
     spent = 0.0
     if args.resume and (out / "state.pt").exists():
@@ -86,7 +87,7 @@ def worker(rank: int, args, shared: torch.Tensor, barrier, started: float) -> No
         first, spent = state["step"], state["seconds"]
     recent: dict[str, list[float]] = {}
     for step in range(first, total):
-        stage = ("frames", "clips", "joint")[int(np.searchsorted(ends, step, side="right"))]
+        stage = ("frames", "clips", "joint", "late")[int(np.searchsorted(ends, step, side="right"))]
         loss, figures = step_loss(model, args, stage, np.random.default_rng([args.seed, rank, step]))
         loss.backward()
         shared[step % 2, rank].copy_(optimizer.gradient)
@@ -102,7 +103,7 @@ def worker(rank: int, args, shared: torch.Tensor, barrier, started: float) -> No
             line = {"step": done, "stage": stage, "seconds": round(seconds), "scale": round(float(model.logit_scale.exp()), 1)}
             line |= {name: round(float(np.mean(values)), 3) for name, values in recent.items()}
             recent = {}
-            if stage == "joint" and (done % (4 * args.report) == 0 or done == total):
+            if stage in ("joint", "late") and (done % (4 * args.report) == 0 or done == total):
                 line["validation"] = validate(model, 64, args.seed)
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
@@ -124,9 +125,10 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=32, help="clips a step, over all processes")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rate", type=float, default=1e-3, help="AdamW's peak rate; Muon's is 20 times that")
-    parser.add_argument("--frame-steps", type=int, default=250)
-    parser.add_argument("--clip-steps", type=int, default=400)
-    parser.add_argument("--joint-steps", type=int, default=800)
+    parser.add_argument("--frame-steps", type=int, default=200)
+    parser.add_argument("--clip-steps", type=int, default=550)
+    parser.add_argument("--joint-steps", type=int, default=450)
+    parser.add_argument("--late-steps", type=int, default=700, help="steps like the joint ones, with the mix of questions for the end")
     parser.add_argument("--report", type=int, default=25)
     parser.add_argument("--save", type=int, default=100)
     parser.add_argument("--unguided", action="store_true", help="uniform window weights, for comparison")
