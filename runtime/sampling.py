@@ -61,7 +61,7 @@ def probabilities(logits: np.ndarray, temperature: float, top_k: int = 0, top_p:
     p = np.exp(scaled - scaled.max())
     p /= p.sum()
     if top_p < 1:
-        order = np.argsort(-p, kind="stable")
+        order = np.argsort(-scaled, kind="stable")
         before = np.cumsum(p[order]) - p[order]
         p[order[before >= top_p]] = 0
         p /= p.sum()
