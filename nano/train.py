@@ -2,9 +2,10 @@
 
     python -m ppllava_edge.nano.train --out DIR [--seed S] [--unguided]
 
-Stages in one schedule, as docs/nano.md tells: the towers on single frames (contrastive), then clips with the temporal branch
-(contrastive), then everything jointly (answers + contrastive), the last steps with another mix of questions. Data parallel over --processes one-thread processes. Batches depend on
-seed, process and step alone, so that a run that was stopped goes on where it was (--resume) as if nothing had happened.
+Stages in one schedule, as docs/nano.md tells: the towers on single frames (contrastive), clips with the temporal branch (contrastive),
+everything jointly (answers + contrastive), and at the end the same with another mix of questions. Data parallel over --processes
+one-thread processes. Batches depend on seed, process and step alone, so a run that was stopped goes on (--resume) as if nothing had
+happened.
 """
 
 from __future__ import annotations
