@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def main(checkpoint: str, output: Path, precision: str, as_json: bool, **options
 
     Weights are read tensor by tensor: the whole model is never in memory.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to end: tidy up as for an interrupt
     try:
         from .config import Overrides
         from .convert import PARTS, Options, convert
