@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,6 @@ def _load_bin(file: Path) -> Any:
     except ImportError:
         raise PPLLaVAError(f"{file.name} is a .bin shard, which only torch reads: pip install 'ppllava-edge[train]'") from None
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))  # old ones can't be mapped
     except Exception as error:  # unpickling errors of many kinds
         raise PPLLaVAError(f"{file} can't be read as plain weights ({type(error).__name__}); it may hold code, which is never run") from None

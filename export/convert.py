@@ -93,9 +93,9 @@ def convert(options: Options, progress: Progress | None = None) -> tuple[Manifes
         raise PPLLaVAError(f"{options.output} exists already; name another directory, or replace it with --force")
     with contextlib.closing(Checkpoint(folder)) as checkpoint, _work_beside(output) as work:
         progress.start(_check_tensors(checkpoint, model, options.precision))
+        tokens = _write_tokenizers(folder, clip, model, options, template, work) if options.tokenizer else None  # first: quick, and may fail
         reports = _write_stages(checkpoint, model, options.precision, work, progress)
         reports.append(_write_embeddings(checkpoint, model, options.precision["embeddings"], work))
-        tokens = _write_tokenizers(folder, clip, model, options, template, work) if options.tokenizer else None
         manifest = _manifest(checkpoint, model, options, template, tokens, config)
         manifest = write_manifest(work, manifest)
         _move_into_place(work, output, options.force)
@@ -143,7 +143,7 @@ def _clip_folder(folder: Path, config: dict[str, Any], options: Options) -> Path
     try:
         return locate(str(told), patterns=patterns)
     except PPLLaVAError as error:
-        raise PPLLaVAError(f"the question tower's configuration (clip_weight in config.json): {error} with --clip") from None
+        raise PPLLaVAError(f"the question tower's configuration is not there ({error}); name its directory with --clip") from None
 
 
 def _template(told: str | dict[str, Any]) -> PromptTemplate:

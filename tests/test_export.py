@@ -77,8 +77,10 @@ def test_bin_shards_need_torch_and_never_run_code(golden: Path) -> None:
         assert_one_line_error(export(golden), "ppllava-edge[train]")
         return
     tensors = {name: torch.from_numpy(a.copy()) for name, a in load_file(golden.parent / "kept.safetensors").items()}
-    torch.save(tensors, golden / "pytorch_model.bin")
-    assert export(golden, "--precision", "fp32").returncode == 0
+    for old in (False, True):
+        torch.save(tensors, golden / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
+        run = export(golden, "--precision", "fp32", "--force")
+        assert run.returncode == 0, run.stderr
 
     class Evil:
         def __reduce__(self) -> tuple[Any, tuple[str]]:
