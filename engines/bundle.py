@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -392,13 +391,9 @@ def _digest(x: object, name: str) -> str:
     return x
 
 
-def write_manifest(folder: Path, manifest: Manifest, hashed: Callable[[str], None] | None = None) -> Manifest:
-    """Hash every file in folder, complete the manifest with them and write it. hashed: called with each name, for progress."""
-    files = {}
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST):
-        files[path.name] = FileEntry(path.stat().st_size, hash_file(path))
-        if hashed:
-            hashed(path.name)
-    manifest = replace(manifest, files=files)
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Hash every file in folder, complete the manifest with them and write it."""
+    paths = sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
+    manifest = replace(manifest, files={path.name: FileEntry(path.stat().st_size, hash_file(path)) for path in paths})
     (folder / MANIFEST).write_text(json.dumps(manifest.as_json(), indent=1) + "\n", encoding="utf-8")
     return manifest

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ..engines.bundle import POOLINGS
 from ..engines.errors import PPLLaVAError
 from ..engines.terminal import Command, fail, human_bytes, table, triple
 
@@ -24,7 +25,7 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16"}
 @click.option("--clip", help="Directory or hub id of the question tower (CLIP or SigLIP), if the checkpoint lacks it.")
 @click.option("--base", help="Directory or hub id of the language model's tokenizer, if the checkpoint lacks it.")
 @click.option("--no-tokenizer", is_flag=True, help="Write a bundle without tokenizers, for use with token ids only.")
-@click.option("--pooling", type=click.Choice(["ppllava", "pllava", "pllava_npu", "avp", "none"]), help="Pooling instead of the checkpoint's.")
+@click.option("--pooling", type=click.Choice(POOLINGS), help="Pooling instead of the checkpoint's.")
 @click.option("--kernel", callback=triple("--kernel"), metavar="T,H,W", help="Pooling window for videos.")
 @click.option("--stride", callback=triple("--stride"), metavar="T,H,W", help="Step between windows for videos; smaller than the kernel: they overlap.")
 @click.option("--output-size", callback=triple("--output-size"), metavar="T,H,W", help="Windows along frames, rows, columns.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..engines.bundle import POOLINGS
 from ..engines.errors import PPLLaVAError
 from ..engines.pooling import Windows
 from .layers import ACTIVATIONS
@@ -24,8 +25,6 @@ LLAMA: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 11008, "num_h
              "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 2048, "vocab_size": 32000, "hidden_act": "silu",
              "head_dim": None, "tie_word_embeddings": False, "attention_bias": False, "eos_token_id": 2}  # fmt: skip
 QWEN2 = LLAMA | {"intermediate_size": 22016, "max_position_embeddings": 32768, "vocab_size": 151936, "attention_bias": True, "eos_token_id": None}
-
-POOLINGS = ("ppllava", "pllava", "pllava_npu", "avp", "none")
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ class AnswerStream:
         at = _lap(timings, "pooling", at)
         before, after = qa.text.prompt_pieces(self._question)
         embeds = np.concatenate([pipeline.embed_tokens(before), visual, pipeline.embed_tokens(after)])
-        stop_ids = qa.text.stop_ids()
+        stop_ids = pipeline.manifest.stop_ids
         new_ids = pipeline.generate(embeds, self._most, stop_ids, self._sampling)
         detokenizer = Detokenizer(lambda tokens: qa.text.tokenizer.decode(tokens, skip_special_tokens=True), self._stop)
         count, text, finish = 0, "", "length"

@@ -65,10 +65,6 @@ class TextSide:
             raise BundleError(f"the tokenizer of {self.bundle.path} gives {len(pieces) - 1} image places for a prompt with one; export it again")
         return pieces
 
-    def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer."""
-        return self.manifest.stop_ids
-
 
 def clean_question(question: str) -> str:
     """A question without image tags and outer white space. Raises PromptError if nothing is left."""
