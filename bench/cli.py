@@ -70,8 +70,7 @@ def measure(
     cold = _cold_start(bundle, p.device)
     m, random = p.manifest, np.random.default_rng(0)
     count = frames or m.vision.default_frames
-    if m.vision.max_frames and count > m.vision.max_frames:
-        raise PPLLaVAError(f"{count} frames are too many: this model's temporal adapter knows at most {m.vision.max_frames}")
+    p.check_frames(count)
     pixels = random.standard_normal((count, 3, m.vision.image_size, m.vision.image_size)).astype(np.float32)
     ids = random.integers(0, min(m.decoder.vocab, 1000), text_tokens)
     samples: dict[str, list[float]] = {}

@@ -61,7 +61,7 @@ class Stage:
             self.session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             hint = "; it needs ONNX Runtime 1.24 or newer" if "opset" in str(error).lower() else ""
-            raise EngineError(f"ONNX Runtime {ort.__version__} can't open {path.name}: {_first_line(error)}{hint}") from None
+            raise EngineError(f"ONNX Runtime {ort.__version__} can't open {path.name}: {first_line(error)}{hint}") from None
         if device == "cuda" and "CUDAExecutionProvider" not in self.session.get_providers():
             raise EngineError("ONNX Runtime could not start its CUDA provider (driver, CUDA or cuDNN missing); use --device cpu")
         self.path, self.device = path, device
@@ -73,9 +73,10 @@ class Stage:
         try:
             return self.session.run(None, {name: np.ascontiguousarray(a, dtype=self.dtypes[name]) for name, a in inputs.items()})
         except Exception as error:
-            raise EngineError(f"{self.path.name} failed: {_first_line(error)}") from None
+            raise EngineError(f"{self.path.name} failed: {first_line(error)}") from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an engine said, cut to one line."""
     text = str(error).strip()
     return (text.splitlines()[0] if text else type(error).__name__)[:300]

@@ -5,7 +5,7 @@ config.json omits values that equal the defaults of its model class, so those de
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..engines.bundle import POOLINGS
@@ -138,7 +138,6 @@ class Overrides:
     temperature: float | None = None
     valuew_plus: bool | None = None
     template: str | dict[str, Any] | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def read_model(config: dict[str, Any], question_config: dict[str, Any] | None, overrides: Overrides) -> Model:

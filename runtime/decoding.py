@@ -10,7 +10,7 @@ import numpy as np
 
 from ..engines.bundle import DecoderInfo
 from ..engines.errors import EngineError, PromptError
-from ..engines.ort import Stage, import_onnxruntime
+from ..engines.ort import Stage, first_line, import_onnxruntime
 
 CAPACITY_STEP = 256  # attention's cost follows the cache's capacity, so it fits the generation, rounded up to this
 
@@ -18,7 +18,7 @@ CAPACITY_STEP = 256  # attention's cost follows the cache's capacity, so it fits
 class KVCache:
     """Keys and values of all layers, written in place: past and present of a layer are one buffer.
 
-    Invariants (tests/test_kv_cache.py): 0 <= length <= capacity; a step writes at positions length … length+s-1 and nowhere else; no
+    Invariants (tests/test_decoding.py): 0 <= length <= capacity; a step writes at positions length … length+s-1 and nowhere else; no
     buffer is allocated after the cache was made.
     """
 
@@ -161,7 +161,7 @@ class _Step:
         try:
             self.stage.session.run_with_iobinding(self.binding)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            raise EngineError(f"decoder.onnx failed: {str(error).splitlines()[0][:300]}") from None
+            raise EngineError(f"decoder.onnx failed: {first_line(error)}") from None
         if self.stage.device == "cpu":
             return self.logits[0].copy()
         return dict(zip(self.stage.outputs, self.binding.get_outputs()))["logits"].numpy()[0]

@@ -8,6 +8,8 @@ import numpy as np
 
 from ..engines.errors import MediaError
 
+WHOLE = (-100000.0, 100000.0)  # seconds: the bound of a whole video, upstream's
+
 
 def sample_indices(count: int, fps: float, frames: int, bound: tuple[float, float] | None = None, first: int = 0) -> list[int]:
     """The middle frame of each of `frames` equal segments of a video of `count` frames (upstream's get_index).
@@ -20,17 +22,18 @@ def sample_indices(count: int, fps: float, frames: int, bound: tuple[float, floa
     return [int(first_index + segment / 2 + np.round(segment * i)) for i in range(frames)]
 
 
-def check_range(count: int, fps: float, bound: tuple[float, float] | None) -> None:
-    """Raise MediaError if no frame of the video lies between the bound's (start, end) seconds."""
+def check_range(count: int, fps: float, bound: tuple[float, float] | None, what: str) -> None:
+    """Raise MediaError if no frame of a video lies between the bound's (start, end) seconds. what: the video, for the message."""
     if count < 1:
-        raise MediaError("the video has no frames")
+        raise MediaError(f"{what} has no frames")
     first_index, last_index = _ends(count, fps, bound, 0)
     if bound and (bound[1] < bound[0] or first_index > last_index):
-        raise MediaError(f"there are no frames between {bound[0]:g} and {bound[1]:g} s; the video lasts {count / fps:.2f} s")
+        upto = "on" if bound[1] == WHOLE[1] else f"to {bound[1]:g} s"
+        raise MediaError(f"there are no frames of {what} from {bound[0]:g} s {upto}: it lasts {count / fps:.2f} s")
 
 
 def _ends(count: int, fps: float, bound: tuple[float, float] | None, first: int) -> tuple[int, int]:
-    start, end = bound if bound else (-100000.0, 100000.0)
+    start, end = bound or WHOLE
     return max(first, round(start * fps)), min(round(end * fps), count - 1)
 
 

@@ -83,12 +83,18 @@ class Pipeline:
 
     def branch(self, states: np.ndarray) -> np.ndarray:
         """states (T,S,P+1,C) of one clip → features (T,P,C). Raises MediaError for clips longer than the temporal adapter knows."""
-        limit = self.manifest.vision.max_frames
-        if limit is None:
+        if self.manifest.vision.max_frames is None:
             return np.ascontiguousarray(states[:, -1, 1:] if self.manifest.vision.class_token else states[:, -1])
-        if len(states) > limit:
-            raise MediaError(f"{len(states)} frames are too many: this model's temporal adapter knows at most {limit}; use --frames {limit} or fewer")
+        self.check_frames(len(states))
         return self.stage("temporal")(states=states)[0]
+
+    def check_frames(self, count: int) -> None:
+        """Raise MediaError if a clip of `count` frames is longer than the temporal adapter knows."""
+        limit = self.manifest.vision.max_frames
+        if limit is not None and count > limit:
+            raise MediaError(
+                f"{count} frames are too many: the temporal adapter of {self.manifest.name} knows at most {limit}; use --frames {limit} or fewer"
+            )
 
     def encode_frames(self, pixels: np.ndarray, media: str = "video") -> np.ndarray:
         """pixels (T,3,H,W) float32, preprocessed → features (T,P,C).

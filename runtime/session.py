@@ -110,11 +110,11 @@ class VideoQA:
         started = time.perf_counter()
         if isinstance(source, (str, os.PathLike)):
             count = self.pipeline.manifest.vision.default_frames if frames is None else frames
-            self._check_frames(count)
+            self.pipeline.check_frames(count)
             read = read_frames(source, count, start, end, None if progress is None else lambda done, of: progress("decode", done, of))
         else:
             read = _given_frames(source, frames)
-            self._check_frames(len(read.images))
+            self.pipeline.check_frames(len(read.images))
         decoded = time.perf_counter()
         media = "video" if read.kind == "video" or self.pipeline.manifest.pooling.method.startswith("pllava") else "image"
         features, size = self._encode(read, media, progress)
@@ -137,11 +137,6 @@ class VideoQA:
                 progress("vision", min(i + step, len(distinct)), len(distinct))
         row = {index: k for k, index in enumerate(distinct)}
         return p.branch(np.concatenate(states)[[row[i] for i in read.indices]]), None
-
-    def _check_frames(self, count: int) -> None:
-        limit = self.pipeline.manifest.vision.max_frames
-        if limit is not None and count > limit:
-            raise MediaError(f"{count} frames are too many: the temporal adapter of {self.name} knows at most {limit}; use --frames {limit} or fewer")
 
 
 class Video:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..engines.errors import MediaError
-from .frames import check_range, sample_indices
+from .frames import WHOLE, check_range, sample_indices
 
 SMALLEST_SIDE, LARGEST_SIDE, LARGEST_AREA = 8, 16384, 8192 * 8192  # pixels
 MOST_FRAMES = 4096  # that can be sampled at once
@@ -92,8 +92,8 @@ class _Index:
 
 def _read_video(path: Path, frames: int, start: float | None, end: float | None, progress: Callable[[int, int], None] | None) -> Frames:
     index = _index_packets(path)
-    bound = _bound(start, end, index.count / index.fps, str(path))
-    check_range(index.count, index.fps, bound)
+    bound = _bound(start, end)
+    check_range(index.count, index.fps, bound, str(path))
     indices = sample_indices(index.count, index.fps, frames, bound)
     found, decoded, damaged = _decode(path, set(indices), index, progress)
     notes = []
@@ -101,7 +101,7 @@ def _read_video(path: Path, frames: int, start: float | None, end: float | None,
     if missing:  # fewer frames came out than packets went in: choose again among those that did
         if decoded == 0:
             raise MediaError(f"no frame of {path} could be decoded; the file is damaged")
-        check_range(decoded, index.fps, bound)
+        check_range(decoded, index.fps, bound, str(path))
         indices = sample_indices(decoded, index.fps, frames, bound)
         found, _, damaged = _decode(path, set(indices), index, None)
         indices = [i for i in indices if i in found]
@@ -222,15 +222,11 @@ def check_size(width: int, height: int, what: str, unknown_allowed: bool = False
         raise MediaError(f"{what}: frames of {width}x{height} pixels are too large; scale the video down below {LARGEST_AREA // 10**6} megapixels")
 
 
-def _bound(start: float | None, end: float | None, duration: float, what: str) -> tuple[float, float] | None:
-    """The range in seconds, None for all. Raises MediaError for one that holds no frames."""
+def _bound(start: float | None, end: float | None) -> tuple[float, float] | None:
+    """The range in seconds, None for all."""
     if start is None and end is None:
         return None
-    start = start or 0.0
-    if start >= duration or (end is not None and end < start):
-        upto = "on" if end is None else f"to {end:g} s"
-        raise MediaError(f"there are no frames of {what} from {start:g} s {upto}: it lasts {duration:.2f} s")
-    return start, duration if end is None else end
+    return start or 0.0, WHOLE[1] if end is None else end
 
 
 def _reason(error: Exception) -> str:
@@ -305,8 +301,8 @@ def _read_pictures(pictures: Sequence[Picture], what: str, frames: int, start: f
     starts = np.concatenate([[0.0], np.cumsum([seconds for _, seconds in pictures])])
     duration = float(starts[-1])
     fps = len(pictures) / duration
-    bound = _bound(start, end, duration, what)
-    check_range(len(pictures), fps, bound)
+    bound = _bound(start, end)
+    check_range(len(pictures), fps, bound, what)
     indices = sample_indices(len(pictures), fps, frames, bound)
     loaded = {i: pictures[i][0]() for i in sorted(set(indices))}
     return Frames([loaded[i] for i in indices], indices, [float(starts[i]) for i in indices], len(pictures), fps, duration)
