@@ -128,6 +128,8 @@ class Manifest:
     checkpoint: dict[str, Any] = field(default_factory=dict)
     created_by: str = ""
     demo: bool = False
+    calibration: dict[str, Any] | None = None
+    parity: dict[str, Any] | None = None
     files: dict[str, FileEntry] = field(default_factory=dict)
 
     def required_files(self) -> list[str]:
@@ -144,7 +146,7 @@ class Manifest:
         v, p, d = self.vision, self.preprocessing, self.decoder
         return {
             "format": FORMAT, "schema": SCHEMA, "created_by": self.created_by, "name": self.name, "family": self.family, "demo": self.demo,
-            "checkpoint": self.checkpoint, "precision": self.precision,
+            "checkpoint": self.checkpoint, "precision": self.precision, "calibration": self.calibration, "parity": self.parity,
             "vision": {"image_size": v.image_size, "grid": list(v.grid), "hidden_size": v.hidden_size, "class_token": v.class_token,
                        "states": v.states, "max_frames": v.max_frames, "default_frames": v.default_frames},
             "preprocessing": {"method": p.method, "size": p.size, "mean": list(p.mean), "std": list(p.std),
@@ -317,12 +319,12 @@ def _parse(value: dict[str, Any]) -> Manifest:
             _count(d["hidden_size"], "decoder.hidden_size", 1 << 16), _count(d["layers"], "decoder.layers", 1 << 12),
             _count(d["kv_heads"], "decoder.kv_heads", 1 << 12), _count(d["head_size"], "decoder.head_size", 1 << 12),
             _count(d["vocab"], "decoder.vocab", 1 << 24), _count(d["context"], "decoder.context", 1 << 24),
-            _one_of(d["kv_dtype"], ("float32", "float16"), "decoder.kv_dtype"),
+            _one_of(d["kv_dtype"], ("float32", "float16", "int8"), "decoder.kv_dtype"),
         ),
         prompt=PromptTemplate.from_json(value["prompt"]), image_token=_count(value["image_token"], "image_token", 1 << 31, least=0),
         stop_ids=tuple(_count(i, "stop_ids", 1 << 31, least=0) for i in value["stop_ids"]),
         tokenizer=_flag(value["tokenizer"], "tokenizer"), checkpoint=dict(value["checkpoint"]), created_by=_text(value["created_by"], "created_by"),
-        demo=_flag(value["demo"], "demo"),
+        demo=_flag(value["demo"], "demo"), calibration=_facts(value.get("calibration"), "calibration"), parity=_facts(value.get("parity"), "parity"),
         files={
             _file_name(name): FileEntry(_count(f["bytes"], f"files.{name}.bytes", 1 << 50, least=0), _digest(f["sha256"], name))
             for name, f in value["files"].items()
@@ -346,6 +348,12 @@ def _number(x: object, what: str) -> float:
     if not isinstance(x, (int, float)) or isinstance(x, bool) or not 0 < x < 1e6:
         raise ValueError(f"{what} must be a number above 0")
     return float(x)
+
+
+def _facts(x: Any, what: str) -> dict[str, Any] | None:
+    if x is not None and not isinstance(x, dict):
+        raise ValueError(f"{what} must be an object or null")
+    return x
 
 
 def _flag(x: object, what: str) -> bool:

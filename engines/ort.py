@@ -9,7 +9,10 @@ import numpy as np
 
 from .errors import EngineError
 
-_NUMPY_TYPE = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
+_NUMPY_TYPE = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(int8)": np.int8,
+    "tensor(bool)": np.bool_,
+}  # fmt: skip
 
 
 def import_onnxruntime() -> Any:
@@ -54,6 +57,7 @@ class Stage:
         ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")  # weight-only products multiply in INT8: 5 times faster
         if threads:
             options.intra_op_num_threads = threads
         providers: list[Any] = ["CPUExecutionProvider"] if device == "cpu" else [("CUDAExecutionProvider", {}), "CPUExecutionProvider"]

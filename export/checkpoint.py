@@ -5,7 +5,6 @@ Nothing in a checkpoint runs: safetensors holds plain arrays, and .bin files are
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import zipfile
@@ -18,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..engines.errors import PPLLaVAError
-from .graph import Tensor
+from ..engines.graph import Tensor
 
 _SMALL_FILES = ("*.json", "*.model", "*.txt", "clip*/*.json", "siglip*/*.json", "clip*/*.txt")
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -84,8 +83,7 @@ class Checkpoint:
         self.asked: set[str] = set()
         self.problems: list[str] = []
         self._file_of: dict[str, Path] = {}
-        self._readers: dict[Path, Any] = {}
-        self._stack = contextlib.ExitStack()
+        self._loaded: dict[Path, Any] = {}  # .bin shards
         self.files = self._find_files()
         for file in self.files:
             for name, shape in self._list(file):
@@ -95,9 +93,8 @@ class Checkpoint:
         return name in self.shapes
 
     def close(self) -> None:
-        """Close all files."""
-        self._readers.clear()
-        self._stack.close()
+        """Let go of all files."""
+        self._loaded.clear()
 
     def source(self, prefix: str = "") -> Callable[..., Tensor]:
         """source("linear_1.weight", 48, 32): that tensor below prefix. A missing or wrongly shaped one is noted in `problems`."""
@@ -149,24 +146,29 @@ class Checkpoint:
                 return found
         raise PPLLaVAError(f"{self.folder} holds no weights: no model.safetensors, no index, no .bin shards")
 
-    def _list(self, file: Path) -> Iterable[tuple[str, tuple[int, ...]]]:
+    def _list(self, file: Path) -> list[tuple[str, tuple[int, ...]]]:
         if file.suffix == ".bin":
-            return [(name, tuple(tensor.shape)) for name, tensor in self._reader(file).items()]
-        reader = self._reader(file)
-        return [(name, tuple(reader.get_slice(name).get_shape())) for name in reader.keys()]  # noqa: SIM118  (not a dict)
-
-    def _reader(self, file: Path) -> Any:
-        if file not in self._readers:
-            try:
-                self._readers[file] = _load_bin(file) if file.suffix == ".bin" else self._stack.enter_context(safe_open(file, "np"))
-            except SafetensorError as error:
-                raise PPLLaVAError(f"{file} is not a valid safetensors file: {error}") from None
-        return self._readers[file]
+            return [(name, tuple(tensor.shape)) for name, tensor in self._bin(file).items()]
+        with _safetensors(file) as reader:
+            return [(name, tuple(reader.get_slice(name).get_shape())) for name in reader.keys()]  # noqa: SIM118  (not a dict)
 
     def _read(self, file: Path, name: str) -> np.ndarray:
         if file.suffix == ".bin":
-            return self._reader(file)[name].float().numpy()
-        return self._reader(file).get_tensor(name)
+            return self._bin(file)[name].float().numpy()
+        with _safetensors(file) as reader:  # opened for every tensor: the pages of a mapping that stays open count as our memory
+            return reader.get_tensor(name)
+
+    def _bin(self, file: Path) -> Any:
+        if file not in self._loaded:
+            self._loaded[file] = _load_bin(file)
+        return self._loaded[file]
+
+
+def _safetensors(file: Path) -> Any:
+    try:
+        return safe_open(file, "np")
+    except SafetensorError as error:
+        raise PPLLaVAError(f"{file} is not a valid safetensors file: {error}") from None
 
 
 def _load_bin(file: Path) -> Any:

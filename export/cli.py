@@ -11,16 +11,14 @@ from typing import Any
 import click
 
 from ..engines.bundle import POOLINGS
-from ..engines.errors import PPLLaVAError
 from ..engines.terminal import Command, fail, human_bytes, table, triple
-
-PRECISIONS = {"fp32": "float32", "fp16": "float16"}
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("checkpoint")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the bundle to write.")
-@click.option("--precision", default="fp16", show_default=True, help="fp32 or fp16; or per part, like vision=fp16,decoder=fp32.")
+@click.option("--precision", default="fp16", show_default=True, help="fp32, fp16, int8 or int4; or per part, like vision=int8,decoder=int4,kv=int8.")
+@click.option("--block", type=click.Choice(["16", "32", "64", "128"]), default="32", show_default=True, help="Weights per INT4 scale; 128 for TensorRT.")
 @click.option("--subfolder", default="", help="Where the checkpoint lies inside its directory or hub repository.")
 @click.option("--clip", help="Directory or hub id of the question tower (CLIP or SigLIP), if the checkpoint lacks it.")
 @click.option("--base", help="Directory or hub id of the language model's tokenizer, if the checkpoint lacks it.")
@@ -44,7 +42,9 @@ def main(checkpoint: str, output: Path, precision: str, as_json: bool, **options
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to end: tidy up as for an interrupt
     try:
         from .config import Overrides
-        from .convert import PARTS, Options, convert
+        from .convert import convert
+        from .precision import parse_precision
+        from .sources import Options
     except ModuleNotFoundError as error:
         fail(f"exporting needs the package {error.name}: pip install 'ppllava-edge[export]'")
     overrides = Overrides(
@@ -52,8 +52,8 @@ def main(checkpoint: str, output: Path, precision: str, as_json: bool, **options
         options["pooling_temperature"], options["valuew_plus"], options["template"],
     )  # fmt: skip
     job = Options(
-        checkpoint, output, parse_precision(precision, PARTS), overrides, options["subfolder"], options["clip"], options["base"],
-        not options["no_tokenizer"], options["force"],
+        checkpoint, output, parse_precision(precision), overrides, options["subfolder"], options["clip"], options["base"],
+        not options["no_tokenizer"], options["force"], int(options["block"]),
     )  # fmt: skip
     with _progress() as progress:
         manifest, reports = convert(job, progress)
@@ -65,20 +65,6 @@ def main(checkpoint: str, output: Path, precision: str, as_json: bool, **options
     total = sum(f.bytes for f in manifest.files.values())
     rows.append(("all", f"{sum(r.parameters for r in reports):,}", human_bytes(total), f"{sum(r.seconds for r in reports):.2f}"))
     table(f"{manifest.name} → {output}", ("stage", "parameters", "size", "seconds"), rows, err=True)
-
-
-def parse_precision(text: str, parts: tuple[str, ...]) -> dict[str, str]:
-    """"fp16" or "vision=fp16,decoder=fp32" → a float type per part. Raises PPLLaVAError."""
-    known = ", ".join(PRECISIONS)
-    chosen = dict.fromkeys(parts, "float16")
-    for piece in text.split(","):
-        part, equals, value = piece.strip().rpartition("=")
-        if value not in PRECISIONS:
-            raise PPLLaVAError(f"--precision {text}: {value!r} is unknown; choose {known}")
-        if equals and part not in parts:
-            raise PPLLaVAError(f"--precision {text}: there is no part {part!r}; the parts are {', '.join(parts)}")
-        chosen.update({part: PRECISIONS[value]} if equals else dict.fromkeys(parts, PRECISIONS[value]))
-    return chosen
 
 
 def _progress() -> Any:

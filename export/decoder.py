@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..engines.graph import Graph, Tensor
 from .config import Decoder
-from .graph import Graph, Tensor
 from .layers import Source, activation, linear, merge_heads, rms_norm, split_heads
 
 LANGUAGE = "language_model."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from .graph import Graph, Tensor
+from ..engines.graph import Graph, Tensor
 
 Source = Callable[..., Tensor]  # source("name", *shape) → Tensor; see checkpoint.Checkpoint.source
 

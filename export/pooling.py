@@ -14,8 +14,8 @@ from typing import Any
 import onnx
 from onnx import helper
 
+from ..engines.graph import DOMAIN, OPSET, Graph
 from .config import Model
-from .graph import DOMAIN, OPSET, Graph
 from .layers import Source, linear
 
 POOL = "PromptGuidedPool3d"

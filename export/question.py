@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..engines.graph import Graph, Tensor
 from .config import Question
-from .graph import Graph, Tensor
 from .layers import Source, layer_norm, linear, transformer_layer
 
 TOWER = "multi_modal_projector.clip_text_model."

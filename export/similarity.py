@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
+from ..engines.graph import Graph
 from .config import Model
-from .graph import Graph
 from .layers import Source, activation, layer_norm, linear
 
 PROJECTOR = "multi_modal_projector."

@@ -6,8 +6,8 @@ spatial layer) pairs; it reads the trunk's states and never writes to them. The 
 
 from __future__ import annotations
 
+from ..engines.graph import Graph
 from .config import Vision
-from .graph import Graph
 from .layers import Source, layer_norm, linear, mlp, self_attention
 
 

@@ -6,8 +6,8 @@ states that its branch reads. Layers above the features are not there.
 
 from __future__ import annotations
 
+from ..engines.graph import Graph
 from .config import Vision
-from .graph import Graph
 from .layers import Source, layer_norm, transformer_layer
 
 TOWER = "vision_tower.vision_model."

@@ -210,12 +210,24 @@ class Pipeline:
 
     def embed_tokens(self, ids: Iterable[int] | np.ndarray) -> np.ndarray:
         """Token ids (L,) → embeddings (L,D) float32, read from the mapped file row by row."""
-        table, d = self._embeddings.get_slice("embed_tokens"), self.manifest.decoder
+        d = self.manifest.decoder
         ids = [int(i) for i in np.asarray(ids, np.int64).ravel()]
         if any(not 0 <= i < d.vocab for i in ids):
             raise PromptError(f"token ids must lie in 0 to {d.vocab - 1}")
-        rows = [table[i : i + 1] for i in ids]
-        return np.concatenate(rows).astype(np.float32) if rows else np.zeros((0, d.hidden_size), np.float32)
+        if not ids:
+            return np.zeros((0, d.hidden_size), np.float32)
+        rows = self._rows("embed_tokens", ids)
+        return rows if self._embedding_scales is None else rows * self._embedding_scales[ids][:, None]
+
+    def _rows(self, name: str, ids: list[int]) -> np.ndarray:
+        table = self._embeddings.get_slice(name)
+        return np.concatenate([table[i : i + 1] for i in ids]).astype(np.float32)
+
+    @cached_property
+    def _embedding_scales(self) -> np.ndarray | None:
+        """A scale per row where the table is INT8."""
+        name = "embed_tokens.scale"
+        return self._embeddings.get_tensor(name).astype(np.float32) if name in self._embeddings.keys() else None  # noqa: SIM118  (not a dict)
 
     def prefill(self, inputs_embeds: np.ndarray) -> np.ndarray:
         """inputs_embeds (S,D) → logits (V,) float32 of the last position."""

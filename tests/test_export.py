@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import GOLDEN, assert_one_line_error, run_command
+from ppllava_edge.engines import graph
 from ppllava_edge.engines.bundle import Bundle
 from ppllava_edge.engines.errors import PPLLaVAError
-from ppllava_edge.export import graph
-from ppllava_edge.export.cli import parse_precision
-from ppllava_edge.export.convert import PARTS, Options, convert
+from ppllava_edge.export.convert import convert
+from ppllava_edge.export.precision import parse_precision
+from ppllava_edge.export.sources import Options
 from ppllava_edge.runtime import Pipeline
 from safetensors.numpy import load_file, save_file
 
-FP32 = dict.fromkeys(PARTS, "float32")
+FP32 = parse_precision("fp32")
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ def test_pooling_options(golden: Path) -> None:
         (("--template", "nonsense"), "plain_v1"),
         (("--precision", "fp12"), "'fp12'"),
         (("--precision", "eyes=fp16"), "'eyes'"),
-        (("--precision", "int8"), "int8"),
+        (("--precision", "int2"), "int2"),
         (("--clip", "nobody/nothing-of-that-name"), "nobody/nothing"),
     ],
     ids=str,
@@ -195,11 +196,13 @@ def test_options_that_do_not_parse(golden: Path, flags: tuple[str, ...]) -> None
 
 
 def test_precision_per_part() -> None:
-    assert set(parse_precision("fp32", PARTS).values()) == {"float32"}
-    mixed = parse_precision("vision=fp32,decoder=fp16", PARTS)
-    assert mixed["vision"] == "float32" and mixed["decoder"] == "float16"
-    with pytest.raises(PPLLaVAError):
-        parse_precision("", PARTS)
+    assert set(parse_precision("fp32").parts.values()) == {"fp32"}
+    mixed = parse_precision("vision=fp32,decoder=int4,kv=int8")
+    assert mixed.float_type("trunk") == "float32" and mixed.float_type("decoder") == "float16" and mixed.float_type("similarity") == "float32"
+    assert mixed.integer("decoder") == "int4" and mixed.integer("trunk") is None and mixed.parts["kv"] == "int8"
+    for wrong in ("", "int2", "vision=int4", "lens=int8", "int8,", "decoder=fp32,kv=fp16"):
+        with pytest.raises(PPLLaVAError, match="--precision"):
+            parse_precision(wrong)
 
 
 def test_an_existing_bundle_is_replaced_only_with_force(golden: Path) -> None:
@@ -306,16 +309,16 @@ def test_linear_rotary_scaling_stretches_positions(golden: Path) -> None:
 
 @pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["full disk", "interrupt"])
 def test_a_fault_half_way_leaves_nothing(golden: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException) -> None:
-    real, calls = graph.Graph.weight, 0
+    real, calls = graph._store, 0
 
-    def weight(self: graph.Graph, *arguments: Any) -> str:
+    def store(*arguments: Any) -> Any:
         nonlocal calls
-        calls += self._file is not None
+        calls += 1
         if calls > 60:
             raise fault
-        return real(self, *arguments)
+        return real(*arguments)
 
-    monkeypatch.setattr(graph.Graph, "weight", weight)
+    monkeypatch.setattr(graph, "_store", store)
     expected = PPLLaVAError if isinstance(fault, OSError) else KeyboardInterrupt
     with pytest.raises(expected, match="full" if isinstance(fault, OSError) else None):
         convert(Options(str(golden), golden.parent / "bundle", FP32, tokenizer=False))

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from ppllava_edge.engines.bundle import Preprocessing
 from ppllava_edge.engines.errors import PPLLaVAError
+from ppllava_edge.engines.graph import DOMAIN, Graph, Tensor
 from ppllava_edge.engines.pooling import Windows
 from ppllava_edge.engines.prompt_template import MVBENCH_SYSTEM, TEMPLATES, PromptTemplate
-from ppllava_edge.export.graph import DOMAIN, Graph, Tensor
 from ppllava_edge.export.pooling import POOL, pool_function
 from ppllava_edge.export.question import stretch_positions
 from ppllava_edge.runtime import frames
@@ -219,7 +219,7 @@ def _projector(folder: Path, model: Any, features: np.ndarray, tmp_path: Path, *
     from safetensors.numpy import load_file
 
     tensors = load_file(folder / "model.safetensors")
-    g = Graph("pooling", data=tmp_path / "pooling.onnx.data")
+    g = Graph("pooling")
     build_pooling(g, lambda name, *shape: Tensor.of(name, tensors["multi_modal_projector." + name]), model, "float32")
     g.save(tmp_path / "pooling.onnx")
     return ort.InferenceSession(str(tmp_path / "pooling.onnx"), providers=["CPUExecutionProvider"]).run(None, {"features": features, **feeds})[0]
@@ -270,7 +270,7 @@ def test_guided_projectors(variant: str, case: int, tmp_path: Path) -> None:
     x, tensors = arrays[f"x_{case}"], load_file(folder / "model.safetensors")
     size = 32 if model.siglip else 20
     shapes = {name: a.shape for name, a in tensors.items()}
-    question, similarity = Graph("question", data=tmp_path / "q.onnx.data"), Graph("similarity", data=tmp_path / "s.onnx.data")
+    question, similarity = Graph("question"), Graph("similarity")
     assert model.question is not None
     build_question(question, lambda name, *shape: Tensor.of(name, tensors[name]), shapes, model.question, model.siglip, size)
     projector = lambda name, *shape: Tensor.of(name, tensors["multi_modal_projector." + name].reshape(shape))  # noqa: E731

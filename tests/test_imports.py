@@ -12,6 +12,7 @@ import ppllava_edge.engines
 import ppllava_edge.runtime
 import pytest
 
+MAKERS = ("graph.py", "rewrite.py", "build.py", "cpu.py", "rtx.py")  # of engines; answering loads none of them
 HEAVY = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "optimum"}
 
 
@@ -42,15 +43,16 @@ qa.open({str(video_file)!r}, frames=4).ask("What is it?", max_new_tokens=3)
 
 @pytest.mark.parametrize("package", [ppllava_edge.runtime, ppllava_edge.engines], ids=["runtime", "engines"])
 def test_no_source_file_names_a_heavy_import(package: object) -> None:
-    """Not even inside a function: the bundle is the only contract between export and runtime."""
+    """Not even inside a function: the bundle is the only contract between export and runtime. Files that make engines may have onnx."""
     for path in Path(package.__file__).parent.glob("*.py"):  # type: ignore[attr-defined]
+        allowed = {"onnx"} if package is ppllava_edge.engines and path.name in MAKERS else set()
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or ""] if not node.level else []
                 relative = (node.module or "").split(".")[0] if node.level == 2 else ""
                 assert relative not in ("export", "calibration", "bench"), f"{path.name} imports {relative}"
-            assert not {name.split(".")[0] for name in names} & HEAVY, path.name
+            assert not {name.split(".")[0] for name in names} & HEAVY <= allowed, path.name
 
 
 def test_export_does_not_import_the_runtime() -> None:
