@@ -2,7 +2,7 @@
 
 from setuptools import setup
 
-FOLDERS = {"": "api", ".engines": "engines", ".export": "export", ".runtime": "runtime", ".bench": "bench", ".nano": "nano"}
+FOLDERS = {"": "api", ".engines": "engines", ".export": "export", ".calibration": "calibration", ".runtime": "runtime", ".bench": "bench", ".nano": "nano"}
 
 setup(
     packages=[f"ppllava_edge{name}" for name in FOLDERS],

@@ -6,8 +6,10 @@ from __future__ import annotations
 class PPLLaVAError(Exception):
     """Something the user gave can't be used. The message is one line: what is wrong, where, and what to do.
 
-    Command lines print it without a traceback and exit with status 2.
+    Command lines print it without a traceback and exit with exit_status.
     """
+
+    exit_status = 2
 
 
 class BundleError(PPLLaVAError):

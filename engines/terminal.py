@@ -19,7 +19,7 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except PPLLaVAError as error:
-            fail(str(error))
+            fail(str(error), error.exit_status)
         except BrokenPipeError:  # the reader of our output went away: nothing to say to it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
@@ -34,10 +34,10 @@ class Command(click.Command):
             fail(f"{error.filename or 'file'}: {error.strerror}")
 
 
-def fail(message: str) -> None:
-    """Print one line and exit with status 2."""
+def fail(message: str, status: int = 2) -> None:
+    """Print one line and exit."""
     click.echo("error: " + " ".join(message.split()), err=True)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], err: bool = False) -> None:

@@ -84,6 +84,7 @@ class Checkpoint:
         self.problems: list[str] = []
         self._file_of: dict[str, Path] = {}
         self._loaded: dict[Path, Any] = {}  # .bin shards
+        self._hash = ""
         self.files = self._find_files()
         for file in self.files:
             for name, shape in self._list(file):
@@ -121,13 +122,16 @@ class Checkpoint:
 
     def hash(self) -> str:
         """SHA-256 over configuration and tensor files, in the order of their names."""
+        if self._hash:
+            return self._hash
         digest = hashlib.sha256()
         for path in sorted([*self.files, self.folder / "config.json"]):
             digest.update(path.name.encode())
             with open(path, "rb") as file:
                 while block := file.read(1 << 22):
                     digest.update(block)
-        return digest.hexdigest()
+        self._hash = digest.hexdigest()
+        return self._hash
 
     def _find_files(self) -> list[Path]:
         if (single := self.folder / "model.safetensors").is_file():

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ..engines.bundle import POOLINGS
+from ..engines.errors import PPLLaVAError
 from ..engines.terminal import Command, fail, human_bytes, table, triple
 
 
@@ -19,6 +20,13 @@ from ..engines.terminal import Command, fail, human_bytes, table, triple
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the bundle to write.")
 @click.option("--precision", default="fp16", show_default=True, help="fp32, fp16, int8 or int4; or per part, like vision=int8,decoder=int4,kv=int8.")
 @click.option("--block", type=click.Choice(["16", "32", "64", "128"]), default="32", show_default=True, help="Weights per INT4 scale; 128 for TensorRT.")
+@click.option("--calibrate", type=click.Path(path_type=Path), metavar="FOLDER", help="Videos to calibrate on: like those the model will see.")
+@click.option("--questions", type=click.Path(path_type=Path), metavar="FILE", help="What to ask about them: one a line, optionally a tab and its answer.")
+@click.option("--clips", type=click.IntRange(1, 1000), default=16, show_default=True, help="The most videos of --calibrate to use.")
+@click.option("--calibration-frames", type=click.IntRange(1, 1024), help="Frames per video.  [the model's default]")
+@click.option("--keep-fp16", type=click.IntRange(0), default=8, show_default=True, help="Layers that may stay in higher precision for the parity gate.")
+@click.option("--allow-drift", is_flag=True, help="Keep a bundle that fails the parity gate (it says so in its manifest).")
+@click.option("--weight-only", is_flag=True, help="nano: don't calibrate on drawn clips.")
 @click.option("--subfolder", default="", help="Where the checkpoint lies inside its directory or hub repository.")
 @click.option("--clip", help="Directory or hub id of the question tower (CLIP or SigLIP), if the checkpoint lacks it.")
 @click.option("--base", help="Directory or hub id of the language model's tokenizer, if the checkpoint lacks it.")
@@ -55,16 +63,51 @@ def main(checkpoint: str, output: Path, precision: str, as_json: bool, **options
         checkpoint, output, parse_precision(precision), overrides, options["subfolder"], options["clip"], options["base"],
         not options["no_tokenizer"], options["force"], int(options["block"]),
     )  # fmt: skip
+    calibration = _calibration(job, options)
     with _progress() as progress:
-        manifest, reports = convert(job, progress)
+        if calibration is None:
+            manifest, reports = convert(job, progress)
+        else:
+            from ..calibration.calibrate import quantize_with_data
+
+            manifest, reports, _ = quantize_with_data(job, calibration, progress)
     rows = [(r.stage, f"{r.parameters:,}", human_bytes(r.bytes), f"{r.seconds:.2f}") for r in reports]
     if as_json:
         stages = [vars(r) for r in reports]
-        click.echo(json.dumps({"bundle": str(output), "name": manifest.name, "precision": manifest.precision, "stages": stages}))
+        click.echo(json.dumps({"bundle": str(output), "name": manifest.name, "precision": manifest.precision, "parity": manifest.parity, "stages": stages}))
         return
     total = sum(f.bytes for f in manifest.files.values())
     rows.append(("all", f"{sum(r.parameters for r in reports):,}", human_bytes(total), f"{sum(r.seconds for r in reports):.2f}"))
     table(f"{manifest.name} → {output}", ("stage", "parameters", "size", "seconds"), rows, err=True)
+    if manifest.parity:
+        verdict = "holds" if manifest.parity["holds"] else f"does not hold: {manifest.parity['drift']}"
+        click.echo(f"parity gate {verdict}; the whole story: {output / 'report.html'}", err=True)
+
+
+def _calibration(job: Any, options: dict[str, Any]) -> Any:
+    """The calibration job that the options ask for, or None for weight-only quantisation, said on stderr."""
+    if not job.precision.quantized:
+        return None
+    folder, is_nano = options["calibrate"], _is_nano(Path(job.checkpoint))
+    if options["weight_only"] or (folder is None and not is_nano):
+        if options["questions"]:
+            raise PPLLaVAError("--questions are asked about calibration videos; name their folder with --calibrate")
+        click.echo(
+            "note: no calibration videos, so weights alone are quantised and nothing is compared with the float model; "
+            "for INT8 activations, AWQ and the parity gate: --calibrate FOLDER", err=True,
+        )  # fmt: skip
+        return None
+    try:
+        from ..calibration.calibrate import Job
+    except ModuleNotFoundError as error:
+        fail(f"calibration runs the model, which needs the package {error.name}: pip install 'ppllava-edge[cpu,export]'")
+    return Job(folder, options["questions"], options["calibration_frames"], options["clips"], options["keep_fp16"], options["allow_drift"])
+
+
+def _is_nano(folder: Path) -> bool:
+    from ..engines.bundle import MANIFEST, read_manifest
+
+    return (folder / MANIFEST).is_file() and (manifest := read_manifest(folder / MANIFEST)).demo and manifest.name == "nano"
 
 
 def _progress() -> Any:
@@ -80,6 +123,7 @@ def _progress() -> Any:
             columns = (TextColumn("{task.description:12s}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
             self.bar = Bar(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
             self.task = self.bar.add_task("reading", total=None)
+            self.steps: dict[str, Any] = {}
 
         def __enter__(self) -> Shown:
             self.bar.start()
@@ -96,6 +140,11 @@ def _progress() -> Any:
 
         def wrote(self, count: int) -> None:
             self.bar.advance(self.task, count)
+
+        def step(self, what: str, done: int, of: int) -> None:
+            if what not in self.steps:
+                self.steps[what] = self.bar.add_task(what, total=of)
+            self.bar.update(self.steps[what], completed=done, total=of)
 
     return Shown()
 

@@ -48,6 +48,9 @@ class Progress:
     def wrote(self, count: int) -> None:
         """So many bytes of weights were written."""
 
+    def step(self, what: str, done: int, of: int) -> None:
+        """So much of a part of calibration is done."""
+
 
 def convert(
     options: Options, progress: Progress | None = None, source: Source | None = None, plans: Mapping[str, Plan] | None = None, finish: Finish | None = None
@@ -78,7 +81,7 @@ def convert(
             g.save(work / f"{name}.onnx", progress.wrote)
             size = sum(path.stat().st_size for path in work.glob(f"{name}.onnx*"))
             reports.append(StageReport(name, g.parameters, size, time.perf_counter() - started))
-        reports.append(_write_embeddings(model, precision, work))
+        reports.append(write_embeddings(model, precision, work))
         manifest = model.manifest(precision)
         if finish:
             manifest = finish(work, manifest, records)
@@ -95,7 +98,7 @@ def check_output(options: Options) -> Path:
     return output
 
 
-def _write_embeddings(model: Source, precision: Precision, work: Path) -> StageReport:
+def write_embeddings(model: Source, precision: Precision, work: Path) -> StageReport:
     """Token embeddings and image_newline: looked up by the runtime, memory-mapped, never part of a graph. INT8: a scale per row."""
     started, kind = time.perf_counter(), precision.parts["embeddings"]
     table, newline = model.embeddings()

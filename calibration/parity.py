@@ -1,0 +1,177 @@
+"""The parity gate: a quantised bundle against the float model, on clips that calibration has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..engines.errors import PPLLaVAError
+from ..runtime.pipeline import Pipeline
+from .data import Clip
+from .reference import Asked, FloatModel
+
+NEW_TOKENS = 32
+
+
+class GateError(PPLLaVAError):
+    """The quantised model drifted from the float one. Command lines exit with status 3."""
+
+    exit_status = 3
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A score's bound: at least, or at most."""
+
+    stage: str
+    score: str
+    bound: float
+    at_least: bool
+
+    def holds(self, value: float) -> bool:
+        """Whether a measured value is within it; NaN is not."""
+        return bool(value >= self.bound if self.at_least else value <= self.bound)
+
+
+LIMITS = (
+    Limit("vision", "feature_cosine", 0.99, True),
+    Limit("similarity", "rank_correlation", 0.97, True),
+    Limit("projector", "token_cosine", 0.97, True),
+    Limit("decoder", "divergence", 0.05, False),
+    Limit("decoder", "agreement", 0.95, True),
+)
+INT4_LIMITS = {"divergence": 0.15, "agreement": 0.9}  # a decoder of 4 bits is allowed more
+
+
+@dataclass
+class Scores:
+    """Means over held-back clips and questions. feature_cosine, feature_sqnr (decibels): of features; rank_correlation: Spearman's, of the
+    similarity of all patches; token_cosine, token_sqnr: of visual tokens; divergence: KL(float || quantised) of the next token, nats, over an
+    answer of up to 32 tokens; agreement: share of those positions at which both would greedily go on the same way."""
+
+    feature_cosine: float
+    feature_sqnr: float
+    rank_correlation: float
+    token_cosine: float
+    token_sqnr: float
+    divergence: float
+    agreement: float
+    clips: int
+    questions: int
+    positions: int
+
+    def violations(self, int4: bool) -> list[tuple[Limit, float]]:
+        """Limits that don't hold, with what was measured."""
+        found = []
+        for limit in LIMITS:
+            if int4 and limit.score in INT4_LIMITS:
+                limit = Limit(limit.stage, limit.score, INT4_LIMITS[limit.score], limit.at_least)
+            value = float(getattr(self, limit.score))
+            if not limit.holds(value):
+                found.append((limit, value))
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest and the report."""
+        return {name: round(value, 5) if isinstance(value, float) else value for name, value in vars(self).items()}
+
+
+def describe(violations: Sequence[tuple[Limit, float]]) -> str:
+    """ "decoder: divergence 0.31, at most 0.05 is allowed" """
+    return "; ".join(
+        f"{limit.stage}: {limit.score.replace('_', ' ')} {value:.3f}, at {'least' if limit.at_least else 'most'} {limit.bound:g} is allowed"
+        for limit, value in violations
+    )
+
+
+@dataclass
+class Expected:
+    """What the float model makes of held-back clips: kept on disk by the model's store."""
+
+    model: FloatModel
+    clips: list[Clip]
+    chunks: list[list[int]]
+    asked: list[Asked]
+
+
+def measure(expected: Expected, bundle: Pipeline, new_tokens: int = NEW_TOKENS) -> Scores:
+    """Run both models over held-back clips. The quantised one answers; the float one reads the same answer and says what it would have said.
+
+    The bundle's own pipeline is used: the scores are those of what people will run.
+    """
+    model = expected.model
+    feature, tokens, ranks, answers = [], [], [], dict[int, tuple[list[int], np.ndarray]]()
+    quantised_features: dict[int, np.ndarray] = {}
+    assert model.text is not None
+    for clip in sorted({asked.clip for asked in expected.asked}):
+        quantised_features[clip] = bundle.encode_frames(expected.clips[clip].pixels()).astype(np.float32)
+        feature.append(compare(model.values.get(clip, "features"), quantised_features[clip]))
+    for asked in expected.asked:
+        q = cosine = None
+        features = quantised_features[asked.clip]
+        if bundle.manifest.pooling.guided:
+            q = bundle.encode_question(model.text.question_ids(asked.question)[0])
+            cosine = bundle.similarity(features, q)
+        visual = bundle.visual_tokens(features, q)
+        before, after = model.text.prompt_pieces(asked.question)
+        embeds = np.concatenate([bundle.embed_tokens(before), visual, bundle.embed_tokens(after)])
+        answers[asked.index] = _answer(bundle, embeds, new_tokens)
+        want, want_visual, want_cosine = model.embeds(model.values.get(asked.clip, "features"), asked.question, answers[asked.index][0][:-1])
+        tokens.append(compare(want_visual, visual))
+        if cosine is not None and want_cosine is not None:
+            ranks.append(spearman(want_cosine, cosine))
+        model.put_prompt(asked.index, want)
+    expected_logits = model.logits([asked.index for asked in expected.asked])
+    divergences, agreements = [], []
+    for index, (ids, logits) in answers.items():
+        want = expected_logits[index][-len(ids) :]
+        divergences += divergence(want, logits).tolist()
+        agreements += (want.argmax(axis=1) == logits.argmax(axis=1)).tolist()
+    return Scores(
+        float(np.mean([f[0] for f in feature])), float(np.mean([f[1] for f in feature])), float(np.mean(ranks)) if ranks else 1.0,
+        float(np.mean([t[0] for t in tokens])), float(np.mean([t[1] for t in tokens])), float(np.mean(divergences)), float(np.mean(agreements)),
+        len(quantised_features), len(expected.asked), len(divergences),
+    )  # fmt: skip
+
+
+def _answer(bundle: Pipeline, embeds: np.ndarray, most: int) -> tuple[list[int], np.ndarray]:
+    """Greedy ids and the logits (n,V) that chose them."""
+    found: list[np.ndarray] = []
+
+    def choose(logits: np.ndarray, ids: list[int]) -> int:
+        found.append(logits.copy())
+        return int(logits.argmax())
+
+    ids = list(bundle.decoder.generate(embeds, most, lambda i: bundle.embed_tokens([i]), choose, bundle.manifest.stop_ids))
+    return ids, np.stack(found)
+
+
+def compare(want: np.ndarray, got: np.ndarray) -> tuple[float, float]:
+    """Mean cosine of rows, and the signal-to-noise ratio in decibels."""
+    a, b = want.reshape(-1, want.shape[-1]).astype(np.float64), got.reshape(-1, got.shape[-1]).astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosine = float(((a * b).sum(axis=1) / np.maximum(norms, 1e-30)).mean())
+    noise = float(np.square(a - b).sum())
+    return cosine, float(min(10 * np.log10(np.square(a).sum() / noise), 99.0)) if noise > 0 else 99.0
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation of two maps; 1 for the same order."""
+    ranks = [np.argsort(np.argsort(x.reshape(-1), kind="stable"), kind="stable").astype(np.float64) for x in (a, b)]
+    if len(ranks[0]) < 2:
+        return 1.0
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def divergence(want: np.ndarray, got: np.ndarray) -> np.ndarray:
+    """KL(softmax(want) || softmax(got)) of every row, nats."""
+    p, q = _log_softmax(want), _log_softmax(got)
+    return np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

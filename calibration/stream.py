@@ -1,0 +1,187 @@
+"""Running a float graph that doesn't fit in memory: some layers at a time, over all samples, with what lies between on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from ..engines.errors import EngineError
+from ..engines.graph import Graph
+from ..engines.ort import Stage, first_line, import_onnxruntime
+
+SEGMENT_BYTES = 1 << 30  # of float32 weights that are in memory at once
+Observe = Callable[[int, str, np.ndarray], None]  # sample, value name, value
+
+
+class Values:
+    """Arrays by sample and name, on disk: activations of a few videos are larger than a layer."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, sample: int, name: str) -> Path:
+        return self.folder / f"{sample}-{hashlib.sha256(name.encode()).hexdigest()[:24]}.npy"
+
+    def put(self, sample: int, name: str, value: np.ndarray) -> None:
+        """Store; whole or not at all."""
+        path = self._path(sample, name)
+        part = path.with_suffix(".part")
+        with open(part, "wb") as file:
+            np.save(file, np.ascontiguousarray(value), allow_pickle=False)
+        part.replace(path)
+
+    def get(self, sample: int, name: str) -> np.ndarray:
+        """Load."""
+        return np.load(self._path(sample, name), allow_pickle=False)
+
+    def has(self, sample: int, name: str) -> bool:
+        """Whether it is there."""
+        return self._path(sample, name).exists()
+
+    def drop(self, sample: int, name: str) -> None:
+        """Delete."""
+        self._path(sample, name).unlink(missing_ok=True)
+
+
+@dataclass
+class Segment:
+    """Some consecutive layers: a graph of its own. reads: values from before; gives: values that later segments or the stage need."""
+
+    graph: Graph
+    reads: list[str]
+    gives: list[str]
+
+
+def split(g: Graph, taps: Sequence[str] = (), budget: int = SEGMENT_BYTES) -> list[Segment]:
+    """Cut a stage between its layers, so that the weights of a piece stay below budget bytes where a single layer does.
+
+    taps: values that should be outputs of their segment too. g is left as it is.
+    """
+    runs, seen = _layer_runs(g), set[str]()
+    pieces: list[list[onnx.NodeProto]] = []
+    weight = 0
+    for run in runs:
+        names = {name for node in run for name in node.input if name in g.weights} - seen
+        size = sum(g.weights[name].bytes for name in names)
+        if pieces and weight + size <= budget:
+            pieces[-1] += run
+            weight += size
+        else:
+            pieces.append(list(run))
+            weight = size
+        seen |= names
+    return _as_graphs(g, pieces, set(taps))
+
+
+def _layer_runs(g: Graph) -> list[list[onnx.NodeProto]]:
+    """Nodes in runs of one outermost scope ("layers.3/…"); nodes without a scope go with what stands before them."""
+    runs: list[list[onnx.NodeProto]] = []
+    current = ""
+    for node in g.nodes:
+        scope = node.name.split("/")[0] if "/" in node.name else current
+        if not runs or scope != current:
+            runs.append([])
+            current = scope
+        runs[-1].append(node)
+    return runs
+
+
+def _as_graphs(g: Graph, pieces: list[list[onnx.NodeProto]], taps: set[str]) -> list[Segment]:
+    producers, graph_outputs = g.producers(), {v.name for v in g.outputs}
+    for i, piece in enumerate(pieces):  # sizes are cheaper to make again than to carry over
+        made = {name for node in piece for name in node.output}
+        used = [name for node in piece for name in node.input if name in producers and name not in made]
+        pieces[i] = [producers[name] for name in dict.fromkeys(used) if producers[name].op_type == "Shape"] + piece
+    made_by = [{name for node in piece for name in node.output} for piece in pieces]
+    inputs = {v.name: v for v in g.inputs}
+    segments = []
+    for i, piece in enumerate(pieces):
+        used_here = list(dict.fromkeys(name for node in piece for name in node.input if name))
+        used_later = {name for later in pieces[i + 1 :] for node in later for name in node.input}
+        later_made = {name for made in made_by[i + 1 :] for name in made}
+        reads = [name for name in used_here if name not in made_by[i] and name not in g.weights and name not in g.constants]
+        gives = [name for node in piece for name in node.output if (name in used_later and name not in later_made) or name in graph_outputs]
+        part = Graph(f"{g.name}-{i}", g.dtype)
+        part.nodes, part.functions, part.domains = list(piece), list(g.functions), set(g.domains)
+        part.inputs = [inputs.get(name) or helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in reads]
+        shown = list(dict.fromkeys([*gives, *(name for node in piece for name in node.output if name in taps)]))
+        part.outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in shown]
+        part.weights = {name: g.weights[name] for name in used_here if name in g.weights}
+        part.constants = {name: g.constants[name] for name in used_here if name in g.constants}
+        segments.append(Segment(part, reads, gives))
+    return segments
+
+
+class StageStream:
+    """A stage that can be run over samples, segment by segment. Small stages are one segment, which stays open.
+
+    fill: gives inputs that no sample carries (the empty cache), by sample and name.
+    """
+
+    def __init__(self, g: Graph, scratch: Path, taps: Sequence[str] = (), fill: Callable[[int, str], np.ndarray] | None = None, budget: int = SEGMENT_BYTES):
+        self.name, self.scratch, self.fill, self.taps = g.name, scratch, fill, set(taps)
+        self.segments = split(g, taps, budget)
+        self._open: dict[int, Stage] = {}
+
+    def run_segment(self, index: int, samples: Sequence[int], values: Values, observe: Observe | None = None) -> None:
+        """Run one segment over samples: reads from and gives to values; the other outputs go to observe."""
+        segment, stage = self.segments[index], self._stage(index)
+        wanted = [name for name in stage.outputs if name in segment.gives or observe]
+        wanted = [name for name in wanted if not name.startswith("present.")]
+        for sample in samples:
+            feeds = {name: values.get(sample, name) if values.has(sample, name) else self._filled(sample, name) for name in segment.reads}
+            for name in self.taps & set(feeds) if observe and index == 0 else ():  # a layer that reads the stage's own input
+                observe(sample, name, feeds[name])  # type: ignore[misc]
+            try:
+                outputs = stage.session.run(wanted, feeds)
+            except Exception as error:
+                raise EngineError(f"{self.name}, segment {index}: {first_line(error)}") from None
+            for name, value in zip(wanted, outputs):
+                if name in segment.gives:
+                    values.put(sample, name, value)
+                if observe:
+                    observe(sample, name, value)
+        if len(self.segments) > 1:
+            self.close()
+
+    def run(self, samples: Sequence[int], values: Values, observe: Observe | None = None) -> None:
+        """All segments, one after the other; what lies between is dropped when it isn't needed any more."""
+        for index in range(len(self.segments)):
+            self.run_segment(index, samples, values, observe)
+            for name in self.finished_after(index):
+                for sample in samples:
+                    values.drop(sample, name)
+
+    def finished_after(self, index: int) -> Iterator[str]:
+        """Values between segments that nothing after this one reads."""
+        later = {name for segment in self.segments[index + 1 :] for name in segment.reads}
+        between = {name for segment in self.segments[:index] for name in segment.gives}
+        yield from ((between & set(self.segments[index].reads)) - later) - set(self.segments[-1].gives)
+
+    def close(self) -> None:
+        """Let go of sessions and their files."""
+        self._open.clear()
+        shutil.rmtree(self.scratch / self.name, ignore_errors=True)
+
+    def _filled(self, sample: int, name: str) -> np.ndarray:
+        if self.fill is None:
+            raise EngineError(f"{self.name} needs {name}, which no sample has")
+        return self.fill(sample, name)
+
+    def _stage(self, index: int) -> Stage:
+        if index not in self._open:
+            folder = self.scratch / self.name
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{index}.onnx"
+            self.segments[index].graph.save(path, check=False)
+            import_onnxruntime()
+            self._open[index] = Stage(path, prepack=len(self.segments) == 1)
+        return self._open[index]
