@@ -52,7 +52,8 @@ class Shape:
 
 TINY = Shape(84, 14, 32, 64, 4, 4, 3, 16, 24, 48, 2, 4, 20, 48, 64, 2, 4, 300, 1024)
 VIT_L_336 = Shape(336, 14, 1024, 4096, 24, 16, 4, 64, 768, 3072, 12, 12, 768, 4096, 11008, 4, 32, 32000, 4096)
-SHAPES = {"tiny": TINY, "vit-l-336": VIT_L_336, "vicuna-7b": replace(VIT_L_336, decoder_layers=32)}
+ONE_LAYER = replace(VIT_L_336, vision_layers=2, adapter=2, question_layers=1, decoder_layers=1, vocab=1024)  # of every stage, at full width
+SHAPES = {"tiny": TINY, "one-layer": ONE_LAYER, "vit-l-336": VIT_L_336, "vicuna-7b": replace(VIT_L_336, decoder_layers=32)}
 
 
 def tensor_shapes(s: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:

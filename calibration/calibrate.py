@@ -23,10 +23,11 @@ from . import data as clips_of
 from .choose import Choice, choose_group, group_layers
 from .data import Data
 from .parity import Expected, GateError, Scores, describe, measure
-from .reference import FLOAT, Asked, FloatModel
+from .reference import CLIP, FLOAT, Asked, FloatModel
 from .report import write_report
 from .sensitivity import sensitivity
 from .statistics import InputStatistics
+from .stream import StageStream
 
 MOST_TRIES = 6  # of the gate, for models that fit in memory
 
@@ -128,13 +129,9 @@ class Calibration:
         self.progress.step("decoding clips", 0, 1)
         chunks = model.put_pixels(clips)
         self._stage("trunk", [c for mine in chunks for c in mine], {c for i in learning for c in chunks[i]})
-        for stage in ("temporal", "question", "pooling"):  # small ones, run as the runtime runs them
-            self._watch(stage, len(learning) if stage == "temporal" else len(self.asked))
-        for i, mine in enumerate(chunks):
-            self._only_when("temporal", i in learning)
-            model.values.put(i, "features", model.features(mine))
-            self.progress.step("temporal", i + 1, len(chunks))
-        self._decide("temporal")
+        self._features(chunks, learning)
+        for stage in ("question", "pooling"):  # small ones, run as the runtime runs them
+            self._watch(stage, len(self.asked))
         for done, asked in enumerate(self.asked):
             learns = asked.clip in learning
             self._only_when("question", learns)
@@ -154,6 +151,20 @@ class Calibration:
         assert self.model.text is not None
         return self.model.text.tokenizer.encode(answer, add_special_tokens=False).ids if answer else []
 
+    def _features(self, chunks: list[list[int]], learning: Sequence[int]) -> None:
+        """Of every clip, through the temporal branch if there is one."""
+        model, clips = self.model, range(len(chunks))
+        if self.model.manifest.vision.max_frames is None:
+            for i, mine in enumerate(chunks):
+                model.values.put(i, "features", model.features(mine))
+            return
+        for i, mine in enumerate(chunks):
+            if not model.values.has(CLIP + i, "states"):
+                model.values.put(CLIP + i, "states", model.states(mine))
+        self._stage("temporal", [CLIP + i for i in clips], {CLIP + i for i in learning})
+        for i in clips:
+            model.values.put(i, "features", model.values.get(CLIP + i, "features"))
+
     # -- observing ---------------------------------------------------------------------------------------------------
 
     def _statistics(self, stage: str, calls: int) -> tuple[dict[str, InputStatistics], dict[str, str]]:
@@ -167,7 +178,7 @@ class Calibration:
         for index in range(len(stream.segments)):
             self.progress.step(stage, index, len(stream.segments))
             done = self.state / f"{stage}-{index}.npz"
-            if done.exists() and all(values.has(s, name) for s in samples for name in stream.segments[index].gives if not name.startswith("present.")):
+            if self._done(stage, index) and (self._done(stage, index + 1) or self._there(index, stream, samples)):
                 self._load_decisions(stage, done)
                 continue
             stats: dict[str, InputStatistics] = {}
@@ -185,6 +196,14 @@ class Calibration:
                 for sample in samples:
                     values.drop(sample, name)
         self.progress.step(stage, len(stream.segments), len(stream.segments))
+
+    def _done(self, stage: str, index: int) -> bool:
+        return (self.state / f"{stage}-{index}.npz").exists()
+
+    def _there(self, index: int, stream: StageStream, samples: Sequence[int]) -> bool:
+        """Whether a piece's results are still in the store."""
+        given = [name for name in stream.segments[index].gives if not name.startswith("present.")]
+        return all(self.model.values.has(sample, name) for sample in samples for name in given)
 
     def _watch(self, stage: str, calls: int) -> None:
         if stage in self.layers:

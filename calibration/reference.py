@@ -18,10 +18,12 @@ from ..export.sources import Source
 from ..runtime.pipeline import TOKENS_PER_VISION_CALL, Pipeline
 from ..runtime.text import TextSide
 from .data import Clip
-from .stream import Observe, StageStream, Values
+from .stream import SEGMENT_BYTES, Observe, StageStream, Values
 
 LAST = 40  # positions whose logits the reference gives: an answer of 32 tokens, and the one before it
 FLOAT = parse_precision("fp32")
+BATCHED = ("trunk", "temporal", "decoder")  # stages that are run piece by piece over all samples; the others stay open
+CLIP = 1 << 20  # samples from here on are whole clips, for the temporal stage; below it: some frames, or a question
 SMALL_BYTES = 1 << 30  # of float32 weights in all, up to which whole models are run again and again
 
 
@@ -86,7 +88,8 @@ class FloatModel(Pipeline):
         self.callables: dict[str, _Small] = {}
         for name, g in self.graphs.items():
             g = all_logits(g) if name == "decoder" else g
-            self.streams[name] = StageStream(g, scratch / "pieces", (taps or {}).get(name, ()), self._fill)
+            budget = SEGMENT_BYTES if name in BATCHED and not self.small else 1 << 62
+            self.streams[name] = StageStream(g, scratch / "pieces", (taps or {}).get(name, ()), self._fill, budget)
             self.callables[name] = _Small(self.streams[name], [v.name for v in g.outputs])
 
     @property
@@ -118,8 +121,12 @@ class FloatModel(Pipeline):
         return chunks
 
     def features(self, chunks: Sequence[int]) -> np.ndarray:
-        """(T,P,C) of one clip whose trunk has run over these samples."""
-        return self.branch(np.concatenate([self.values.get(chunk, "states") for chunk in chunks]))
+        """(T,P,C) of one clip whose trunk has run over these samples; for models that fit in memory."""
+        return self.branch(self.states(chunks))
+
+    def states(self, chunks: Sequence[int]) -> np.ndarray:
+        """(T,S,P+1,C) of one clip."""
+        return np.concatenate([self.values.get(chunk, "states") for chunk in chunks])
 
     def embeds(self, features: np.ndarray, question: str, answer: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """inputs_embeds (S,D) of the prompt and an answer's tokens, the visual tokens in it, and the cosine map if there is one."""

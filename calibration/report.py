@@ -26,13 +26,14 @@ STYLE = """
 :root { --ink: #1c2530; --soft: #66707c; --line: #dfe4ea; --bar: #3b76b3; --warn: #b3543b; --good: #2f7d4f; --ground: #fff; --card: #f6f8fa }
 @media (prefers-color-scheme: dark) { :root { --ink: #e3e8ee; --soft: #97a3b0; --line: #323c47; --bar: #6ea8e0; --warn: #e08a6e; --good: #6ec493;
   --ground: #14191f; --card: #1c232b } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground); max-width: 1120px; margin: 2rem auto; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground); max-width: 1280px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem } p { margin: .3rem 0; color: var(--soft) }
 .verdict { font-weight: 600 } .good { color: var(--good) } .bad { color: var(--warn) }
 .scroll { overflow-x: auto; max-height: 34rem; overflow-y: auto; border: 1px solid var(--line); border-radius: 6px }
 table { border-collapse: collapse; width: 100%; font-size: 13px }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line) }
-th { position: sticky; top: 0; background: var(--card); white-space: nowrap } td.n { text-align: right; font-variant-numeric: tabular-nums }
+th { position: sticky; top: 0; background: var(--card); white-space: nowrap }
+td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap } td.k { white-space: nowrap }
 code { font-size: 12px } .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1rem }
 .plot { background: var(--card); border-radius: 6px; padding: .6rem .8rem } .plot b { font-size: 12px; overflow-wrap: anywhere }
 svg { display: block; width: 100% }
@@ -126,7 +127,8 @@ def _scores(parity: Mapping[str, Any], limits: Sequence[Mapping[str, Any]]) -> s
             continue
         holds = value >= limit["bound"] if limit["at_least"] else value <= limit["bound"]
         sign, mark = "≥" if limit["at_least"] else "≤", '<span class="good">holds</span>' if holds else '<span class="bad">fails</span>'
-        bound = f"<td class=n>{value:.4f}</td><td class=n>{sign} {limit['bound']:g}</td>"
+        shown = f"{value:.4f}" if limit["at_least"] else f"{value:.2g}"
+        bound = f"<td class=n>{shown}</td><td class=n>{sign} {limit['bound']:g}</td>"
         rows.append(f"<tr><td>{limit['stage']}</td><td>{limit['score'].replace('_', ' ')}</td>{bound}<td>{mark}</td></tr>")
     for name in ("feature_sqnr", "token_sqnr"):
         if name in parity:
@@ -174,8 +176,9 @@ def _layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
         sensitivity = "" if x["sensitivity"] is None else f"{x['sensitivity']:.2g}"
         cells = (x["range"] or "", "" if x["alpha"] is None else f"{x['alpha']:g}")
         rows.append(
-            f"<tr><td>{x['stage']}</td><td><code>{escape(short(x['layer']))}</code></td><td>{kind}</td><td>{escape(cells[0])}</td><td class=n>{cells[1]}</td>"
-            f"<td class=n>{scale}</td><td class=n>{weight}</td><td class=n>{output}</td><td class=n>{sensitivity}</td>"
+            f"<tr><td>{x['stage']}</td><td><code>{escape(short(x['layer']))}</code></td><td class=k>{kind}</td>"
+            f"<td class=k>{escape(cells[0])}</td><td class=n>{cells[1]}</td><td class=n>{scale}</td>"
+            f"<td class=n>{weight}</td><td class=n>{output}</td><td class=n>{sensitivity}</td>"
             f"<td class=n>{human_bytes(x['bytes'])}</td><td>{escape(x['kept'] or x['why'] or '')}</td></tr>"
         )
     heads = ("stage", "layer", "stored as", "range", "fold α", "input scale", "weight dB", "output dB", "nats", "size", "kept, and why")

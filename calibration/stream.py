@@ -16,7 +16,7 @@ from ..engines.errors import EngineError
 from ..engines.graph import Graph
 from ..engines.ort import Stage, first_line, import_onnxruntime
 
-SEGMENT_BYTES = 1 << 30  # of float32 weights that are in memory at once
+SEGMENT_BYTES = 128 << 20  # of float32 weights that are in memory at once, and so of layers whose inputs are
 Observe = Callable[[int, str, np.ndarray], None]  # sample, value name, value
 
 

@@ -1,6 +1,6 @@
 """How often nano is right: draw clips, encode them to H.264, ask the real runtime, compare.
 
-    python -m ppllava_edge.nano.evaluate --questions 2000 --seed 12345
+    python -m ppllava_edge.nano.evaluate --questions 2000 --seed 12345 --precision int8
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import Any
 import click
 import numpy as np
 
-from ..engines.terminal import Command, table
+from ..engines.bundle import Bundle
+from ..engines.errors import PPLLaVAError
+from ..engines.terminal import Command, human_bytes, table
+from . import bundle_path
 from .clips import spoken, write_clip
 from .world import KINDS, ask, sample_scene
 
@@ -60,14 +63,40 @@ def summary(answers: list[dict[str, str]]) -> dict[str, dict[str, float]]:
     return found
 
 
+def bundle_at(precision: str, folder: Path) -> Path:
+    """Nano at another precision, made in folder from its packed float16 weights; INT8 and INT4 are calibrated on drawn clips of their own seed."""
+    from ..export.convert import convert
+    from ..export.precision import parse_precision
+    from ..export.sources import Options
+
+    if precision == "fp16":
+        return bundle_path()
+    options = Options(str(bundle_path()), folder / f"nano-{precision}", parse_precision(precision))
+    if options.precision.quantized:
+        from ..calibration.calibrate import Job, quantize_with_data
+
+        quantize_with_data(options, Job())
+    else:
+        convert(options)
+    return options.output
+
+
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--questions", type=click.IntRange(1, 10**7), default=2000, show_default=True)
 @click.option("--seed", type=int, default=12345, show_default=True, help="Of the clips; training used others.")
 @click.option("--model", metavar="BUNDLE", help="A bundle instead of the packed one.")
+@click.option("--precision", help="fp32, fp16, int8, int4, or per part: the packed weights at that precision, made for this.")
 @click.option("--uniform", is_flag=True, help="Equal pooling weights instead of the question's: accuracy must collapse.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, every answer included.")
-def main(questions: int, seed: int, model: str | None, uniform: bool, as_json: bool) -> None:
+def main(questions: int, seed: int, model: str | None, precision: str | None, uniform: bool, as_json: bool) -> None:
     """Measure exact answers on held-out clips, through encoded files and the real runtime."""
+    if model and precision:
+        raise PPLLaVAError("--model names a bundle that has its precision; leave out --precision")
+    with tempfile.TemporaryDirectory() as folder:
+        _measure(questions, seed, str(bundle_at(precision, Path(folder))) if precision else model, uniform, as_json)
+
+
+def _measure(questions: int, seed: int, model: str | None, uniform: bool, as_json: bool) -> None:
     started = time.perf_counter()
     if sys.stderr.isatty():
         with click.progressbar(length=questions, label="asking", file=sys.stderr) as bar:
@@ -75,11 +104,13 @@ def main(questions: int, seed: int, model: str | None, uniform: bool, as_json: b
     else:
         answers = evaluate(model, questions, seed, uniform)
     seconds, found = time.perf_counter() - started, summary(answers)
+    bundle = Bundle.open(model or bundle_path())
     if as_json:
-        click.echo(json.dumps({"summary": found, "seed": seed, "uniform": uniform, "seconds": seconds, "answers": answers}))
+        click.echo(json.dumps({"summary": found, "seed": seed, "uniform": uniform, "seconds": seconds, "bytes": bundle.total_bytes,
+                               "precision": bundle.manifest.precision, "parity": bundle.manifest.parity, "answers": answers}))  # fmt: skip
         return
-    rows = [(kind, f["asked"], f["right"], f"{100 * f['exact']:.1f} %") for kind, f in found.items()]
-    table(f"exact answers, seed {seed}{', uniform pooling weights' if uniform else ''}, {seconds:.0f} s", ("kind", "asked", "right", "exact"), rows)
+    title = f"exact answers, seed {seed}{', uniform pooling weights' if uniform else ''}; bundle of {human_bytes(bundle.total_bytes)}; {seconds:.0f} s"
+    table(title, ("kind", "asked", "right", "exact"), [(kind, f["asked"], f["right"], f"{100 * f['exact']:.1f} %") for kind, f in found.items()])
 
 
 if __name__ == "__main__":
