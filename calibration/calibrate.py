@@ -16,7 +16,7 @@ import numpy as np
 from ..engines.bundle import Manifest, write_manifest
 from ..engines.errors import PPLLaVAError
 from ..export.convert import Progress, StageReport, check_output, convert
-from ..export.quantize import LayerRecord, Plan, Scheme, find_layers
+from ..export.quantize import LayerRecord, Plan, Scheme, cache_writes, find_layers
 from ..export.sources import Options, Source, open_source
 from ..runtime.pipeline import Pipeline
 from . import data as clips_of
@@ -117,8 +117,10 @@ class Calibration:
         graphs = {name: build() for name, build in source.graphs(FLOAT).items()}
         self.layers = {name: find_layers(g) for name, g in graphs.items() if options.precision.integer(name)}
         taps = {name: [node.input[0] for layer in layers for node in layer.nodes] for name, layers in self.layers.items()}
+        self.cache_writes = {new: past for past, new in cache_writes(graphs["decoder"]).items()} if options.precision.parts["kv"] == "int8" else {}
+        taps["decoder"] = [*taps.get("decoder", []), *self.cache_writes]
         self.model = FloatModel(source, state / "scratch", taps, graphs)
-        self.plans: dict[str, Plan] = {name: Plan() for name in self.layers}
+        self.plans: dict[str, Plan] = {name: Plan() for name in [*self.layers, *(["decoder"] if self.cache_writes else [])]}
         self.choices: list[Choice] = []
         self._watched: dict[str, tuple[dict[str, InputStatistics], dict[str, str]]] = {}
 
@@ -180,18 +182,25 @@ class Calibration:
             done = self.state / f"{stage}-{index}.npz"
             if self._done(stage, index) and (self._done(stage, index + 1) or self._there(index, stream, samples)):
                 self._load_decisions(stage, done)
+                if stage == "decoder" and self.cache_writes:
+                    self.plans["decoder"].cache = json.loads((self.state / "cache.json").read_text())
                 continue
             stats: dict[str, InputStatistics] = {}
             observe = None
-            if stage in self.layers:
-                stats, group_of = self._statistics(stage, len(learning))
+            if stage in self.layers or (stage == "decoder" and self.cache_writes):
+                stats, group_of = self._statistics(stage, len(learning)) if stage in self.layers else ({}, {})
 
                 def observe(sample: int, name: str, value: np.ndarray, stats: Any = stats, group_of: Any = group_of) -> None:
                     if sample in learning and name in group_of:
                         stats[group_of[name]].add(value)
+                    if sample in learning and name in self.cache_writes:
+                        past, cache = self.cache_writes[name], self.plans["decoder"].cache
+                        cache[past] = max(cache.get(past, 1e-9), float(np.abs(value).max()) / 127)
 
             stream.run_segment(index, samples, values, observe)
             self._decide_groups(stage, {group: s for group, s in stats.items() if s.largest is not None}, done)
+            if stage == "decoder" and self.cache_writes:
+                write_json(self.state / "cache.json", self.plans["decoder"].cache)
             for name in stream.finished_after(index):
                 for sample in samples:
                     values.drop(sample, name)
@@ -318,6 +327,13 @@ class Calibration:
                 kind = "w8" if stage == "decoder" and scheme.kind in ("w8a8", "w4") else "float"
                 plan.schemes[weight] = Scheme(kind, why=why)
                 outcome.kept[weight] = why
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value))
+    part.replace(path)
 
 
 class _Borrowed:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
 
 from ..engines.errors import EngineError
 from ..engines.graph import Graph
 from ..engines.ort import Stage, first_line, import_onnxruntime
+from ..engines.pieces import split
 
 SEGMENT_BYTES = 128 << 20  # of float32 weights that are in memory at once, and so of layers whose inputs are
 Observe = Callable[[int, str, np.ndarray], None]  # sample, value name, value
@@ -49,75 +47,6 @@ class Values:
     def drop(self, sample: int, name: str) -> None:
         """Delete."""
         self._path(sample, name).unlink(missing_ok=True)
-
-
-@dataclass
-class Segment:
-    """Some consecutive layers: a graph of its own. reads: values from before; gives: values that later segments or the stage need."""
-
-    graph: Graph
-    reads: list[str]
-    gives: list[str]
-
-
-def split(g: Graph, taps: Sequence[str] = (), budget: int = SEGMENT_BYTES) -> list[Segment]:
-    """Cut a stage between its layers, so that the weights of a piece stay below budget bytes where a single layer does.
-
-    taps: values that should be outputs of their segment too. g is left as it is.
-    """
-    runs, seen = _layer_runs(g), set[str]()
-    pieces: list[list[onnx.NodeProto]] = []
-    weight = 0
-    for run in runs:
-        names = {name for node in run for name in node.input if name in g.weights} - seen
-        size = sum(g.weights[name].bytes for name in names)
-        if pieces and weight + size <= budget:
-            pieces[-1] += run
-            weight += size
-        else:
-            pieces.append(list(run))
-            weight = size
-        seen |= names
-    return _as_graphs(g, pieces, set(taps))
-
-
-def _layer_runs(g: Graph) -> list[list[onnx.NodeProto]]:
-    """Nodes in runs of one outermost scope ("layers.3/…"); nodes without a scope go with what stands before them."""
-    runs: list[list[onnx.NodeProto]] = []
-    current = ""
-    for node in g.nodes:
-        scope = node.name.split("/")[0] if "/" in node.name else current
-        if not runs or scope != current:
-            runs.append([])
-            current = scope
-        runs[-1].append(node)
-    return runs
-
-
-def _as_graphs(g: Graph, pieces: list[list[onnx.NodeProto]], taps: set[str]) -> list[Segment]:
-    producers, graph_outputs = g.producers(), {v.name for v in g.outputs}
-    for i, piece in enumerate(pieces):  # sizes are cheaper to make again than to carry over
-        made = {name for node in piece for name in node.output}
-        used = [name for node in piece for name in node.input if name in producers and name not in made]
-        pieces[i] = [producers[name] for name in dict.fromkeys(used) if producers[name].op_type == "Shape"] + piece
-    made_by = [{name for node in piece for name in node.output} for piece in pieces]
-    inputs = {v.name: v for v in g.inputs}
-    segments = []
-    for i, piece in enumerate(pieces):
-        used_here = list(dict.fromkeys(name for node in piece for name in node.input if name))
-        used_later = {name for later in pieces[i + 1 :] for node in later for name in node.input}
-        later_made = {name for made in made_by[i + 1 :] for name in made}
-        reads = [name for name in used_here if name not in made_by[i] and name not in g.weights and name not in g.constants]
-        gives = [name for node in piece for name in node.output if (name in used_later and name not in later_made) or name in graph_outputs]
-        part = Graph(f"{g.name}-{i}", g.dtype)
-        part.nodes, part.functions, part.domains = list(piece), list(g.functions), set(g.domains)
-        part.inputs = [inputs.get(name) or helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in reads]
-        shown = list(dict.fromkeys([*gives, *(name for node in piece for name in node.output if name in taps)]))
-        part.outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in shown]
-        part.weights = {name: g.weights[name] for name in used_here if name in g.weights}
-        part.constants = {name: g.constants[name] for name in used_here if name in g.constants}
-        segments.append(Segment(part, reads, gives))
-    return segments
 
 
 class StageStream:

@@ -326,8 +326,7 @@ def _parse(value: dict[str, Any]) -> Manifest:
         tokenizer=_flag(value["tokenizer"], "tokenizer"), checkpoint=dict(value["checkpoint"]), created_by=_text(value["created_by"], "created_by"),
         demo=_flag(value["demo"], "demo"), calibration=_facts(value.get("calibration"), "calibration"), parity=_facts(value.get("parity"), "parity"),
         files={
-            _file_name(name): FileEntry(_count(f["bytes"], f"files.{name}.bytes", 1 << 50, least=0), _digest(f["sha256"], name))
-            for name, f in value["files"].items()
+            file_name(name): file_entry(name, f) for name, f in value["files"].items()
         },
     )  # fmt: skip
     if manifest.pooling.guided and manifest.question is None:
@@ -387,7 +386,13 @@ def _three(x: Any, what: str, positive: bool = False) -> tuple[float, float, flo
     return numbers[0], numbers[1], numbers[2]
 
 
-def _file_name(name: str) -> str:
+def file_entry(name: str, f: dict[str, Any]) -> FileEntry:
+    """A file's size and hash as a manifest has them. Raises ValueError or KeyError."""
+    return FileEntry(_count(f["bytes"], f"files.{name}.bytes", 1 << 50, least=0), _digest(f["sha256"], name))
+
+
+def file_name(name: str) -> str:
+    """A plain file name that stays in its directory. Raises BundleError."""
     if not _FILE_NAME.match(name) or ".." in name:
         raise BundleError(f"the file name {name[:60]!r} leaves the bundle or is not a plain name; refused")
     return name

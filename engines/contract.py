@@ -33,16 +33,25 @@ def promised(name: str, m: Manifest) -> dict[str, Shape]:
     return {"inputs_embeds": [1, None, d.hidden_size], **small, **layers, "logits": [1, d.vocab]}
 
 
-def check_stage(name: str, stage: Stage, m: Manifest) -> None:
-    """Raise BundleError if the graph and the manifest don't belong together."""
-    values = [*stage.session.get_inputs(), *stage.session.get_outputs()]
-    found, wanted = {value.name: value.shape for value in values}, promised(name, m)
+def check_stage(name: str, pieces: list[Stage], m: Manifest) -> None:
+    """Raise BundleError if the graph (or the pieces of it, in order) and the manifest don't belong together."""
+    carried = set[str]()  # values that one piece gives and a later one takes
+    found: dict[str, Shape] = {}
+    where = pieces[0].path
+    for i, piece in enumerate(pieces):
+        later = {value.name for after in pieces[i + 1 :] for value in after.session.get_inputs()}
+        given = [value for value in piece.session.get_outputs() if value.name in later]
+        carried |= {value.name for value in given}
+        for value in [*piece.session.get_inputs(), *piece.session.get_outputs()]:
+            if value.name not in carried:
+                found[value.name] = value.shape
+    wanted = promised(name, m)
     for tensor, want in wanted.items():
         got = found.get(tensor)
         if got is None:
-            raise BundleError(f"{stage.path} has no {tensor}, which the manifest promises; the bundle is damaged, export it again")
-        if len(got) != len(want) or any(w is not None and g != w for g, w in zip(got, want)):
-            raise BundleError(f"{stage.path}: {tensor} is {got}, the manifest promises {want}; the bundle is damaged, export it again")
+            raise BundleError(f"{where} has no {tensor}, which the manifest promises; the bundle is damaged, export it again")
+        if got and (len(got) != len(want) or any(w is not None and g != w for g, w in zip(got, want))):
+            raise BundleError(f"{where}: {tensor} is {got}, the manifest promises {want}; the bundle is damaged, export it again")
     extra = sorted(set(found) - set(wanted))
     if extra:
-        raise BundleError(f"{stage.path} has inputs or outputs that the manifest doesn't know ({', '.join(extra[:4])}); the bundle is damaged")
+        raise BundleError(f"{where} has inputs or outputs that the manifest doesn't know ({', '.join(extra[:4])}); the bundle is damaged")

@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 import click
+import numpy as np
 
 from .bundle import Bundle
+from .engine import find_engine
 from .terminal import Command, human_bytes, table
 
 
@@ -29,17 +31,30 @@ def describe(bundle: Bundle) -> dict[str, str]:
         facts["visual tokens"] = f"{output[0]}x{output[1]}x{output[2]} = {output[0] * output[1] * output[2]} at {v.default_frames} frames"
     if m.question:
         facts["question tower"] = f"up to {m.question.length} tokens, embedding {m.question.embedding_size}"
-    kv = 2 * d.layers * d.kv_heads * d.head_size * (4 if d.kv_dtype == "float32" else 2)
+    kv = 2 * d.layers * d.kv_heads * d.head_size * np.dtype(d.kv_dtype).itemsize
     facts |= {
         "decoder": f"{d.layers} layers x {d.hidden_size}, {d.vocab} tokens, context {d.context}",
         "KV cache": f"{human_bytes(kv)} a token, {human_bytes(kv * 1280)} at 1280",
         "precision": ", ".join(f"{part} {kind}" for part, kind in m.precision.items()),
         "tokenizers": "yes" if m.tokenizer else "no (token ids only)",
         "checkpoint": f"{m.checkpoint.get('name', '?')}, sha256 {str(m.checkpoint.get('sha256', '?'))[:16]}…",
+        "parity with the float model": _parity(m.parity),
+        "engines": _engines(bundle),
         "written by": m.created_by,
         "size": human_bytes(bundle.total_bytes),
     }
     return facts
+
+
+def _parity(parity: dict[str, Any] | None) -> str:
+    if parity is None:
+        return "not measured"
+    return "the gate holds" if parity.get("holds") else f"DRIFTS: {parity.get('drift', '')}"
+
+
+def _engines(bundle: Bundle) -> str:
+    engine, why = find_engine(bundle, "cpu")
+    return "cpu" if engine else f"cpu, not used: {why}" if why else "none"
 
 
 def check_graphs(bundle: Bundle) -> None:
@@ -49,7 +64,7 @@ def check_graphs(bundle: Bundle) -> None:
 
     for file in bundle.manifest.required_files():
         if file.endswith(".onnx"):
-            check_stage(file.removesuffix(".onnx"), Stage(bundle.file(file)), bundle.manifest)
+            check_stage(file.removesuffix(".onnx"), [Stage(bundle.file(file))], bundle.manifest)
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})

@@ -27,6 +27,7 @@ from ..engines.terminal import Command, fail, human_bytes, table, triple
 @click.option("--keep-fp16", type=click.IntRange(0), default=8, show_default=True, help="Layers that may stay in higher precision for the parity gate.")
 @click.option("--allow-drift", is_flag=True, help="Keep a bundle that fails the parity gate (it says so in its manifest).")
 @click.option("--weight-only", is_flag=True, help="nano: don't calibrate on drawn clips.")
+@click.option("--engine/--no-engine", default=None, help="Write engines/cpu into the bundle too.  [if anything is quantised]")
 @click.option("--subfolder", default="", help="Where the checkpoint lies inside its directory or hub repository.")
 @click.option("--clip", help="Directory or hub id of the question tower (CLIP or SigLIP), if the checkpoint lacks it.")
 @click.option("--base", help="Directory or hub id of the language model's tokenizer, if the checkpoint lacks it.")
@@ -61,7 +62,7 @@ def main(checkpoint: str, output: Path, precision: str, as_json: bool, **options
     )  # fmt: skip
     job = Options(
         checkpoint, output, parse_precision(precision), overrides, options["subfolder"], options["clip"], options["base"],
-        not options["no_tokenizer"], options["force"], int(options["block"]),
+        not options["no_tokenizer"], options["force"], int(options["block"]), options["engine"],
     )  # fmt: skip
     calibration = _calibration(job, options)
     with _progress() as progress:

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from ..engines.bundle import Manifest, write_manifest
-from ..engines.errors import PPLLaVAError
+from ..engines.build import build_cpu
+from ..engines.bundle import Bundle, Manifest, write_manifest
+from ..engines.errors import EngineError, PPLLaVAError
 from .precision import Precision
 from .quantize import LayerRecord, Plan, quantize, weight_only_plan
 from .rounding import round_int8
@@ -69,9 +70,10 @@ def convert(
         graphs, records = {}, dict[str, list[LayerRecord]]()
         for name, build in model.graphs(precision).items():
             graphs[name], integer = build(), precision.integer(name)
-            if integer:
-                plan = plans[name] if plans is not None else weight_only_plan(graphs[name], integer, options.block)
-                records[name] = quantize(graphs[name], plan)
+            if plans is not None and name in plans:
+                records[name] = quantize(graphs[name], plans[name])
+            elif integer:
+                records[name] = quantize(graphs[name], weight_only_plan(graphs[name], integer, options.block))
         progress.start(sum(g.weight_bytes for g in graphs.values()))
         model.write_tokenizers(work)  # first: quick, and may fail
         reports = []
@@ -83,11 +85,25 @@ def convert(
             reports.append(StageReport(name, g.parameters, size, time.perf_counter() - started))
         reports.append(write_embeddings(model, precision, work))
         manifest = model.manifest(precision)
+        if precision.quantized if options.engine is None else options.engine:
+            _write_engine(work, write_manifest(work, manifest), progress, reports, needed=bool(options.engine))
         if finish:
             manifest = finish(work, manifest, records)
         manifest = write_manifest(work, manifest)
         _move_into_place(work, output, options.force)
     return manifest, reports
+
+
+def _write_engine(work: Path, manifest: Manifest, progress: Progress, reports: list[StageReport], needed: bool) -> None:
+    """engines/cpu beside the graphs. Without ONNX Runtime it is left out, unless it was asked for."""
+    started = time.perf_counter()
+    try:
+        engine = build_cpu(Bundle(work, manifest), lambda stage, done, of: progress.step("engine for this CPU", done, of))
+    except EngineError:
+        if needed:
+            raise
+        return
+    reports.append(StageReport("engines/cpu", 0, sum(f.bytes for f in engine.files.values()), time.perf_counter() - started))
 
 
 def check_output(options: Options) -> Path:

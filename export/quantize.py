@@ -41,10 +41,11 @@ class Scheme:
 @dataclass
 class Plan:
     """Schemes by weight name, and folds by group: factors s (K,) that divide a group's input and multiply the rows of its weights, so that
-    nothing changes in exact arithmetic (SmoothQuant, AWQ)."""
+    nothing changes in exact arithmetic (SmoothQuant, AWQ). cache: scales of an INT8 KV cache, by the name of the past's input; empty: float."""
 
     schemes: dict[str, Scheme] = field(default_factory=dict)
     folds: dict[str, np.ndarray] = field(default_factory=dict)
+    cache: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -140,7 +141,45 @@ def quantize(g: Graph, plan: Plan) -> list[LayerRecord]:
             product = _quantized_activation(g, node, scheme, restored, quantized_inputs) if scheme.kind == "w8a8" else [_with_weight(node, restored)]
             replaced[id(node)] = ([dequantize] if i == 0 else []) + product
     g.nodes = [new for node in g.nodes for new in replaced.get(id(node), [node])]
+    if plan.cache:
+        _quantize_cache(g, plan.cache)
     return records
+
+
+def cache_writes(g: Graph) -> dict[str, str]:
+    """Past input → the new keys or values that are written into it."""
+    return {node.input[0]: node.input[1] for node in g.nodes if node.op_type == "TensorScatter"}
+
+
+def _quantize_cache(g: Graph, scales: dict[str, float]) -> None:
+    """Quantise keys and values before they are written, restore the whole cache before attention reads it."""
+    int8, half = ONNX_TYPE["int8"], g.dtype == "float16"
+    writes = {node.output[0]: node for node in g.nodes if node.op_type == "TensorScatter"}
+    for value in [*g.inputs, *g.outputs]:
+        if value.name in writes or value.name.startswith("past."):
+            value.type.tensor_type.elem_type = int8
+    nodes: list[onnx.NodeProto] = []
+    restored: dict[str, str] = {}
+    for node in g.nodes:
+        if node.op_type != "TensorScatter":
+            for i, name in enumerate(node.input):
+                node.input[i] = restored.get(name, name)
+            nodes.append(node)
+            continue
+        past, new, present = node.input[0], node.input[1], node.output[0]
+        scale = g.weight(Tensor.of(f"{past}{SCALE}", np.array(scales[past], np.float32)), "float32")
+        zero = g.weight(Tensor.of(f"{past}.zero_point", np.array(0, np.int8)), "int8")
+        wide = f"{new}.float32" if half else new
+        if half:
+            nodes.append(helper.make_node("Cast", [new], [wide], name=wide, to=ONNX_TYPE["float32"]))
+        node.input[1] = f"{new}.int8"
+        nodes += [helper.make_node("QuantizeLinear", [wide, scale, zero], [node.input[1]], name=node.input[1]), node]
+        back = f"{present}.restored"
+        nodes.append(helper.make_node("DequantizeLinear", [present, scale, zero], [back], name=back))
+        if half:
+            nodes.append(helper.make_node("Cast", [back], [f"{back}.half"], name=f"{back}.half", to=ONNX_TYPE["float16"]))
+        restored[present] = f"{back}.half" if half else back
+    g.nodes = nodes
 
 
 def _fold(g: Graph, plan: Plan, layers: Sequence[Layer]) -> dict[str, np.ndarray]:

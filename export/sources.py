@@ -34,7 +34,7 @@ TOKENIZERS = ("tokenizer.json", "question_tokenizer.json")
 
 @dataclass
 class Options:
-    """What ppllava-export was asked for. block: rows per INT4 scale."""
+    """What ppllava-export was asked for. block: rows per INT4 scale. engine: whether to write engines/cpu too; None: if anything is quantised."""
 
     checkpoint: str
     output: Path
@@ -46,6 +46,7 @@ class Options:
     tokenizer: bool = True
     force: bool = False
     block: int = 32
+    engine: bool | None = None
 
 
 class Source(Protocol):

@@ -36,8 +36,8 @@ class KVCache:
 class Sequence:
     """One prompt and what follows it: a cache, and the steps that fill it."""
 
-    def __init__(self, stage: Stage, info: DecoderInfo, cache: KVCache):
-        self.stage, self.info, self.cache = stage, info, cache
+    def __init__(self, pieces: list[Stage], info: DecoderInfo, cache: KVCache):
+        self.pieces, self.info, self.cache = pieces, info, cache
         self._step: _Step | None = None
 
     def run(self, inputs_embeds: np.ndarray) -> np.ndarray:
@@ -46,17 +46,18 @@ class Sequence:
         if count < 1 or cache.length + count > cache.capacity:
             raise EngineError(f"the cache holds {cache.length} of {cache.capacity} positions; {count} more don't fit")
         if self._step is None or self._step.count != count:
-            self._step = _Step(self.stage, self.info, cache, count)
+            self._step = _Step(self.pieces, self.info, cache, count)
         logits = self._step.run(inputs_embeds)
         cache.length += count
         return logits
 
 
 class Decoder:
-    """decoder.onnx. Several sequences may be under way at once, each with a cache of its own; finished ones leave theirs for the next."""
+    """decoder.onnx, whole or in pieces that follow one another. Several sequences may be under way at once, each with a cache of its own;
+    finished ones leave theirs for the next."""
 
-    def __init__(self, stage: Stage, info: DecoderInfo):
-        self.stage, self.info = stage, info
+    def __init__(self, pieces: list[Stage], info: DecoderInfo):
+        self.pieces, self.info = pieces, info
         self._idle: list[KVCache] = []
         self._lock = threading.Lock()
 
@@ -75,9 +76,9 @@ class Decoder:
         with self._lock:
             fitting = [cache for cache in self._idle if cache.capacity == capacity]
             self._idle.clear()  # one of another size is let go before a new one is made
-        cache = fitting[0] if fitting else KVCache(self.info, capacity, self.stage.device)
+        cache = fitting[0] if fitting else KVCache(self.info, capacity, self.pieces[0].device)
         cache.length = 0
-        return Sequence(self.stage, self.info, cache)
+        return Sequence(self.pieces, self.info, cache)
 
     def finish(self, sequence: Sequence) -> None:
         """The sequence is done with; its cache may serve the next one."""
@@ -124,25 +125,36 @@ class Decoder:
 class _Step:
     """A run of `count` positions with everything bound once: only the contents of small buffers change from step to step."""
 
-    def __init__(self, stage: Stage, info: DecoderInfo, cache: KVCache, count: int):
+    def __init__(self, pieces: list[Stage], info: DecoderInfo, cache: KVCache, count: int):
         ort = import_onnxruntime()
-        self.stage, self.cache, self.count = stage, cache, count
-        kind: Any = stage.dtypes["inputs_embeds"]
+        self.pieces, self.cache, self.count, self.device = pieces, cache, count, pieces[0].device
+        kind: Any = pieces[0].dtypes["inputs_embeds"]
         self.hidden_value = np.float32("-inf") if kind == np.float32 else np.float16(-1e4)
         self.embeds: np.ndarray = np.zeros((1, count, info.hidden_size), kind)
         self.positions = np.zeros((1, count), np.int64)
         self.write_index = np.zeros(1, np.int64)
         self.mask: np.ndarray = np.full((1, 1, count, cache.capacity), self.hidden_value, kind)
         self.logits = np.zeros((1, info.vocab), np.float32)
-        self.binding = stage.session.io_binding()
         self.inputs = {"inputs_embeds": self.embeds, "position_ids": self.positions, "write_index": self.write_index, "mask": self.mask}
-        if stage.device == "cpu":
-            for name, array in self.inputs.items():
-                self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-            self.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self.logits))
-        for name, buffer in cache.buffers.items():
-            self.binding.bind_ortvalue_input(f"past.{name}", buffer)
-            self.binding.bind_ortvalue_output(f"present.{name}", buffer)
+        self.bindings, self.buffers = [], [self.logits]  # buffers that are bound must outlive the binding
+        bound = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.inputs.items()} if self.device == "cpu" else {}
+        bound["logits"] = ort.OrtValue.ortvalue_from_numpy(self.logits)
+        for piece in pieces:
+            binding = piece.session.io_binding()
+            for name in piece.dtypes:
+                if name.startswith("past."):
+                    binding.bind_ortvalue_input(name, cache.buffers[name.removeprefix("past.")])
+                elif name in bound:
+                    binding.bind_ortvalue_input(name, bound[name])
+            for name in piece.outputs:
+                if name.startswith("present."):
+                    binding.bind_ortvalue_output(name, cache.buffers[name.removeprefix("present.")])
+                elif self.device == "cpu":
+                    if name not in bound:  # what one piece hands to the next
+                        self.buffers.append(np.zeros((1, count, info.hidden_size), np.float32))
+                        bound[name] = ort.OrtValue.ortvalue_from_numpy(self.buffers[-1])
+                    binding.bind_ortvalue_output(name, bound[name])
+            self.bindings.append(binding)
 
     def run(self, inputs_embeds: np.ndarray) -> np.ndarray:
         at = self.cache.length
@@ -154,14 +166,15 @@ class _Step:
         else:
             visible = np.arange(self.cache.capacity) <= self.positions[0][:, None]
             self.mask[0, 0] = np.where(visible, np.array(0, self.mask.dtype), self.hidden_value)
-        if self.stage.device != "cpu":
+        if self.device != "cpu":
             for name, array in self.inputs.items():
-                self.binding.bind_cpu_input(name, array)
-            self.binding.bind_output("logits", "cpu")
+                self.bindings[0].bind_cpu_input(name, array)
+            self.bindings[0].bind_output("logits", "cpu")
         try:
-            self.stage.session.run_with_iobinding(self.binding)
+            for piece, binding in zip(self.pieces, self.bindings):
+                piece.session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            raise EngineError(f"decoder.onnx failed: {first_line(error)}") from None
-        if self.stage.device == "cpu":
+            raise EngineError(f"the decoder failed: {first_line(error)}") from None
+        if self.device == "cpu":
             return self.logits[0].copy()
-        return dict(zip(self.stage.outputs, self.binding.get_outputs()))["logits"].numpy()[0]
+        return dict(zip(self.pieces[0].outputs, self.bindings[0].get_outputs()))["logits"].numpy()[0]

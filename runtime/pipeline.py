@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ import numpy as np
 
 from ..engines.bundle import Bundle
 from ..engines.contract import check_stage
+from ..engines.engine import find_engine
 from ..engines.errors import EngineError, MediaError, PromptError
 from ..engines.ort import Stage, choose_device
 from . import anyres
@@ -36,7 +39,8 @@ class Pipeline:
         self.bundle, self.manifest = bundle, bundle.manifest
         self.device, self.threads = choose_device(device), threads
         self._lock = threading.Lock()
-        self._stages: dict[str, Stage] = {}
+        self._stages: dict[str, list[Stage]] = {}
+        self.engine, self.engine_note = find_engine(bundle, "cpu") if self.device == "cpu" else (None, "")
 
     @classmethod
     def open(cls, bundle: str | os.PathLike[str], device: str = "cpu", threads: int | None = None) -> Pipeline:
@@ -47,19 +51,25 @@ class Pipeline:
         return cls(Bundle.open(bundle), device, threads)
 
     def stage(self, name: str) -> Stage:
-        """The opened graph of a stage."""
+        """The opened graph of a stage that is one graph."""
+        return self.pieces(name)[0]
+
+    def pieces(self, name: str) -> list[Stage]:
+        """The opened graph of a stage, or the pieces that an engine cut it into: those of this machine's engine, else the standard one."""
         with self._lock:
             if name not in self._stages:
-                stage = Stage(self.bundle.file(f"{name}.onnx"), self.device, self.threads)
-                check_stage(name, stage, self.manifest)
-                self._stages[name] = stage
+                paths = (self.engine.paths(name) if self.engine else []) or [self.bundle.file(f"{name}.onnx")]
+                with ThreadPoolExecutor(4) as pool:
+                    stages = list(pool.map(lambda path: Stage(path, self.device, self.threads), paths))
+                check_stage(name, stages, self.manifest)
+                self._stages[name] = stages
             return self._stages[name]
 
     def load(self) -> None:
         """Open every stage now, so that the first question finds them ready."""
         for name in self.manifest.required_files():
             if name.endswith(".onnx"):
-                self.stage(name.removesuffix(".onnx"))
+                self.pieces(name.removesuffix(".onnx"))
         _ = self.decoder
 
     @cached_property
@@ -67,7 +77,8 @@ class Pipeline:
         """The decoder with its KV cache."""
         from .decoding import Decoder
 
-        return Decoder(self.stage("decoder"), self.manifest.decoder)
+        info = self.manifest.decoder
+        return Decoder(self.pieces("decoder"), replace(info, kv_dtype=self.engine.kv_dtype) if self.engine else info)
 
     # -- vision ------------------------------------------------------------------------------------------------------
 
