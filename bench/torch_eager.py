@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,16 +18,17 @@ from torch import Tensor
 
 
 class TorchModel:
-    """A checkpoint in memory, float32."""
+    """A checkpoint in memory, float32. prefix: load only tensors whose names begin so."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, prefix: str = ""):
         self.config = json.loads((folder / "config.json").read_text())
         self.question_config = json.loads((folder / self.config["clip_weight"] / "config.json").read_text())["text_config"]
         self.w: dict[str, Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, "pt") as reader:
                 for name in reader.keys():  # noqa: SIM118  (not a dict)
-                    self.w[name] = reader.get_tensor(name).float()
+                    if name.startswith(prefix):
+                        self.w[name] = reader.get_tensor(name).float()
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         return F.linear(x, self.w[f"{name}.weight"], self.w.get(f"{name}.bias"))
@@ -48,14 +50,26 @@ class TorchModel:
         x = x + self.attention(self.norm(x, f"{name}.layer_norm1"), f"{name}.self_attn", heads, causal)
         return x + self.mlp(self.norm(x, f"{name}.layer_norm2"), f"{name}.mlp", act)
 
+    def embed_patches(self, pixels: Tensor) -> Tensor:
+        """pixels (T,3,H,W) → (T,P+1,C), class token first."""
+        tower = "vision_tower.vision_model."
+        patch = self.config["vision_config"]["patch_size"]
+        x = F.conv2d(pixels, self.w[tower + "embeddings.patch_embedding.weight"], stride=patch).flatten(2).transpose(1, 2)
+        token = self.w[tower + "embeddings.class_embedding"].expand(len(x), 1, -1)
+        return self.norm(torch.cat([token, x], 1) + self.w[tower + "embeddings.position_embedding.weight"], tower + "pre_layrnorm")
+
+    def trunk(self, pixels: Tensor) -> Tensor:
+        """pixels (T,3,H,W) → the state that enters the last layer, (T,P+1,C): what our trunk computes."""
+        v, x = self.config["vision_config"], self.embed_patches(pixels)
+        for i in range(v["num_hidden_layers"] - 1):
+            x = self.layer(x, f"vision_tower.vision_model.encoder.layers.{i}", v["num_attention_heads"], v.get("hidden_act", "quick_gelu"))
+        return x
+
     def features(self, pixels: Tensor) -> Tensor:
         """pixels (T,3,H,W) → (T,P,C)."""
         v, tower = self.config["vision_config"], "vision_tower.vision_model."
         act, heads, layers = v.get("hidden_act", "quick_gelu"), v["num_attention_heads"], v["num_hidden_layers"]
-        x = F.conv2d(pixels, self.w[tower + "embeddings.patch_embedding.weight"], stride=v["patch_size"]).flatten(2).transpose(1, 2)
-        token = self.w[tower + "embeddings.class_embedding"].expand(len(x), 1, -1)
-        positions = self.w[tower + "embeddings.position_embedding.weight"]
-        x = self.norm(torch.cat([token, x], 1) + positions, tower + "pre_layrnorm")
+        x, positions = self.embed_patches(pixels), self.w[tower + "embeddings.position_embedding.weight"]
         depth = self.config["btadapter_depth"] if self.config.get("btadapter") else 0
         states: list[Tensor | None] = []
         patches: Tensor | None = None
@@ -106,13 +120,10 @@ class TorchModel:
         frames = len(features)
         e = F.normalize(self.linear(self.norm(features, p + "clip_visual_ln"), p + "clip_visual_projection"), dim=-1)
         logits = (e.flatten(0, 1) @ F.normalize(q, dim=-1)[0]) * self.w[p + "logit_scale"].exp()
-        weights = torch.softmax(logits, -1).view(1, frames, rows, columns)
+        weights = torch.softmax(logits, -1).view(frames, rows, columns)
         h = self.linear(F.gelu(self.linear(features, p + "linear_1")), p + "linear_2")
-        h = h.view(1, frames, rows, columns, -1).permute(0, 4, 1, 2, 3)
-        (kt, kh, kw), (st, sh, sw) = self.config["pooling_kernel"], self.config["pooling_stride"]
-        u = h.unfold(2, kt, st).unfold(3, kh, sh).unfold(4, kw, sw).flatten(5)
-        w = weights.unfold(1, kt, st).unfold(2, kh, sh).unfold(3, kw, sw).flatten(4)
-        return (u * torch.softmax(w / self.config["pooling_temp"], -1).unsqueeze(1)).sum(-1).flatten(2)[0].T
+        kernel, stride, temperature = (self.config[f"pooling_{what}"] for what in ("kernel", "stride", "temp"))
+        return pool_windows(h.view(frames, rows, columns, -1), weights, kernel, stride, temperature)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.w["language_model.model.embed_tokens.weight"][ids]
@@ -141,6 +152,14 @@ class TorchModel:
 
     def _rms(self, x: Tensor, name: str, epsilon: float) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.w[f"{name}.weight"], epsilon)
+
+
+def pool_windows(hidden: Tensor, weights: Tensor, kernel: Sequence[int], stride: Sequence[int], temperature: float) -> Tensor:
+    """hidden (T,H,W,D), weights (T,H,W) → (N,D), by upstream's own steps: unfold, multiply, sum."""
+    (kt, kh, kw), (st, sh, sw) = kernel, stride
+    u = hidden[None].permute(0, 4, 1, 2, 3).unfold(2, kt, st).unfold(3, kh, sh).unfold(4, kw, sw).flatten(5)
+    w = weights[None].unfold(1, kt, st).unfold(2, kh, sh).unfold(3, kw, sw).flatten(4)
+    return (u * torch.softmax(w / temperature, -1).unsqueeze(1)).sum(-1).flatten(2)[0].T
 
 
 @torch.no_grad()

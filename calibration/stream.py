@@ -112,5 +112,5 @@ class StageStream:
             path = folder / f"{index}.onnx"
             self.segments[index].graph.save(path, check=False)
             import_onnxruntime()
-            self._open[index] = Stage(path, prepack=len(self.segments) == 1)
+            self._open[index] = Stage(path, lean=len(self.segments) > 1)
         return self._open[index]
