@@ -267,13 +267,13 @@ class Calibration:
         expected = Expected(model, self.data.clips, chunks, held if model.small else held[:2])
         int4 = self.options.precision.of_stage("decoder") == "int4"
         outcome = Outcome(self.choices, {}, {}, int4=int4)
-        if model.small:
+        if model.small and self.job.keep_float:
             calibrating = [a for a in self.asked if not self.data.clips[a.clip].held_back] or self.asked
             outcome.sensitivity = sensitivity(
                 model, self.data.clips, chunks, calibrating, self.plans, self.state / "scratch", lambda done, of: self.progress.step("sensitivity", done, of)
             )
             self._raise_until_it_holds(expected, outcome)
-        else:
+        elif self.job.keep_float:
             self._raise_the_worst(outcome)
 
         def finish(work: Path, manifest: Manifest, records: dict[str, list[LayerRecord]]) -> Manifest:

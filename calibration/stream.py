@@ -65,6 +65,8 @@ class StageStream:
         segment, stage = self.segments[index], self._stage(index)
         wanted = [name for name in stage.outputs if name in segment.gives or observe]
         wanted = [name for name in wanted if not name.startswith("present.")]
+        if not wanted:
+            return  # sizes only, which whoever needs them makes again
         for sample in samples:
             feeds = {name: values.get(sample, name) if values.has(sample, name) else self._filled(sample, name) for name in segment.reads}
             for name in self.taps & set(feeds) if observe and index == 0 else ():  # a layer that reads the stage's own input

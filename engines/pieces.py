@@ -31,7 +31,7 @@ def split(g: Graph, taps: Sequence[str] = (), budget: int = 1 << 62) -> list[Seg
     for run in runs:
         names = {name for node in run for name in node.input if name in g.weights} - seen
         size = sum(g.weights[name].bytes for name in names)
-        if pieces and weight + size <= budget:
+        if pieces and (weight + size <= budget or not weight):  # what has no weights goes with what follows it
             pieces[-1] += run
             weight += size
         else:
@@ -59,6 +59,7 @@ def _as_graphs(g: Graph, pieces: list[list[onnx.NodeProto]], taps: set[str]) -> 
     pieces = [_with_bookkeeping(piece, producers) for piece in pieces]
     made_by = [{name for node in piece for name in node.output} for piece in pieces]
     inputs = {v.name: v for v in g.inputs}
+    everything_read = {name for piece in pieces for node in piece for name in node.input}
     segments = []
     for i, piece in enumerate(pieces):
         used_here = list(dict.fromkeys(name for node in piece for name in node.input if name))
@@ -68,7 +69,8 @@ def _as_graphs(g: Graph, pieces: list[list[onnx.NodeProto]], taps: set[str]) -> 
         gives = [name for node in piece for name in node.output if (name in used_later and name not in later_made) or name in outputs]
         part = Graph(f"{g.name}-{i}", g.dtype)
         part.nodes, part.functions, part.domains = list(piece), list(g.functions), set(g.domains)
-        part.inputs = [inputs.get(name) or helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in reads]
+        unread = [v for v in g.inputs if i == 0 and len(pieces) > 1 and v.name not in everything_read]  # a stage's interface stays whole
+        part.inputs = unread + [inputs.get(name) or helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in reads]
         shown = list(dict.fromkeys([*gives, *(name for node in piece for name in node.output if name in taps)]))
         part.outputs = [outputs.get(name) or helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in shown]
         part.weights = {name: g.weights[name] for name in used_here if name in g.weights}

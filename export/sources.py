@@ -121,7 +121,7 @@ class BundleSource:
             kinds = ", ".join(f"{part} {kind}" for part, kind in m.precision.items() if kind.startswith("int"))
             raise PPLLaVAError(f"{path} is quantised already ({kinds}); start from its checkpoint, or from a bundle in fp16 or fp32")
         for part, kind in options.precision.parts.items():
-            if m.precision.get(part) == "fp32" and kind == "fp16":
+            if m.precision.get(part) == "fp32" and kind == "fp16" and not (part == "kv" and options.precision.integer("decoder")):
                 raise PPLLaVAError(f"{path} holds {part} in fp32, which is not narrowed to fp16; export the checkpoint with --precision fp16")
 
     def graphs(self, precision: Precision) -> dict[str, Callable[[], Graph]]:
@@ -155,6 +155,8 @@ class BundleSource:
 
     def manifest(self, precision: Precision) -> Manifest:
         m = self.bundle.manifest
+        if m.precision.get("kv", "fp32" if m.decoder.kv_dtype == "float32" else "fp16") == "fp32" and precision.parts["kv"] == "fp16":
+            precision = Precision({**precision.parts, "kv": "fp32"})  # what isn't quantised stays as wide as it was
         decoder = replace(m.decoder, kv_dtype=_kv_dtype(precision))
         writer, tokenizer = f"ppllava-edge {tool_version()}", m.tokenizer and self.options.tokenizer
         return replace(m, precision=_described(precision), decoder=decoder, created_by=writer, files={}, tokenizer=tokenizer)
