@@ -13,17 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from ..engines.bundle import Manifest, write_manifest
+from ..engines.bundle import Bundle, Manifest, write_manifest
 from ..engines.errors import PPLLaVAError
+from ..engines.graph import Graph
+from ..engines.rewrite import to_float32
 from ..export.convert import Progress, StageReport, check_output, convert
+from ..export.precision import STAGE_PART
 from ..export.quantize import LayerRecord, Plan, Scheme, cache_writes, find_layers
 from ..export.sources import Options, Source, open_source
 from ..runtime.pipeline import Pipeline
 from . import data as clips_of
 from .choose import Choice, choose_group, group_layers
 from .data import Data
-from .parity import Expected, GateError, Scores, describe, measure
-from .reference import CLIP, FLOAT, Asked, FloatModel
+from .parity import Expected, GateError, Scores, describe, measure, measure_streamed
+from .reference import CLIP, FLOAT, Asked, StreamedModel, side_bundle
 from .report import write_report
 from .sensitivity import sensitivity
 from .statistics import InputStatistics
@@ -119,7 +122,7 @@ class Calibration:
         taps = {name: [node.input[0] for layer in layers for node in layer.nodes] for name, layers in self.layers.items()}
         self.cache_writes = {new: past for past, new in cache_writes(graphs["decoder"]).items()} if options.precision.parts["kv"] == "int8" else {}
         taps["decoder"] = [*taps.get("decoder", []), *self.cache_writes]
-        self.model = FloatModel(source, state / "scratch", taps, graphs)
+        self.model = StreamedModel(side_bundle(source, state / "side"), graphs, state / "scratch", taps)
         self.plans: dict[str, Plan] = {name: Plan() for name in [*self.layers, *(["decoder"] if self.cache_writes else [])]}
         self.choices: list[Choice] = []
         self._watched: dict[str, tuple[dict[str, InputStatistics], dict[str, str]]] = {}
@@ -279,7 +282,7 @@ class Calibration:
         def finish(work: Path, manifest: Manifest, records: dict[str, list[LayerRecord]]) -> Manifest:
             self.progress.step("judging", 0, 1)
             write_manifest(work, manifest)
-            scores = measure(expected, Pipeline.open(work, "cpu"))
+            scores = measure(expected, Pipeline.open(work, "cpu")) if model.small else measure_streamed(expected, self._written(work))
             outcome.scores, outcome.violations = scores, describe(scores.violations(int4))
             holds = not outcome.violations
             if not holds and not self.job.allow_drift:
@@ -292,6 +295,12 @@ class Calibration:
 
         manifest, reports = convert(self.options, self.progress, _Borrowed(self.source), self.plans, finish)
         return manifest, reports, outcome
+
+    def _written(self, work: Path) -> StreamedModel:
+        """The quantised bundle, to be run piece by piece."""
+        bundle = Bundle.open(work)
+        names = [name for name in STAGE_PART if f"{name}.onnx" in bundle.manifest.files]
+        return StreamedModel(bundle, {name: to_float32(Graph.read(work / f"{name}.onnx")) for name in names}, self.state / "judged")
 
     def _raise_until_it_holds(self, expected: Expected, outcome: Outcome) -> None:
         """Quantise, judge, and leave the layers that hurt most in float, until the gate holds or the budget is spent."""

@@ -11,7 +11,7 @@ import numpy as np
 from ..engines.errors import PPLLaVAError
 from ..runtime.pipeline import Pipeline
 from .data import Clip
-from .reference import Asked, FloatModel
+from .reference import Asked, StreamedModel
 
 NEW_TOKENS = 32
 
@@ -91,7 +91,7 @@ def describe(violations: Sequence[tuple[Limit, float]]) -> str:
 class Expected:
     """What the float model makes of held-back clips: kept on disk by the model's store."""
 
-    model: FloatModel
+    model: StreamedModel
     clips: list[Clip]
     chunks: list[list[int]]
     asked: list[Asked]
@@ -125,15 +125,48 @@ def measure(expected: Expected, bundle: Pipeline, new_tokens: int = NEW_TOKENS) 
             ranks.append(spearman(want_cosine, cosine))
         model.put_prompt(asked.index, want)
     expected_logits = model.logits([asked.index for asked in expected.asked])
-    divergences, agreements = [], []
-    for index, (ids, logits) in answers.items():
-        want = expected_logits[index][-len(ids) :]
-        divergences += divergence(want, logits).tolist()
-        agreements += (want.argmax(axis=1) == logits.argmax(axis=1)).tolist()
+    pairs = [(expected_logits[index][-len(ids) :], logits) for index, (ids, logits) in answers.items()]
+    return _scores(feature, tokens, ranks, pairs, len(quantised_features))
+
+
+def measure_streamed(expected: Expected, quantised: StreamedModel) -> Scores:
+    """The same for models that aren't whole in memory: both read the prompt and, where it is known, the answer; nothing is generated, so
+    divergence and agreement are those of the last positions of what they read."""
+    model = expected.model
+    assert model.text is not None
+    clips = sorted({asked.clip for asked in expected.asked})
+    for clip in clips:
+        for chunk in expected.chunks[clip]:
+            quantised.values.put(chunk, "pixels", model.values.get(chunk, "pixels"))
+    quantised.run_vision(clips, expected.chunks)
+    feature = [compare(model.values.get(clip, "features"), quantised.values.get(clip, "features")) for clip in clips]
+    tokens, ranks, count = [], [], dict[int, int]()
+    for asked in expected.asked:
+        answer = model.text.tokenizer.encode(asked.answer, add_special_tokens=False).ids if asked.answer else []
+        seen = [m.embeds(m.values.get(asked.clip, "features"), asked.question, answer) for m in (model, quantised)]
+        for m, (embeds, _, _) in zip((model, quantised), seen):
+            m.put_prompt(asked.index, embeds)
+        tokens.append(compare(seen[0][1], seen[1][1]))
+        if seen[0][2] is not None and seen[1][2] is not None:
+            ranks.append(spearman(seen[0][2], seen[1][2]))
+        count[asked.index] = min(NEW_TOKENS, len(model.text.prompt_pieces(asked.question)[1]) + len(answer))  # text positions after the video
+    samples = [asked.index for asked in expected.asked]
+    want, got = model.logits(samples), quantised.logits(samples)
+    quantised.close()
+    return _scores(feature, tokens, ranks, [(want[i][-count[i] :], got[i][-count[i] :]) for i in samples], len(clips))
+
+
+def _scores(
+    feature: Sequence[tuple[float, float]], tokens: Sequence[tuple[float, float]], ranks: Sequence[float], pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+    clips: int,
+) -> Scores:  # fmt: skip
+    """Means. pairs: logits (n,V) of the float and of the quantised model at the same positions, by question."""
+    divergences = np.concatenate([divergence(want, got) for want, got in pairs])
+    agreements = np.concatenate([want.argmax(axis=1) == got.argmax(axis=1) for want, got in pairs])
+    features, visual = np.mean(feature, axis=0), np.mean(tokens, axis=0)
     return Scores(
-        float(np.mean([f[0] for f in feature])), float(np.mean([f[1] for f in feature])), float(np.mean(ranks)) if ranks else 1.0,
-        float(np.mean([t[0] for t in tokens])), float(np.mean([t[1] for t in tokens])), float(np.mean(divergences)), float(np.mean(agreements)),
-        len(quantised_features), len(expected.asked), len(divergences),
+        float(features[0]), float(features[1]), float(np.mean(ranks)) if ranks else 1.0, float(visual[0]), float(visual[1]),
+        float(divergences.mean()), float(agreements.mean()), clips, len(pairs), len(divergences),
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""The float model, run over calibration samples without ever being whole in memory: what layers see, and what the right result is."""
+"""A model run over calibration samples without ever being whole in memory: what layers see, and what the right result is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from onnx import helper
 
-from ..engines.bundle import Bundle, FileEntry, Manifest, hash_file
+from ..engines.bundle import Bundle, FileEntry, hash_file
 from ..engines.graph import Graph
 from ..export.convert import EMBEDDINGS, write_embeddings
-from ..export.precision import Precision, parse_precision
+from ..export.precision import parse_precision
 from ..export.sources import Source
 from ..runtime.pipeline import TOKENS_PER_VISION_CALL, Pipeline
 from ..runtime.text import TextSide
@@ -72,17 +72,17 @@ class _InMemory:
         pass
 
 
-class FloatModel(Pipeline):
-    """The stages of a source in float32, with the interface of runtime's pipeline where stages are small.
+class StreamedModel(Pipeline):
+    """A model's stages with the interface of runtime's pipeline where they are small, and piece by piece over many samples where not.
 
-    scratch: a folder for values and pieces of graphs. taps: stage → values to observe.
+    bundle: tokenizers and embeddings. graphs: of all stages, in float32 where they are float. scratch: a folder for values and pieces.
+    taps: stage → values to observe.
     """
 
-    def __init__(self, source: Source, scratch: Path, taps: dict[str, list[str]] | None = None, graphs: dict[str, Graph] | None = None):
-        self.scratch, self.source = scratch, source
-        super().__init__(side_bundle(source, scratch / "side"), "cpu")
+    def __init__(self, bundle: Bundle, graphs: dict[str, Graph], scratch: Path, taps: dict[str, list[str]] | None = None):
+        super().__init__(bundle, "cpu")
+        self.scratch, self.graphs = scratch, graphs
         self.text = TextSide(self.bundle) if self.manifest.tokenizer else None
-        self.graphs = graphs or {name: build() for name, build in source.graphs(FLOAT).items()}
         self.values = Values(scratch / "values")
         self.streams: dict[str, StageStream] = {}
         self.callables: dict[str, _Small] = {}
@@ -149,6 +149,17 @@ class FloatModel(Pipeline):
         ):  # fmt: skip
             self.values.put(sample, name, value)
 
+    def run_vision(self, clips: Sequence[int], chunks: Sequence[Sequence[int]]) -> None:
+        """Trunk and temporal branch of whole clips, whose features are in the store afterwards."""
+        self.streams["trunk"].run([chunk for clip in clips for chunk in chunks[clip]], self.values)
+        for clip in clips:
+            self.values.put(CLIP + clip, "states", self.states(chunks[clip]))
+        if self.manifest.vision.max_frames:
+            self.streams["temporal"].run([CLIP + clip for clip in clips], self.values)
+        for clip in clips:
+            there = self.values.has(CLIP + clip, "features")
+            self.values.put(clip, "features", self.values.get(CLIP + clip, "features") if there else self.branch(self.values.get(CLIP + clip, "states")))
+
     def logits(self, samples: Sequence[int], observe: Observe | None = None) -> dict[int, np.ndarray]:
         """Run the decoder over prompts in the store → logits (n,V) of the last positions, by sample."""
         self.streams["decoder"].run(samples, self.values, observe)
@@ -156,7 +167,7 @@ class FloatModel(Pipeline):
 
     def _fill(self, sample: int, name: str) -> np.ndarray:
         d, length = self.manifest.decoder, self.values.get(sample, "position_ids").shape[1]
-        return np.zeros((1, d.kv_heads, length, d.head_size), np.float32)
+        return np.zeros((1, d.kv_heads, length, d.head_size), np.int8 if d.kv_dtype == "int8" else np.float32)
 
 
 def all_logits(g: Graph) -> Graph:
@@ -180,11 +191,3 @@ def side_bundle(source: Source, folder: Path) -> Bundle:
     files = {path.name: FileEntry(path.stat().st_size, hash_file(path)) for path in folder.iterdir() if path.name != "manifest.json"}
     assert EMBEDDINGS in files
     return Bundle(folder, replace(manifest, files=files))
-
-
-def manifest_of(source: Source, precision: Precision) -> Manifest:
-    """What a bundle of that precision will say of itself."""
-    return source.manifest(precision)
-
-
-Tell = Callable[[str, int, int], None]  # what, done, of how many

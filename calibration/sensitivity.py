@@ -11,14 +11,14 @@ from ..export.quantize import Plan, find_layers, quantize
 from .choose import group_layers
 from .data import Clip
 from .parity import divergence
-from .reference import Asked, FloatModel, _Small, all_logits
+from .reference import Asked, StreamedModel, _Small, all_logits
 from .stream import StageStream
 
 SAMPLES = 6  # questions that judge; every layer is tried on all of them
 
 
 def sensitivity(
-    model: FloatModel, clips: Sequence[Clip], chunks: Sequence[list[int]], asked: Sequence[Asked], plans: dict[str, Plan], scratch: Path,
+    model: StreamedModel, clips: Sequence[Clip], chunks: Sequence[list[int]], asked: Sequence[Asked], plans: dict[str, Plan], scratch: Path,
     tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, float]:  # fmt: skip
     """Weight name → mean KL divergence (nats) of the next token when only its group is quantised. For models that fit in memory."""
@@ -56,7 +56,7 @@ def sensitivity(
     return found
 
 
-def _run_trunk(model: FloatModel, chunks: Sequence[list[int]], asked: Sequence[Asked]) -> None:
+def _run_trunk(model: StreamedModel, chunks: Sequence[list[int]], asked: Sequence[Asked]) -> None:
     for clip in sorted({a.clip for a in asked}):
         model.streams["trunk"].run(chunks[clip], model.values)
 
@@ -66,7 +66,7 @@ def _spread(asked: Sequence[Asked]) -> list[Asked]:
     return [asked[i] for i in dict.fromkeys(at.tolist())]
 
 
-def _logits(model: FloatModel, chunks: Sequence[list[int]], asked: Sequence[Asked], answers: dict[int, list[int]], changed: str) -> dict[int, np.ndarray]:
+def _logits(model: StreamedModel, chunks: Sequence[list[int]], asked: Sequence[Asked], answers: dict[int, list[int]], changed: str) -> dict[int, np.ndarray]:
     """Logits of the last prompt position and of every answer token, from the changed stage on; what comes before it is in the store."""
     if changed == "trunk":
         _run_trunk(model, chunks, asked)
