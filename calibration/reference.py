@@ -22,7 +22,7 @@ from .stream import SEGMENT_BYTES, Observe, StageStream, Values
 
 LAST = 40  # positions whose logits the reference gives: an answer of 32 tokens, and the one before it
 FLOAT = parse_precision("fp32")
-BATCHED = ("trunk", "temporal", "decoder")  # stages that are run piece by piece over all samples; the others stay open
+BATCHED = {"trunk": 1, "temporal": 4, "decoder": 1}  # run piece by piece over all samples; larger numbers: smaller pieces. The others stay open
 CLIP = 1 << 20  # samples from here on are whole clips, for the temporal stage; below it: some frames, or a question
 SMALL_BYTES = 1 << 30  # of float32 weights in all, up to which whole models are run again and again
 
@@ -47,7 +47,7 @@ class _Small:
 
     observe: Observe | None
 
-    def __call__(self, **inputs: np.ndarray) -> list[np.ndarray]:
+    def __call__(self, tidy: bool = False, **inputs: np.ndarray) -> list[np.ndarray]:
         values = _InMemory(inputs)
         self.stream.run([self.key], values, self.observe)  # type: ignore[arg-type]
         return [values.kept[name] for name in self.outputs]
@@ -88,7 +88,7 @@ class StreamedModel(Pipeline):
         self.callables: dict[str, _Small] = {}
         for name, g in self.graphs.items():
             g = all_logits(g) if name == "decoder" else g
-            budget = SEGMENT_BYTES if name in BATCHED and not self.small else 1 << 62
+            budget = SEGMENT_BYTES // BATCHED[name] * g.weight_bytes // (4 * max(g.parameters, 1)) if name in BATCHED and not self.small else 1 << 62
             self.streams[name] = StageStream(g, scratch / "pieces", (taps or {}).get(name, ()), self._fill, budget)
             self.callables[name] = _Small(self.streams[name], [v.name for v in g.outputs])
 

@@ -28,7 +28,7 @@ def build_cpu(bundle: Bundle, tell: Tell = lambda stage, done, of: None) -> Engi
     Written beside its place and renamed, so an engine is whole or not there.
     """
     from .cpu import for_cpu
-    from .graph import Graph
+    from .graph import TYPE_NAME, Graph
     from .pieces import split
 
     place = engine_folder(bundle.path, "cpu")
@@ -36,10 +36,12 @@ def build_cpu(bundle: Bundle, tell: Tell = lambda stage, done, of: None) -> Engi
     work = Path(tempfile.mkdtemp(prefix=".cpu.", suffix=".part", dir=place.parent))
     try:
         stages: dict[str, tuple[str, ...]] = {}
+        kv_dtype = bundle.manifest.decoder.kv_dtype
         names = [name.removesuffix(".onnx") for name in bundle.manifest.required_files() if name.endswith(".onnx")]
         for done, name in enumerate(names):
             tell(name, done, len(names))
             g = for_cpu(Graph.read(bundle.file(f"{name}.onnx")))
+            kv_dtype = next((TYPE_NAME[v.type.tensor_type.elem_type] for v in g.inputs if v.name.startswith("past.")), kv_dtype)
             if name != "decoder" or g.weight_bytes <= PIECE_BYTES:
                 g.save(work / f"{name}.onnx", check=False)  # vendor operators are not known to the checker
                 stages[name] = (f"{name}.onnx",)
@@ -48,10 +50,9 @@ def build_cpu(bundle: Bundle, tell: Tell = lambda stage, done, of: None) -> Engi
             for i, piece in enumerate(pieces):
                 piece.graph.save(work / f"{name}-{i}.onnx", check=False)
             stages[name] = tuple(f"{name}-{i}.onnx" for i in range(len(pieces)))
-        kept = bundle.manifest.decoder.kv_dtype
         files = {path.name: FileEntry(path.stat().st_size, hash_file(path)) for path in sorted(work.iterdir())}
         made_by = {"onnxruntime": minor(str(import_onnxruntime().__version__))}
-        engine = Engine(place, "cpu", fingerprint(bundle.manifest), made_by, "float32" if kept == "float16" else kept, stages, files)
+        engine = Engine(place, "cpu", fingerprint(bundle.manifest), made_by, kv_dtype, stages, files)
         (work / ENGINE).write_text(json.dumps(engine.as_json(), indent=1) + "\n", encoding="utf-8")
         work.chmod(0o755)
         shutil.rmtree(place, ignore_errors=True)

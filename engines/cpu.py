@@ -1,6 +1,6 @@
 """What ONNX Runtime runs faster on a CPU than the standard graph: rewrites that `ppllava-build --target cpu` applies, and nothing else does.
 
-    float16            → float32 (the CPU provider would cast around every product)
+    float16            → float32 (the CPU provider would cast around every product), the KV cache excepted
     INT4, INT8 weights → MatMulNBits in its own layout (else it is made at every load, and weights are in memory twice)
     W8A8               → U8 activations into MatMulIntegerToFloat, bias included (S8 has no fast kernel here)
     tower attention    → MultiHeadAttention (flash attention, no transposes)
@@ -21,13 +21,14 @@ VENDOR = "com.microsoft"
 
 def for_cpu(g: Graph) -> Graph:
     """A rewritten copy of a stage's graph; weights are still loaded when it is saved. Inputs and outputs keep their names."""
+    half_cache = any(v.name.startswith("past.") and v.type.tensor_type.elem_type == TensorProto.FLOAT16 for v in g.inputs)
     g = to_float32(g)
     g.domains.add(VENDOR)
     _integer_products(g)
     _weight_only_products(g)
     _tower_attention(g)
     if _head_size(g) % 8 == 0:  # the vendor's operator takes no others
-        _cached_attention(g)
+        _cached_attention(g, half_cache)
     g.prune()
     return g
 
@@ -165,10 +166,11 @@ def _head_size(g: Graph) -> int:
     return next((v.type.tensor_type.shape.dim[3].dim_value for v in g.inputs if v.name.startswith("past.")), 1)
 
 
-def _cached_attention(g: Graph) -> None:
+def _cached_attention(g: Graph, half: bool) -> None:
     """RotaryEmbedding, TensorScatter and Attention → GroupQueryAttention, which writes the cache in place when past and present are one buffer.
 
     How much of the cache is filled comes from write_index and the length of inputs_embeds; mask and position_ids stay as inputs, unused.
+    half: the cache stays float16: half the memory, and decoding, which reads all of it, is faster; prefill is slower (docs/measurements.md).
     """
     producers, consumers = g.producers(), g.consumers()
     length = helper.make_node("Shape", ["inputs_embeds"], ["new_length"], name="new_length", start=1, end=2)
@@ -177,6 +179,7 @@ def _cached_attention(g: Graph) -> None:
     last = helper.make_node("Sub", ["total_length.int64", "i_1_last"], ["last_position.int64"], name="last_position.int64")
     casts = [helper.make_node("Cast", [f"{name}.int64"], [name], name=name, to=TensorProto.INT32) for name in ("total_length", "last_position")]
     replaced: dict[int, list[onnx.NodeProto]] = {}
+    kept = set[str]()
     for node in g.nodes:
         if node.op_type != "Attention" or node.domain or len(node.input) != 4:
             continue
@@ -189,12 +192,23 @@ def _cached_attention(g: Graph) -> None:
         if merged is None or q is None or k is None or v is None:
             continue
         scale = next(a.f for a in node.attribute if a.name == "scale")
-        inputs = [q[0], k[0], v[0], key.input[0], value.input[0], "last_position", "total_length", rotated_q.input[1], rotated_q.input[2]]
-        outputs = [merged.output[0], key.output[0], value.output[0]]
-        replaced[id(merged)] = [
-            helper.make_node(
-                "GroupQueryAttention", inputs, outputs, name=node.name, domain=VENDOR, num_heads=q[1], kv_num_heads=k[1], scale=scale, do_rotary=1
-            )
-        ]
-        replaced[id(key)] = replaced[id(value)] = []
+        new, tables, result = [q[0], k[0], v[0]], list(rotated_q.input[1:3]), merged.output[0]
+        nodes = []
+        if half:
+            nodes = [helper.make_node("Cast", [name], [f"{name}.half"], name=f"{name}.half", to=TensorProto.FLOAT16) for name in new]
+            new, result = [f"{name}.half" for name in new], f"{result}.half"
+            for i, name in enumerate(tables):
+                tables[i] = f"{name}.half"
+                g.weights[tables[i]] = Weight(g.weights[name].tensor, "float16")
+        inputs = [*new, key.input[0], value.input[0], "last_position", "total_length", *tables]
+        attributes = {"num_heads": q[1], "kv_num_heads": k[1], "scale": scale, "do_rotary": 1}
+        outputs = [result, key.output[0], value.output[0]]
+        nodes.append(helper.make_node("GroupQueryAttention", inputs, outputs, name=node.name, domain=VENDOR, **attributes))
+        if half:
+            nodes.append(helper.make_node("Cast", [result], [merged.output[0]], name=result, to=TensorProto.FLOAT))
+        replaced[id(merged)], replaced[id(key)], replaced[id(value)] = nodes, [], []
+        kept |= {key.input[0], value.input[0], key.output[0], value.output[0]}
     g.nodes = [length, total, last, *casts, *(new for node in g.nodes for new in replaced.get(id(node), [node]))]
+    for value in [*g.inputs, *g.outputs]:
+        if half and value.name in kept:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16

@@ -10,7 +10,7 @@ import numpy as np
 
 from .bundle import Bundle
 from .engine import find_engine
-from .terminal import Command, human_bytes, table
+from .terminal import Command, fail, human_bytes, table
 
 
 def describe(bundle: Bundle) -> dict[str, str]:
@@ -53,7 +53,7 @@ def _parity(parity: dict[str, Any] | None) -> str:
 
 
 def _engines(bundle: Bundle) -> str:
-    engine, why = find_engine(bundle, "cpu")
+    engine, why = find_engine(bundle, "cpu", verify=True)
     return "cpu" if engine else f"cpu, not used: {why}" if why else "none"
 
 
@@ -67,16 +67,40 @@ def check_graphs(bundle: Bundle) -> None:
             check_stage(file.removesuffix(".onnx"), [Stage(bundle.file(file))], bundle.manifest)
 
 
+def _fit(bundle: Bundle, text: str, as_json: bool) -> None:
+    """Prediction and advice for a bundle that is there."""
+    from .estimate import estimate, parse_size, shape_of, suggest
+
+    limit = parse_size(text)
+    try:
+        from .graph import Graph
+    except ImportError:
+        fail("--fit reads the graphs, which needs the package onnx: pip install 'ppllava-edge[export]'")
+    graphs = {f.removesuffix(".onnx"): Graph.read(bundle.file(f)) for f in bundle.manifest.required_files() if f.endswith(".onnx")}
+    shape = shape_of(graphs, bundle.manifest, bundle.manifest.files["embed_tokens.safetensors"].bytes, find_engine(bundle, "cpu")[0] is not None)
+    found, advice = estimate(shape), suggest(shape, limit, None)
+    if as_json:
+        click.echo(json.dumps({**vars(found), "frames": shape.frames, "advice": advice}))
+        return
+    table(f"{bundle.path}, {shape.frames} frames: predicted", ("what", "size"), found.rows())
+    for line in advice:
+        click.echo(line)
+
+
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest and the facts as JSON.")
+@click.option("--fit", metavar="SIZE", help="Predict the memory of an answer, and say what to change so that it fits, like 8GB.")
 @click.option("--no-graphs", is_flag=True, help="Don't open the graphs (quick, and needs no engine).")
-def main(bundle: str | None, as_json: bool, no_graphs: bool) -> None:
+def main(bundle: str | None, as_json: bool, fit: str | None, no_graphs: bool) -> None:
     """Show what BUNDLE holds (default: the packed demonstration model), and check hashes and shapes."""
     if bundle is None:
         from ..nano import bundle_path
 
         bundle = str(bundle_path())
+    if fit is not None:
+        _fit(Bundle.open(bundle), fit, as_json)
+        return
     opened = Bundle.open(bundle, verify=True)
     if not no_graphs:
         check_graphs(opened)

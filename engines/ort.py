@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import numpy as np
 
 from .errors import EngineError
 
+LARGE_DATA = 64 << 20  # bytes of a graph's weights from which their mapping is worth releasing
+MADV_DONTNEED = 4
 _NUMPY_TYPE = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(int8)": np.int8,
     "tensor(bool)": np.bool_,
@@ -42,8 +46,6 @@ def choose_device(device: str) -> str:
 
 
 def _cuda_driver() -> bool:
-    import ctypes
-
     try:
         return int(ctypes.CDLL("libcuda.so.1").cuInit(0)) == 0
     except OSError:
@@ -71,16 +73,40 @@ class Stage:
             raise EngineError(f"ONNX Runtime {ort.__version__} can't open {path.name}: {first_line(error)}{hint}") from None
         if device == "cuda" and "CUDAExecutionProvider" not in self.session.get_providers():
             raise EngineError("ONNX Runtime could not start its CUDA provider (driver, CUDA or cuDNN missing); use --device cpu")
+        _let_go_of_mapped_weights(path)
         self.path, self.device = path, device
         self.dtypes = {i.name: _NUMPY_TYPE[i.type] for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
 
-    def __call__(self, **inputs: np.ndarray) -> list[np.ndarray]:
-        """Run once. Raises EngineError if the engine refuses the inputs or runs out of memory."""
+    def __call__(self, tidy: bool = False, **inputs: np.ndarray) -> list[np.ndarray]:
+        """Run once. tidy: give the memory that it computed with back to the system, for stages that won't run again soon.
+
+        Raises EngineError if the engine refuses the inputs or runs out of memory.
+        """
+        options = None
+        if tidy and self.device == "cpu":
+            options = import_onnxruntime().RunOptions()
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         try:
-            return self.session.run(None, {name: np.ascontiguousarray(a, dtype=self.dtypes[name]) for name, a in inputs.items()})
+            return self.session.run(None, {name: np.ascontiguousarray(a, dtype=self.dtypes[name]) for name, a in inputs.items()}, options)
         except Exception as error:
             raise EngineError(f"{self.path.name} failed: {first_line(error)}") from None
+
+
+def _let_go_of_mapped_weights(path: Path) -> None:
+    """Tell the system that a graph's mapped weights may leave memory: the engine has packed copies. What is still read comes back by itself."""
+    data = path.with_name(path.name + ".data")
+    if not sys.platform.startswith("linux") or not data.is_file() or data.stat().st_size < LARGE_DATA:
+        return
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if line.endswith(str(data.resolve())):
+                start, end = (int(part, 16) for part in line.split()[0].split("-"))
+                libc.madvise(start, end - start, MADV_DONTNEED)
+    except (OSError, AttributeError, ValueError):
+        return  # it only saves memory
 
 
 def first_line(error: Exception) -> str:

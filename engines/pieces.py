@@ -42,11 +42,11 @@ def split(g: Graph, taps: Sequence[str] = (), budget: int = 1 << 62) -> list[Seg
 
 
 def _layer_runs(g: Graph) -> list[list[onnx.NodeProto]]:
-    """Nodes in runs of one outermost scope ("layers.3/…"); nodes without a scope go with what stands before them."""
+    """Nodes in runs of one scope ("layers.3/…", "pair0/time/…"); nodes without a scope go with what stands before them."""
     runs: list[list[onnx.NodeProto]] = []
     current = ""
     for node in g.nodes:
-        scope = node.name.split("/")[0] if "/" in node.name else current
+        scope = node.name.rsplit("/", 1)[0] if "/" in node.name else current
         if not runs or scope != current:
             runs.append([])
             current = scope

@@ -17,7 +17,7 @@ from ..engines.terminal import Command, fail, human_bytes, table, triple
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("checkpoint")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the bundle to write.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory of the bundle to write.")
 @click.option("--precision", default="fp16", show_default=True, help="fp32, fp16, int8 or int4; or per part, like vision=int8,decoder=int4,kv=int8.")
 @click.option("--block", type=click.Choice(["16", "32", "64", "128"]), default="32", show_default=True, help="Weights per INT4 scale; 128 for TensorRT.")
 @click.option("--calibrate", type=click.Path(path_type=Path), metavar="FOLDER", help="Videos to calibrate on: like those the model will see.")
@@ -41,9 +41,12 @@ from ..engines.terminal import Command, fail, human_bytes, table, triple
 @click.option("--pooling-temperature", type=float, help="Temperature of the softmax inside a window.  [checkpoint's, 0.01]")
 @click.option("--valuew-plus/--no-valuew-plus", default=None, help="SigLIP: multiply the weights by the head's attention.")
 @click.option("--template", help="Prompt template by name (plain_v1, plain_qwen, conv_vcg_v1, …).")
+@click.option("--dry-run", is_flag=True, help="Write nothing; predict sizes and memory, from shapes alone.")
+@click.option("--fit", metavar="SIZE", help="With --dry-run: what to change so that an answer fits, like 8GB.")
+@click.option("--frames", type=click.IntRange(1, 4096), help="With --dry-run: frames of the answer.  [the model's default]")
 @click.option("--force", is_flag=True, help="Replace a bundle that is already there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the closing table as JSON.")
-def main(checkpoint: str, output: Path, precision: str, as_json: bool, **options: Any) -> None:
+def main(checkpoint: str, output: Path | None, precision: str, as_json: bool, **options: Any) -> None:
     """Turn CHECKPOINT (a directory in upstream's layout, or a hub id) into a bundle that ppllava-run opens.
 
     Weights are read tensor by tensor: the whole model is never in memory.
@@ -60,10 +63,15 @@ def main(checkpoint: str, output: Path, precision: str, as_json: bool, **options
         options["pooling"], options["kernel"], options["stride"], options["output_size"], options["image_kernel"], options["image_stride"],
         options["pooling_temperature"], options["valuew_plus"], options["template"],
     )  # fmt: skip
+    if output is None and not options["dry_run"]:
+        raise PPLLaVAError("name the directory of the bundle to write with -o (or predict its size with --dry-run)")
     job = Options(
-        checkpoint, output, parse_precision(precision), overrides, options["subfolder"], options["clip"], options["base"],
+        checkpoint, output or Path(), parse_precision(precision), overrides, options["subfolder"], options["clip"], options["base"],
         not options["no_tokenizer"], options["force"], int(options["block"]), options["engine"],
     )  # fmt: skip
+    if options["dry_run"]:
+        _predict(job, options["frames"], options["fit"], as_json)
+        return
     calibration = _calibration(job, options)
     with _progress() as progress:
         if calibration is None:
@@ -83,6 +91,22 @@ def main(checkpoint: str, output: Path, precision: str, as_json: bool, **options
     if manifest.parity:
         verdict = "holds" if manifest.parity["holds"] else f"does not hold: {manifest.parity['drift']}"
         click.echo(f"parity gate {verdict}; the whole story: {output / 'report.html'}", err=True)
+
+
+def _predict(job: Any, frames: int | None, fit: str | None, as_json: bool) -> None:
+    """What --dry-run prints."""
+    from ..engines.estimate import estimate, parse_size, suggest
+    from .convert import predict
+
+    shape, int4 = predict(job, frames)
+    found = estimate(shape)
+    advice = suggest(shape, parse_size(fit), int4) if fit else []
+    if as_json:
+        click.echo(json.dumps({**vars(found), "frames": shape.frames, "visual_tokens": shape.visual_tokens, "advice": advice}))
+        return
+    table(f"{job.checkpoint}, {shape.frames} frames, {shape.visual_tokens} visual tokens: predicted", ("what", "size"), found.rows())
+    for line in advice:
+        click.echo(line)
 
 
 def _calibration(job: Any, options: dict[str, Any]) -> Any:

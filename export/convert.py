@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 from ..engines.build import build_cpu
 from ..engines.bundle import Bundle, Manifest, write_manifest
 from ..engines.errors import EngineError, PPLLaVAError
-from .precision import Precision
+from ..engines.estimate import Shape, shape_of
+from .precision import Precision, parse_precision
 from .quantize import LayerRecord, Plan, quantize, weight_only_plan
 from .rounding import round_int8
 from .sources import Options, Source, open_source
@@ -92,6 +93,28 @@ def convert(
         manifest = write_manifest(work, manifest)
         _move_into_place(work, output, options.force)
     return manifest, reports
+
+
+def predict(options: Options, frames: int | None = None) -> tuple[Shape, Shape | None]:
+    """The shape of the bundle that convert() would write, and that of the same model at int4 (None if it is): nothing is loaded or written."""
+    with contextlib.closing(open_source(options)) as model:
+        chosen = _shape(model, options, frames)
+        if options.precision.of_stage("decoder") == "int4":
+            return chosen, None
+        return chosen, _shape(model, replace(options, precision=parse_precision("int4"), engine=None), frames)
+
+
+def _shape(model: Source, options: Options, frames: int | None) -> Shape:
+    precision = options.precision
+    graphs = {name: build() for name, build in model.graphs(precision).items()}
+    for name, g in graphs.items():
+        if integer := precision.integer(name):
+            quantize(g, weight_only_plan(g, integer, options.block))
+    table, newline = model.embeddings()
+    each = {"fp32": 4, "fp16": 2, "int8": 1}[precision.parts["embeddings"]]
+    manifest = model.manifest(precision, hash_weights=False)
+    engine = precision.quantized if options.engine is None else options.engine
+    return shape_of(graphs, manifest, each * (table.count + newline.count), engine, frames)
 
 
 def _write_engine(work: Path, manifest: Manifest, progress: Progress, reports: list[StageReport], needed: bool) -> None:

@@ -61,8 +61,8 @@ class Source(Protocol):
     def write_tokenizers(self, work: Path) -> None:
         """Put the tokenizers into a bundle."""
 
-    def manifest(self, precision: Precision) -> Manifest:
-        """What the bundle says of itself. write_tokenizers comes first."""
+    def manifest(self, precision: Precision, hash_weights: bool = True) -> Manifest:
+        """What the bundle says of itself. write_tokenizers comes first. hash_weights: False where reading all of them would take too long."""
 
     def close(self) -> None:
         """Let go of files."""
@@ -102,8 +102,9 @@ class CheckpointSource:
         if self.options.tokenizer:
             self.tokens = _write_tokenizers(self.checkpoint.folder, self.clip, self.model, self.options, self.template, work)
 
-    def manifest(self, precision: Precision) -> Manifest:
-        return _manifest(self.checkpoint, self.model, self.options, precision, self.template, self.tokens, self.config)
+    def manifest(self, precision: Precision, hash_weights: bool = True) -> Manifest:
+        digest = self.checkpoint.hash() if hash_weights else ""
+        return _manifest(self.checkpoint, self.model, self.options, precision, self.template, self.tokens, self.config, digest)
 
     def close(self) -> None:
         self.checkpoint.close()
@@ -153,7 +154,7 @@ class BundleSource:
             if name in self.bundle.manifest.files and self.options.tokenizer:
                 shutil.copyfile(self.bundle.file(name), work / name)
 
-    def manifest(self, precision: Precision) -> Manifest:
+    def manifest(self, precision: Precision, hash_weights: bool = True) -> Manifest:
         m = self.bundle.manifest
         if m.precision.get("kv", "fp32" if m.decoder.kv_dtype == "float32" else "fp16") == "fp32" and precision.parts["kv"] == "fp16":
             precision = Precision({**precision.parts, "kv": "fp32"})  # what isn't quantised stays as wide as it was
@@ -269,8 +270,9 @@ def _write_tokenizers(folder: Path, clip: Path | None, model: Model, options: Op
 
 
 def _manifest(
-    checkpoint: Checkpoint, model: Model, o: Options, precision: Precision, template: PromptTemplate, tokens: dict[str, Any] | None, config: dict[str, Any]
-) -> Manifest:
+    checkpoint: Checkpoint, model: Model, o: Options, precision: Precision, template: PromptTemplate, tokens: dict[str, Any] | None, config: dict[str, Any],
+    digest: str,
+) -> Manifest:  # fmt: skip
     v, d, q = model.vision, model.decoder, model.question
     clip_colours = not model.siglip
     stop_ids = set(model.stop_ids) | (tokens["stops"] if tokens else set())
@@ -287,7 +289,7 @@ def _manifest(
         decoder=DecoderInfo(d.width, d.layers, d.kv_heads, d.head_size, d.vocab, d.context, _kv_dtype(precision)),
         prompt=template, image_token=tokens["image_token"] if tokens else model.image_token, stop_ids=tuple(sorted(stop_ids)),
         tokenizer=o.tokenizer, checkpoint={"name": o.checkpoint if "/" in o.checkpoint and not Path(o.checkpoint).exists() else checkpoint.folder.name,
-                                           "sha256": checkpoint.hash(), "valuew_plus": model.valuew_plus},
+                                           "sha256": digest, "valuew_plus": model.valuew_plus},
         created_by=f"ppllava-edge {tool_version()}", demo=bool(config.get("demo", False)),
     )  # fmt: skip
 

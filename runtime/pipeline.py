@@ -82,22 +82,29 @@ class Pipeline:
 
     # -- vision ------------------------------------------------------------------------------------------------------
 
-    def encode_trunk(self, pixels: np.ndarray) -> np.ndarray:
-        """pixels (T,3,H,W) float32 → states (T,S,P+1,C): frame by frame, so it can be called as frames arrive."""
+    def encode_trunk(self, pixels: np.ndarray, more: bool = False) -> np.ndarray:
+        """pixels (T,3,H,W) float32 → states (T,S,P+1,C): frame by frame, so it can be called as frames arrive. more: frames will follow soon."""
         size = self.manifest.vision.image_size
         if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
             raise MediaError(f"pixels must be (T, 3, {size}, {size}), not {pixels.shape}")
         if not len(pixels):
             raise MediaError("there are no frames to encode")
         trunk, step = self.stage("trunk"), max(1, TOKENS_PER_VISION_CALL // (self.manifest.vision.patches + 1))
-        return np.concatenate([trunk(pixels=pixels[i : i + step])[0] for i in range(0, len(pixels), step)])
+        states: np.ndarray | None = None
+        for i in range(0, len(pixels), step):
+            part = trunk(pixels=pixels[i : i + step], tidy=not more and i + step >= len(pixels))[0]
+            if states is None:
+                states = part if len(part) == len(pixels) else np.empty((len(pixels), *part.shape[1:]), part.dtype)
+            states[i : i + step] = part
+        assert states is not None
+        return states
 
     def branch(self, states: np.ndarray) -> np.ndarray:
         """states (T,S,P+1,C) of one clip → features (T,P,C). Raises MediaError for clips longer than the temporal adapter knows."""
         if self.manifest.vision.max_frames is None:
             return np.ascontiguousarray(states[:, -1, 1:] if self.manifest.vision.class_token else states[:, -1])
         self.check_frames(len(states))
-        return self.stage("temporal")(states=states)[0]
+        return self.stage("temporal")(states=states, tidy=True)[0]
 
     def check_frames(self, count: int) -> None:
         """Raise MediaError if a clip of `count` frames is longer than the temporal adapter knows."""

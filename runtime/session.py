@@ -127,16 +127,21 @@ class VideoQA:
             image = read.images[0]
             tiles = preprocess_image(image, p.manifest.preprocessing)
             return p.encode_frames(tiles, media="image"), (image.shape[0], image.shape[1])
-        states, step = [], 4
+        states: np.ndarray | None = None
+        step = 4
         distinct = list(dict.fromkeys(read.indices))  # short videos repeat frames: encode each once
         first = {index: read.indices.index(index) for index in distinct}
         for i in range(0, len(distinct), step):
             pixels = preprocess_video([read.images[first[j]] for j in distinct[i : i + step]], p.manifest.preprocessing)
-            states.append(p.encode_trunk(pixels))
+            part = p.encode_trunk(pixels, more=i + step < len(distinct))
+            if states is None:
+                states = np.empty((len(read.indices), *part.shape[1:]), part.dtype)
+            for k, index in enumerate(distinct[i : i + step]):
+                states[[at for at, wanted in enumerate(read.indices) if wanted == index]] = part[k]
             if progress:
                 progress("vision", min(i + step, len(distinct)), len(distinct))
-        row = {index: k for k, index in enumerate(distinct)}
-        return p.branch(np.concatenate(states)[[row[i] for i in read.indices]]), None
+        assert states is not None
+        return p.branch(states), None
 
 
 class Video:
