@@ -136,7 +136,7 @@ def child(command: list[str]) -> dict[str, Any]:
 
 
 def prepare(folder: Path, llama_python: str | None) -> tuple[Path, dict[str, Path]]:
-    """The checkpoint, its bundles at fp32, int8 and int4, a calibration clip, graphs for OpenVINO and a file for llama.cpp."""
+    """The checkpoint, its bundles at fp32, int8 and int4 (blocks of 32 and of 128), a calibration clip, graphs for OpenVINO and a file for llama.cpp."""
     checkpoint = folder / "checkpoint"
     if not (checkpoint / "config.json").exists():
         write_random_checkpoint(checkpoint, SHAPES["vit-l-336"])
@@ -144,11 +144,15 @@ def prepare(folder: Path, llama_python: str | None) -> tuple[Path, dict[str, Pat
     if not (clip := folder / "clips" / "noise.mp4").exists():
         write_test_video(clip)
     found = {}
-    for precision in ("fp32", "int8", "int4"):
-        found[precision] = folder / f"peer-{precision}"
-        if not found[precision].exists():
-            extra = ["--engine"] if precision == "fp32" else ["--calibrate", str(clip.parent), "--calibration-frames", "2", "--allow-drift"]
-            command = [sys.executable, "-m", "ppllava_edge.export.cli", str(checkpoint), "-o", str(found[precision]), "--precision", precision, *extra]
+    for name, precision, extra in (
+        ("fp32", "fp32", ["--engine"]),
+        ("int8", "int8", ["--calibrate", str(clip.parent), "--calibration-frames", "2", "--allow-drift"]),
+        ("int4", "int4", []),
+        ("int4-128", "int4", ["--block", "128"]),
+    ):
+        found[name] = folder / f"peer-{name}"
+        if not found[name].exists():
+            command = [sys.executable, "-m", "ppllava_edge.export.cli", str(checkpoint), "-o", str(found[name]), "--precision", precision, *extra]
             subprocess.run(command, check=True)
     for precision in ("fp32", "int8"):
         found[f"plain-{precision}"] = folder / f"plain-{precision}.onnx"
@@ -181,6 +185,7 @@ def main(folder: Path, openvino_python: str | None, llama_python: str | None, ro
         "pooling, ours int8": [*me, "pooling", str(made["int8"])],
         "pooling, torch eager fp32": [*me, "torch-pooling", str(checkpoint)],
         "decoder, ours int4": [*me, "decoder", str(made["int4"])],
+        "decoder, ours int4, blocks of 128": [*me, "decoder", str(made["int4-128"])],
         "decoder, ours int8": [*me, "decoder", str(made["int8"])],
     }
     if openvino_python:

@@ -281,7 +281,7 @@ def _store(name: str, weight: Weight, file: Any, location: str) -> onnx.TensorPr
     proto.data_location = TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", file.tell()), ("length", array.nbytes)):
         proto.external_data.add(key=key, value=str(value))
-    array.tofile(file)
+    file.write(memoryview(np.ascontiguousarray(array)).cast("B"))  # tofile would not say that a disk is full
     return proto
 
 

@@ -55,11 +55,14 @@ def _cuda_driver() -> bool:
 class Stage:
     """One graph, opened. Floating inputs are cast to what the graph takes; floating outputs come back as they are."""
 
-    def __init__(self, path: Path, device: str = "cpu", threads: int | None = None, lean: bool = False):
+    def __init__(self, path: Path, device: str = "cpu", threads: int | None = None, lean: bool = False, piece: bool = False):
         ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")  # weight-only products multiply in INT8: 5 times faster
+        if piece:  # of a stage: what one computed with, and its waiting threads, must not be in the way of the next
+            options.enable_cpu_mem_arena = False
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         if lean:  # half the memory, a little slower: for graphs that run a few times
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False

@@ -137,9 +137,6 @@ class _Step:
         self.logits = np.zeros((1, info.vocab), np.float32)
         self.inputs = {"inputs_embeds": self.embeds, "position_ids": self.positions, "write_index": self.write_index, "mask": self.mask}
         self.bindings, self.buffers = [], [self.logits]  # buffers that are bound must outlive the binding
-        self.options = ort.RunOptions()
-        if count > 1 and len(pieces) > 1:  # every piece has an arena: what prefill computed with must not stay in all of them
-            self.options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         bound = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.inputs.items()} if self.device == "cpu" else {}
         bound["logits"] = ort.OrtValue.ortvalue_from_numpy(self.logits)
         for piece in pieces:
@@ -175,7 +172,7 @@ class _Step:
             self.bindings[0].bind_output("logits", "cpu")
         try:
             for piece, binding in zip(self.pieces, self.bindings):
-                piece.session.run_with_iobinding(binding, self.options)
+                piece.session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise EngineError(f"the decoder failed: {first_line(error)}") from None
         if self.device == "cpu":

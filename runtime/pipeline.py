@@ -60,7 +60,7 @@ class Pipeline:
             if name not in self._stages:
                 paths = (self.engine.paths(name) if self.engine else []) or [self.bundle.file(f"{name}.onnx")]
                 with ThreadPoolExecutor(4) as pool:
-                    stages = list(pool.map(lambda path: Stage(path, self.device, self.threads), paths))
+                    stages = list(pool.map(lambda path: Stage(path, self.device, self.threads, piece=len(paths) > 1), paths))
                 check_stage(name, stages, self.manifest)
                 self._stages[name] = stages
             return self._stages[name]
