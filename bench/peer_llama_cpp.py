@@ -44,7 +44,7 @@ def convert(checkpoint: str, output: str) -> None:
     writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * (vocab - 259))
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    files = {}
+    files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "np") as reader:
             files |= dict.fromkeys(reader.keys(), path)

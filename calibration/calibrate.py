@@ -360,7 +360,7 @@ class _Borrowed:
 
 def _save_decisions(file: Path, decided: list[tuple[str, np.ndarray | None, list[Choice]]]) -> None:
     """Plain arrays and JSON, written beside and renamed."""
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     told = []
     for i, (group, fold, choices) in enumerate(decided):
         if fold is not None:

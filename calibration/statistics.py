@@ -31,9 +31,8 @@ class InputStatistics:
         if not np.isfinite(largest).all():
             raise PPLLaVAError(f"the activations that enter {self.name} are not finite; the checkpoint is damaged, or a clip is")
         squares = np.einsum("ij,ij->j", flat, flat, dtype=np.float64)
-        first = self.largest is None or self._squares is None
-        self.largest = largest if first else np.maximum(self.largest, largest)
-        self._squares = squares if first else self._squares + squares
+        self.largest = largest if self.largest is None else np.maximum(self.largest, largest)
+        self._squares = squares if self._squares is None else self._squares + squares
         self._count += len(flat)
         at = np.linspace(0, len(flat) - 1, min(self.rows_per_call, len(flat))).round().astype(int)
         self._rows.append(flat[at].astype(np.float32))

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
@@ -85,7 +87,7 @@ def _weight_only_products(g: Graph) -> None:
             bias, output = ["", "", after[0].input[1]], after[0].output[0]
             replaced[id(after[0])] = []
         names = [node.input[0], packed, scales, *bias]
-        attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": 4}
+        attributes: dict[str, Any] = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": 4}
         replaced[id(node)] = [helper.make_node("MatMulNBits", names, [output], name=node.name, domain=VENDOR, **attributes)]
     g.nodes = [new for node in g.nodes for new in replaced.get(id(node), [node])]
 
@@ -201,7 +203,7 @@ def _cached_attention(g: Graph, half: bool) -> None:
                 tables[i] = f"{name}.half"
                 g.weights[tables[i]] = Weight(g.weights[name].tensor, "float16")
         inputs = [*new, key.input[0], value.input[0], "last_position", "total_length", *tables]
-        attributes = {"num_heads": q[1], "kv_num_heads": k[1], "scale": scale, "do_rotary": 1}
+        attributes: dict[str, Any] = {"num_heads": q[1], "kv_num_heads": k[1], "scale": scale, "do_rotary": 1}
         outputs = [result, key.output[0], value.output[0]]
         nodes.append(helper.make_node("GroupQueryAttention", inputs, outputs, name=node.name, domain=VENDOR, **attributes))
         if half:

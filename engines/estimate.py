@@ -138,7 +138,7 @@ def suggest(s: Shape, limit: float, int4: Shape | None) -> list[str]:
         while longest.context > longest.prompt + 256 and estimate(replace(longest, visual_tokens=longest.visual_tokens + 256)).run <= limit:
             longest = replace(longest, visual_tokens=longest.visual_tokens + 256)
         return [f"it fits: {human_bytes(now)} of {human_bytes(limit)}, prompts of up to {longest.prompt} positions would"]
-    ways = []
+    ways: list[tuple[str, float]] = []
     for base, label in ((s, ""), (int4, "--precision int4")):
         for frames in (s.frames, 16, 8, 4):
             for kv in (s.kv_bytes, 1):

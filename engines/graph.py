@@ -28,7 +28,7 @@ ONNX_TYPE = {
     "float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int64": TensorProto.INT64, "int32": TensorProto.INT32, "bool": TensorProto.BOOL,
     "int8": TensorProto.INT8, "uint8": TensorProto.UINT8, "int4": TensorProto.INT4,
 }  # fmt: skip
-TYPE_NAME = {number: name for name, number in ONNX_TYPE.items()}
+TYPE_NAME: dict[Any, str] = {number: name for name, number in ONNX_TYPE.items()}
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Graph:
         """A constant int64 vector."""
         return self._constant("i" + "_".join(map(str, values)), np.array(values, np.int64))
 
-    def int(self, value: int) -> str:
+    def integer(self, value: int) -> str:
         """A constant int64 scalar."""
         return self._constant(f"i_{value}", np.array(value, np.int64))
 
@@ -281,7 +281,7 @@ def _store(name: str, weight: Weight, file: Any, location: str) -> onnx.TensorPr
     proto.data_location = TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", file.tell()), ("length", array.nbytes)):
         proto.external_data.add(key=key, value=str(value))
-    file.write(memoryview(np.ascontiguousarray(array)).cast("B"))  # tofile would not say that a disk is full
+    file.write(np.ascontiguousarray(array).data.cast("B"))  # tofile would not say that a disk is full
     return proto
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 from onnx import TensorProto, helper
 
 from .graph import ONNX_TYPE, Graph, Weight
@@ -29,7 +30,7 @@ def to_float32(g: Graph) -> Graph:
 def _drop_casts(g: Graph) -> None:
     """Casts to float16 become nothing, and so do casts to float32 of what is float32 now."""
     integers = {v.name for v in g.inputs if v.type.tensor_type.elem_type not in (TensorProto.FLOAT, TensorProto.FLOAT16)}
-    outputs, renamed, kept = {v.name for v in g.outputs}, dict[str, str](), []
+    outputs, renamed, kept = {v.name for v in g.outputs}, dict[str, str](), list[onnx.NodeProto]()
     for node in g.nodes:
         for i, name in enumerate(node.input):
             node.input[i] = renamed.get(name, name)

@@ -90,7 +90,7 @@ def main(checkpoint: str, output: Path | None, precision: str, as_json: bool, **
     table(f"{manifest.name} → {output}", ("stage", "parameters", "size", "seconds"), rows, err=True)
     if manifest.parity:
         verdict = "holds" if manifest.parity["holds"] else f"does not hold: {manifest.parity['drift']}"
-        click.echo(f"parity gate {verdict}; the whole story: {output / 'report.html'}", err=True)
+        click.echo(f"parity gate {verdict}; the whole story: {job.output / 'report.html'}", err=True)
 
 
 def _predict(job: Any, frames: int | None, fit: str | None, as_json: bool) -> None:

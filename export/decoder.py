@@ -34,7 +34,7 @@ def build_decoder(g: Graph, source: Source, decoder: Decoder) -> None:
             up = linear(g, source, y, name + "mlp.up_proj", d.width, d.mlp, bias=False)
             x = g.Add(x, linear(g, source, g.Mul(activation(g, gate, "silu"), up), name + "mlp.down_proj", d.mlp, d.width, bias=False))
     with g.scope("lm_head"):
-        last = rms_norm(g, source, g.Gather(x, g.int(-1), axis=1), "model.norm", d.width, d.epsilon)
+        last = rms_norm(g, source, g.Gather(x, g.integer(-1), axis=1), "model.norm", d.width, d.epsilon)
         head = source("model.embed_tokens.weight" if d.tied else "lm_head.weight", d.vocab, d.width)
         logits = g.MatMul(last, g.weight(head.map(np.transpose, (d.width, d.vocab), ".head" if d.tied else "")))
     g.output(g.Cast(logits, to=1), "logits", "float32", [1, d.vocab])

@@ -54,7 +54,7 @@ def _adaptive_average(g: Graph, hidden: str, grid: tuple[int, int], shape: tuple
     A box average is the product of one average per axis, so three small matrices do it.
     """
     frames = g.Squeeze(g.Shape(hidden, start=0, end=1))
-    over_time, over_rows, over_columns = (_averages(g, length, n) for length, n in zip((frames, g.int(grid[0]), g.int(grid[1])), shape))
+    over_time, over_rows, over_columns = (_averages(g, length, n) for length, n in zip((frames, g.integer(grid[0]), g.integer(grid[1])), shape))
     x = g.MatMul(over_time, g.Reshape(hidden, g.ints(0, -1)))  # (n_t, rows*columns*D)
     x = g.Reshape(x, g.ints(shape[0], grid[0], grid[1] * width))
     x = g.Reshape(g.MatMul(over_rows, x), g.ints(shape[0] * shape[1], grid[1], width))
@@ -63,10 +63,10 @@ def _adaptive_average(g: Graph, hidden: str, grid: tuple[int, int], shape: tuple
 
 def _averages(g: Graph, length: str, n: int) -> str:
     """(n, length): row i averages what window i spans."""
-    index = g.Unsqueeze(g.Range(g.int(0), g.int(n), g.int(1)), g.ints(1))
-    low = g.Div(g.Mul(index, length), g.int(n))
-    high = g.Div(g.Add(g.Mul(g.Add(index, g.int(1)), length), g.int(n - 1)), g.int(n))
-    at = g.Unsqueeze(g.Range(g.int(0), length, g.int(1)), g.ints(0))
+    index = g.Unsqueeze(g.Range(g.integer(0), g.integer(n), g.integer(1)), g.ints(1))
+    low = g.Div(g.Mul(index, length), g.integer(n))
+    high = g.Div(g.Add(g.Mul(g.Add(index, g.integer(1)), length), g.integer(n - 1)), g.integer(n))
+    at = g.Unsqueeze(g.Range(g.integer(0), length, g.integer(1)), g.ints(0))
     inside = g.Cast(g.And(g.GreaterOrEqual(at, low), g.Less(at, high)), to=_onnx_float(g.dtype))
     return g.Div(inside, g.ReduceSum(inside, g.ints(1), keepdims=1))
 

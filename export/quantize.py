@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -102,9 +103,9 @@ def _fold_target(g: Graph, producers: dict[str, onnx.NodeProto], x: str) -> str 
     if node.op_type in NORMS:
         return node.input[1]
     if node.op_type == "Mul":
-        makers = [producers.get(name) for name in node.input]
-        if all(m is not None for m in makers) and makers[0].op_type == "Mul" and makers[1].op_type == "MatMul":
-            return makers[1].input[1] if makers[1].input[1] in g.weights else None
+        gate, up = (producers.get(name) for name in node.input)
+        if gate is not None and up is not None and gate.op_type == "Mul" and up.op_type == "MatMul":
+            return up.input[1] if up.input[1] in g.weights else None
     return None
 
 
@@ -232,7 +233,7 @@ def _stored(
     scales = Tensor(scale_name, scale_shape, lambda: both.take(1))
     g.weights[name], g.weights[scale_name] = Weight(values, "int4" if int4 else "int8"), Weight(scales, scale_dtype)
     record.bytes = g.weights[name].bytes + g.weights[scale_name].bytes
-    attributes = {"axis": 0, "block_size": scheme.block} if int4 else {"axis": 1}
+    attributes: dict[str, Any] = {"axis": 0, "block_size": scheme.block} if int4 else {"axis": 1}
     return helper.make_node("DequantizeLinear", [name, scale_name], [restored], name=restored, **attributes), restored
 
 

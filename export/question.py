@@ -30,7 +30,7 @@ def build_question(g: Graph, source: Source, shapes: dict[str, tuple[int, ...]],
         x = transformer_layer(g, source, x, f"{tower}{i}", q, attention_mask)
     x = layer_norm(g, source, x, TOWER + "final_layer_norm", q.width, q.epsilon)
     if siglip:
-        pooled = g.Gather(x, g.int(-1), axis=1)
+        pooled = g.Gather(x, g.integer(-1), axis=1)
         out = linear(g, source, pooled, TOWER + "head", q.width, embedding_size)
     else:
         out = linear(g, source, _at_end_token(g, x, ids, q), "multi_modal_projector.clip_text_projection", q.width, embedding_size, bias=False)
@@ -62,7 +62,7 @@ def stretch_positions(table: np.ndarray) -> np.ndarray:
 def _causal_mask(g: Graph, mask: str, length: str) -> str:
     """Additive (1, 1, L, L): position i sees j <= i where mask is 1."""
     scalar = g.Squeeze(length)
-    index = g.Range(g.int(0), scalar, g.int(1))
+    index = g.Range(g.integer(0), scalar, g.integer(1))
     seen = g.LessOrEqual(g.Unsqueeze(index, g.ints(0)), g.Unsqueeze(index, g.ints(1)))
     seen = g.And(seen, g.Cast(mask, to=9))
     return g.Unsqueeze(g.Where(seen, g.number(0.0), g.number(-1e4)), g.ints(0, 1))
@@ -71,6 +71,6 @@ def _causal_mask(g: Graph, mask: str, length: str) -> str:
 def _at_end_token(g: Graph, x: str, ids: str, q: Question) -> str:
     """x (1, L, C) → (1, C) at the end token: the largest id under the legacy rule, else the first end id (position 0 if there is none)."""
     small = g.Cast(ids, to=6)
-    found = small if q.legacy_eos else g.Cast(g.Equal(ids, g.int(q.end_id)), to=6)
+    found = small if q.legacy_eos else g.Cast(g.Equal(ids, g.integer(q.end_id)), to=6)
     at = g.ArgMax(found, axis=1, keepdims=0)  # (1)
     return g.Squeeze(g.Gather(x, at, axis=1), g.ints(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 from collections.abc import Callable
@@ -134,7 +135,7 @@ class BundleSource:
                 return to_float32(g)
             return to_float32(g) if precision.float_type(name) == "float32" and name != "similarity" else g
 
-        return {name: (lambda name=name: build(name)) for name in names}
+        return {name: functools.partial(build, name) for name in names}
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
         from safetensors import safe_open
@@ -146,7 +147,7 @@ class BundleSource:
             with safe_open(self.bundle.file("embed_tokens.safetensors"), "np") as reader:
                 return reader.get_tensor(name)
 
-        table, newline = (Tensor(name, shapes[name], lambda name=name: load(name)) for name in ("embed_tokens", "image_newline"))
+        table, newline = (Tensor(name, shapes[name], functools.partial(load, name)) for name in ("embed_tokens", "image_newline"))
         return table, newline
 
     def write_tokenizers(self, work: Path) -> None:

@@ -20,7 +20,7 @@ def build_temporal(g: Graph, source: Source, vision: Vision) -> None:
     patches = token = trunk = ""
     for pair in range(v.states):
         with g.scope(f"pair{pair}"):
-            state = g.Gather(states, g.int(pair), axis=1)  # (T, P+1, C)
+            state = g.Gather(states, g.integer(pair), axis=1)  # (T, P+1, C)
             trunk = g.Slice(state, g.ints(1), g.ints(v.patches + 1), g.ints(1))
             trunk_token = g.ReduceMean(g.Slice(state, g.ints(0), g.ints(1), g.ints(1)), g.ints(0), keepdims=1)  # (1, 1, C)
             if pair == 0:

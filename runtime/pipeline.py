@@ -194,7 +194,8 @@ class Pipeline:
 
     def _pool(self, features: np.ndarray, weights: np.ndarray, count: int, kernel: tuple[int, ...], stride: tuple[int, ...]) -> np.ndarray:
         """Pool some temporal windows at a time, so that the projector's wide intermediate never exists for the whole clip."""
-        pooling, arguments = self.stage("pooling"), {"kernel": np.array(kernel, np.int64), "stride": np.array(stride, np.int64)}
+        pooling = self.stage("pooling")
+        arguments: dict[str, Any] = {"kernel": np.array(kernel, np.int64), "stride": np.array(stride, np.int64)}
         per_frame = self.manifest.vision.patches * self.manifest.decoder.hidden_size * 4
         at_once = count if kernel[0] > stride[0] else max(1, POOLING_BYTES // (per_frame * stride[0]))
         parts = []

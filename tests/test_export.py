@@ -325,6 +325,24 @@ def test_a_fault_half_way_leaves_nothing(golden: Path, monkeypatch: pytest.Monke
     assert nothing_left(golden)
 
 
+def test_a_disk_that_fills_up_says_so_with_its_number() -> None:
+    """numpy's own tofile loses the error's number, and with it the clear line."""
+
+    class Full:
+        def tell(self) -> int:
+            return 0
+
+        def write(self, data: Any) -> int:
+            if not len(data):
+                return 0
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    weight = graph.Weight(graph.Tensor.of("w", np.zeros(4096, np.float32)), "float32")
+    with pytest.raises(OSError) as full:
+        graph._store("w", weight, Full(), "w.data")
+    assert full.value.errno == errno.ENOSPC
+
+
 def test_a_place_that_can_not_be_written(golden: Path) -> None:
     (golden.parent / "file").write_text("x")
     assert_one_line_error(run_command("ppllava-export", golden, "-o", golden.parent / "file" / "b", "--no-tokenizer"), "file")
