@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import shutil
@@ -32,6 +33,7 @@ from .sensitivity import sensitivity
 from .statistics import InputStatistics
 from .stream import StageStream
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 MOST_TRIES = 6  # of the gate, for models that fit in memory
 
 
@@ -82,6 +84,8 @@ def quantize_with_data(
             result = calibration.run()
         except BaseException as error:
             calibration.model.close()
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise PPLLaVAError(f"the disk that holds {output.parent} is full; free some of it and give the command again: it goes on") from None
             if isinstance(error, PPLLaVAError):  # a finished "no", not an interrupt: nothing to go on from
                 shutil.rmtree(state, ignore_errors=True)
             raise

@@ -32,8 +32,10 @@ class Values:
         """Store; whole or not at all."""
         path = self._path(sample, name)
         part = path.with_suffix(".part")
-        with open(part, "wb") as file:
-            np.save(file, np.ascontiguousarray(value), allow_pickle=False)
+        array = np.ascontiguousarray(value)
+        with open(part, "wb") as file:  # not np.save: on a full disk it loses the error's number
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+            file.write(array.data.cast("B") if array.size else b"")
         part.replace(path)
 
     def get(self, sample: int, name: str) -> np.ndarray:

@@ -103,10 +103,8 @@ def estimate(s: Shape) -> Estimate:
     capacity = min(-(-s.prompt // 256) * 256, s.context)
     cache = 2.0 * s.layers * s.kv_heads * s.head_size * capacity * s.kv_bytes
     largest_weight = max(stage.largest for stage in s.stages)
-    return Estimate(
-        stored + engine, EXPORT + _export_peak(s, largest_weight), PYTHON + sum(stage.resident for stage in s.stages) + cache + _activations(s),
-        _largest(s, largest_weight, cache), cache,
-    )  # fmt: skip
+    run = PYTHON + max(_while_seeing(s), _while_answering(s, cache))
+    return Estimate(stored + engine, EXPORT + _export_peak(s, largest_weight), run, _largest(s, largest_weight, cache), cache)
 
 
 def _export_peak(s: Shape, largest: int) -> float:
@@ -114,15 +112,20 @@ def _export_peak(s: Shape, largest: int) -> float:
     return largest * (s.source_bytes + 1.5)
 
 
-def _activations(s: Shape) -> float:
-    """Frames' features and states, and the larger of what the trunk, the temporal branch or prefill computes with."""
+def _while_seeing(s: Shape) -> float:
+    """While a clip is encoded, before the decoder is opened: the towers, their states, and what the trunk or the branch computes with."""
     features = 4.0 * s.frames * s.frame_tokens * s.vision_width
-    states = features * s.states
     at_once = max(1, min(4, 2400 // s.frame_tokens))
     trunk = 4.0 * at_once * s.frame_tokens * (8 * s.vision_width + 2 * s.vision_mlp)
-    temporal = 4.0 * s.frames * s.frame_tokens * (6 * s.vision_width + 2 * s.vision_mlp) if s.states > 1 else 0.0
+    branch = 4.0 * s.frames * s.frame_tokens * (6 * s.vision_width + 2 * s.vision_mlp) if s.states > 1 else 0.0
+    return sum(stage.resident for stage in s.stages if stage.name in ("trunk", "temporal")) + (s.states + 1) * features + max(trunk, branch)
+
+
+def _while_answering(s: Shape, cache: float) -> float:
+    """With every stage open: weights, cache, the clip's features, and what prefill computes with."""
+    features = 4.0 * s.frames * s.frame_tokens * s.vision_width
     prefill = 4.0 * s.prompt * (3 * s.decoder_mlp + 8 * s.decoder_width)
-    return max(2 * states + features + max(trunk, temporal), features + prefill)
+    return sum(stage.resident for stage in s.stages) + cache + features + prefill
 
 
 def _largest(s: Shape, largest_weight: int, cache: float) -> float:

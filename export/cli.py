@@ -112,6 +112,8 @@ def _predict(job: Any, frames: int | None, fit: str | None, as_json: bool) -> No
 def _calibration(job: Any, options: dict[str, Any]) -> Any:
     """The calibration job that the options ask for, or None for weight-only quantisation, said on stderr."""
     if not job.precision.quantized:
+        if options["calibrate"] or options["questions"]:
+            raise PPLLaVAError("--calibrate and --questions are for integers; ask for some with --precision int8 or int4")
         return None
     folder, is_nano = options["calibrate"], _is_nano(Path(job.checkpoint))
     if options["weight_only"] or (folder is None and not is_nano):

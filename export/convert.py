@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ..engines.build import build_cpu
@@ -148,7 +149,12 @@ def write_embeddings(model: Source, precision: Precision, work: Path) -> StageRe
         arrays |= {"embed_tokens": rounded.values.T, "embed_tokens.scale": rounded.scales}
     else:
         arrays["embed_tokens"] = table.load().astype(dtype, copy=False)
-    save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, work / EMBEDDINGS)
+    try:
+        save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, work / EMBEDDINGS)
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device") from None
+        raise
     os.chmod(work / EMBEDDINGS, 0o644)
     return StageReport("embeddings", table.count + newline.count, (work / EMBEDDINGS).stat().st_size, time.perf_counter() - started)
 

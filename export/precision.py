@@ -41,8 +41,8 @@ class Precision:
 
     @property
     def quantized(self) -> bool:
-        """Whether any stage is."""
-        return any(self.integer(stage) for stage in STAGE_PART)
+        """Whether any stage is, or the cache."""
+        return self.parts["kv"] == "int8" or any(self.integer(stage) for stage in STAGE_PART)
 
 
 def parse_precision(text: str) -> Precision:

@@ -258,6 +258,8 @@ def test_folders_that_can_not_be_used(tiny_checkpoint: Path, clips: Path, tmp_pa
         run = run_command("ppllava-export", tiny_checkpoint, "-o", tmp_path / "b", "--precision", "int8", *arguments)
         assert_one_line_error(run, *words)
         assert not (tmp_path / "b").exists()
+    run = run_command("ppllava-export", tiny_checkpoint, "-o", tmp_path / "b", "--precision", "fp16", "--calibrate", clips)
+    assert_one_line_error(run, "are for integers")
     run = run_command("ppllava-export", tiny_checkpoint, "-o", tmp_path / "b", "--precision", "int8,kv=int8")
     assert run.returncode == 2 and "kv=int8 needs calibration" in run.stderr
 
@@ -267,3 +269,43 @@ def test_every_fourth_clip_judges() -> None:
         made = data.Data([data.Clip(str(i), lambda: np.zeros(0), []) for i in range(count)], "")
         made.hold_back()
         assert [i for i, clip in enumerate(made.clips) if clip.held_back] == held
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(tiny_checkpoint: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    from ppllava_edge.calibration.stream import Values
+
+    real, count = Values.put, 0
+
+    def put(self: Any, *arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 12:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, *arguments)
+
+    monkeypatch.setattr(Values, "put", put)
+    with pytest.raises(PPLLaVAError, match=r"is full; free some.*it goes on"):
+        quantize_with_data(options(tiny_checkpoint, tmp_path / "b"), job(clips))
+    assert not (tmp_path / "b").exists()
+    quantize_with_data(options(tiny_checkpoint, tmp_path / "b"), job(clips))
+    assert Bundle.open(tmp_path / "b").manifest.calibration is not None
+
+
+def test_values_come_back_as_they_went(tmp_path: Path) -> None:
+    from ppllava_edge.calibration.stream import Values
+
+    values = Values(tmp_path / "v")
+    for array in (np.arange(12, dtype=np.float32).reshape(3, 4), np.zeros((1, 0, 4), np.float32), np.array([5]), np.ones((2, 3), np.float16).T):
+        values.put(1, "layers/x", array)
+        got = values.get(1, "layers/x")
+        assert got.dtype == array.dtype
+        np.testing.assert_array_equal(got, array)
+    values.drop(1, "layers/x")
+    assert not values.has(1, "layers/x")
+
+
+def test_a_cache_alone_can_be_int8(tiny_checkpoint: Path, clips: Path, tmp_path: Path) -> None:
+    manifest, _, outcome = quantize_with_data(options(tiny_checkpoint, tmp_path / "b", "fp16,kv=int8"), job(clips))
+    assert manifest.decoder.kv_dtype == "int8" and not outcome.choices and outcome.scores is not None and outcome.scores.feature_cosine > 0.999
