@@ -5,7 +5,7 @@ Every choice is made by the error at the layer's own output, ||quantised(x) @ qu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -150,8 +150,3 @@ def group_layers(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
     for layer in layers:
         groups.setdefault(layer.group, []).append(layer)
     return groups
-
-
-def summary(choices: Sequence[Choice]) -> Mapping[str, int]:
-    """How many layers of each kind."""
-    return {kind: sum(c.scheme.kind == kind for c in choices) for kind in sorted({c.scheme.kind for c in choices})}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import COMMANDS, assert_one_line_error, run_command
+from conftest import assert_one_line_error, run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ppllava_edge.calibration import calibrate, data, parity
@@ -21,8 +21,6 @@ from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.export.precision import parse_precision
 from ppllava_edge.export.sources import Options
 from ppllava_edge.nano.clips import write_video
-
-assert COMMANDS
 
 
 @pytest.fixture(scope="module")
