@@ -20,7 +20,7 @@ from ..engines.graph import Graph
 from ..engines.rewrite import to_float32
 from ..export.convert import Progress, StageReport, check_output, convert
 from ..export.precision import STAGE_PART
-from ..export.quantize import LayerRecord, Plan, Scheme, cache_writes, find_layers
+from ..export.quantize import HEADS, LayerRecord, Plan, Scheme, cache_writes, find_layers
 from ..export.sources import Options, Source, open_source
 from ..runtime.pipeline import Pipeline
 from . import data as clips_of
@@ -145,7 +145,7 @@ class Calibration:
             learns = asked.clip in learning
             self._only_when("question", learns)
             self._only_when("pooling", learns)
-            answer = self._ids(asked.answer)
+            answer = model.answer_ids(asked.answer)
             model.put_prompt(asked.index, model.embeds(model.values.get(asked.clip, "features"), asked.question, answer)[0])
             self.progress.step("questions", done + 1, len(self.asked))
         self._decide("question")
@@ -155,10 +155,6 @@ class Calibration:
         for small in model.callables.values():
             small.observe = None
         return self._write(chunks)
-
-    def _ids(self, answer: str) -> list[int]:
-        assert self.model.text is not None
-        return self.model.text.tokenizer.encode(answer, add_special_tokens=False).ids if answer else []
 
     def _features(self, chunks: list[list[int]], learning: Sequence[int]) -> None:
         """Of every clip, through the temporal branch if there is one."""
@@ -249,7 +245,7 @@ class Calibration:
         decided: list[tuple[str, np.ndarray | None, list[Choice]]] = []
         for done, (group, seen) in enumerate(stats.items()):
             self.progress.step(f"{stage}: deciding", done, len(stats))
-            head = any(layer.weight.endswith(("lm_head.weight", ".head")) for layer in groups[group])
+            head = any(layer.weight.endswith(HEADS) for layer in groups[group])
             fold, choices = choose_group(self.model.graphs[stage], groups[group], seen, "weights" if head else str(precision), self.options.block)
             decided.append((group, fold, choices))
         if file is not None:

@@ -142,7 +142,7 @@ def measure_streamed(expected: Expected, quantised: StreamedModel) -> Scores:
     feature = [compare(model.values.get(clip, "features"), quantised.values.get(clip, "features")) for clip in clips]
     tokens, ranks, count = [], [], dict[int, int]()
     for asked in expected.asked:
-        answer = model.text.tokenizer.encode(asked.answer, add_special_tokens=False).ids if asked.answer else []
+        answer = model.answer_ids(asked.answer)
         seen = [m.embeds(m.values.get(asked.clip, "features"), asked.question, answer) for m in (model, quantised)]
         for m, (embeds, _, _) in zip((model, quantised), seen):
             m.put_prompt(asked.index, embeds)

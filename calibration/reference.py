@@ -139,6 +139,11 @@ class StreamedModel(Pipeline):
         before, after = self.text.prompt_pieces(question)
         return np.concatenate([self.embed_tokens(before), visual, self.embed_tokens([*after, *answer])]), visual, cosine
 
+    def answer_ids(self, answer: str) -> list[int]:
+        """Token ids of a known answer; none for an unknown one."""
+        assert self.text is not None
+        return self.text.tokenizer.encode(answer, add_special_tokens=False).ids if answer else []
+
     def put_prompt(self, sample: int, embeds: np.ndarray) -> None:
         """A prompt into the store, as the decoder takes it."""
         length = len(embeds)

@@ -22,9 +22,8 @@ def sensitivity(
     tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, float]:  # fmt: skip
     """Weight name → mean KL divergence (nats) of the next token when only its group is quantised. For models that fit in memory."""
-    assert model.text is not None
     few = _spread(asked)
-    answers = {a.index: model.text.tokenizer.encode(a.answer, add_special_tokens=False).ids if a.answer else [] for a in few}
+    answers = {a.index: model.answer_ids(a.answer) for a in few}
     want = _logits(model, chunks, few, answers, "trunk")
     groups = [(stage, group, members) for stage in plans for group, members in group_layers(find_layers(model.graphs[stage])).items()]
     found: dict[str, float] = {}

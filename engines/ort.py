@@ -104,9 +104,11 @@ def _let_go_of_mapped_weights(path: Path) -> None:
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            if line.endswith(str(data.resolve())):
-                start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        start = end = 0
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if "-" in line.split(" ", 1)[0]:  # the head of a mapping; its figures follow
+                start, end = (int(part, 16) for part in line.split()[0].split("-")) if line.endswith(str(data.resolve())) else (0, 0)
+            elif end and line.startswith("Anonymous:") and line.split()[1] == "0":  # pages that were written to would be lost
                 libc.madvise(start, end - start, MADV_DONTNEED)
     except (OSError, AttributeError, ValueError):
         return  # it only saves memory
