@@ -2,7 +2,10 @@
 
 from setuptools import setup
 
-FOLDERS = {"": "api", ".engines": "engines", ".export": "export", ".calibration": "calibration", ".runtime": "runtime", ".bench": "bench", ".nano": "nano"}
+FOLDERS = {
+    "": "api", ".engines": "engines", ".engines.plugins": "engines/plugins", ".engines.plugins.weighted_pool": "engines/plugins/weighted_pool",
+    ".export": "export", ".calibration": "calibration", ".runtime": "runtime", ".bench": "bench", ".nano": "nano",
+}  # fmt: skip
 
 setup(
     packages=[f"ppllava_edge{name}" for name in FOLDERS],

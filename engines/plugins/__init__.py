@@ -1,0 +1,1 @@
+"""Kernels of our own, and the plugins that bring them into TensorRT."""
