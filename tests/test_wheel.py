@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from lint_types import FOLDERS
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,8 +29,10 @@ def test_its_contents(wheel: Path) -> None:
         assert f"ppllava_edge/{name}" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"ppllava_edge"}, "nothing lands beside the package"
     assert wheel.stat().st_size < 8_000_000
-    sources = {f"ppllava_edge/{p.relative_to(ROOT / folder) if folder == 'api' else p.relative_to(ROOT)}" for folder in
-               ("api", "engines", "engines/plugins", "engines/plugins/weighted_pool", "export", "calibration", "runtime", "bench", "nano") for p in (ROOT / folder).glob("*.py")}  # fmt: skip
+    sources = set()
+    for folder in FOLDERS:
+        start = ROOT / folder if folder == "api" else ROOT
+        sources |= {f"ppllava_edge/{p.relative_to(start)}" for kind in ("*.py", "*.cu*", "*.cpp", "CMakeLists.txt") for p in (ROOT / folder).glob(kind)}
     assert sources <= names, sources - names
 
 

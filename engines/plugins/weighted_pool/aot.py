@@ -1,0 +1,75 @@
+"""The plugin ahead of time (TensorRT 10.9 and later): the engine carries the kernel, and nothing has to be registered where it runs.
+
+Build the network with the flag PREFER_AOT_PYTHON_PLUGINS. Registers under the same name as tensorrt_plugin.py: a process uses one of them.
+Not run on real hardware yet (docs/limitations.md).
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import EngineError
+from .kernel import ITEMSIZE, SUFFIX, THREADS, compile_kernels
+from .tensorrt_plugin import NAME, NAMESPACE, _registered, _type_name
+
+PLUGIN = f"{NAMESPACE}::{NAME}"
+
+
+def is_available(trt: Any, plugin: Any) -> bool:
+    """Whether this library can embed kernels. plugin: its module `plugin`, None if it has none."""
+    return plugin is not None and hasattr(plugin, "aot_impl") and hasattr(trt.NetworkDefinitionCreationFlag, "PREFER_AOT_PYTHON_PLUGINS")
+
+
+def register_aot(trt: Any, plugin: Any, capability: tuple[int, int]) -> None:
+    """Make the plugin known, with a kernel for one compute capability. Doing so twice is harmless. Raises EngineError if it can't be."""
+    key = f"{trt.__name__} aot"
+    if key in _registered:
+        return
+    if trt.__name__ in _registered:
+        raise EngineError("the pooling plugin is registered in Python already in this process; build engines that carry it in another one")
+    describe, implement = _functions(trt, plugin, capability)
+    plugin.register(PLUGIN)(describe)
+    plugin.aot_impl(PLUGIN)(implement)
+    _registered[key] = (describe, implement)
+
+
+def _functions(trt: Any, trtp: Any, capability: tuple[int, int]) -> tuple[Any, Any]:
+    """What the library calls: the output's type and shape, and the kernel with its launch."""
+
+    def counts(weights: Any, kernel: Any, stride: Any) -> list:
+        return [(weights.shape_expr[axis] - int(kernel[axis])) // int(stride[axis]) + 1 for axis in range(3)]
+
+    def describe(hidden: Any, weights: Any, kernel: Any, stride: Any, temperature: Any, gelu: Any) -> Any:
+        t, h, w = counts(weights, kernel, stride)
+        result = hidden.like()
+        result.shape_expr = trtp.ShapeExprs.from_tuple((t * h * w, hidden.shape_expr[3]))
+        return result
+
+    def implement(hidden: Any, weights: Any, kernel: Any, stride: Any, temperature: Any, gelu: Any, outputs: Any, tactic: Any) -> tuple:
+        dtype = _type_name(trt, hidden.dtype)
+        channels, wide = hidden.shape_expr[3].constant_value(), 16 // ITEMSIZE[dtype]
+        lanes = wide if channels % wide == 0 else 1  # engines align their tensors
+        name = f"weighted_pool_{SUFFIX[dtype]}{'_gelu' if gelu else ''}{'' if lanes > 1 else '_single'}"
+        launch = trtp.KernelLaunchParams()
+        launch.grid_x, launch.grid_y, launch.block_x = math.prod(counts(weights, kernel, stride), start=1), -(-channels // (THREADS * lanes)), THREADS
+        bits = struct.unpack("<i", struct.pack("<f", float(temperature)))[0]
+        fixed = [channels, *(int(v) for v in kernel), *(int(v) for v in stride), bits]
+        extra = trtp.SymIntExprs(3 + len(fixed))
+        for i in range(3):
+            extra[i] = trtp.SymInt32(weights.shape_expr[i])
+        for i, value in enumerate(fixed):
+            extra[3 + i] = trtp.SymInt32(value)
+        return name, compile_kernels(capability, "ptx").code, launch, extra
+
+    triple = npt.NDArray[np.int32]
+    describe.__annotations__ = {
+        "hidden": trtp.TensorDesc, "weights": trtp.TensorDesc, "kernel": triple, "stride": triple, "temperature": float, "gelu": int,
+        "return": trtp.TensorDesc,
+    }  # fmt: skip
+    implement.__annotations__ = {"return": tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]}
+    return describe, implement
