@@ -104,6 +104,7 @@ class Graph:
         self.constants: dict[str, onnx.TensorProto] = {}
         self.functions: list[onnx.FunctionProto] = []
         self.domains: set[str] = set()  # vendor operator sets that engine-time rewrites brought in
+        self.opset, self.ir_version = OPSET, IR_VERSION
         self._scopes: list[str] = []
         self._count = 0
 
@@ -191,6 +192,7 @@ class Graph:
         other.inputs, other.outputs = [_copied(v) for v in self.inputs], [_copied(v) for v in self.outputs]
         other.weights, other.constants = dict(self.weights), dict(self.constants)
         other.functions, other.domains, other._count = list(self.functions), set(self.domains), self._count
+        other.opset, other.ir_version = self.opset, self.ir_version
         return other
 
     def producers(self) -> dict[str, onnx.NodeProto]:
@@ -226,6 +228,7 @@ class Graph:
         g.nodes, g.inputs, g.outputs = list(model.graph.node), list(model.graph.input), list(model.graph.output)
         g.functions, g._count = list(model.functions), len(g.nodes)
         g.domains = {o.domain for o in model.opset_import} - {"", DOMAIN}
+        g.opset, g.ir_version = next(o.version for o in model.opset_import if not o.domain), model.ir_version
         for proto in model.graph.initializer:
             dtype = TYPE_NAME[proto.data_type]
             if proto.data_location == TensorProto.EXTERNAL:
@@ -253,8 +256,8 @@ class Graph:
             data.unlink()
         graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, initializers)
         domains = sorted(self.domains | ({DOMAIN} if self.functions else set()))
-        opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in domains)]
-        model = helper.make_model(graph, opset_imports=opsets, functions=self.functions, ir_version=IR_VERSION, producer_name="ppllava-edge")
+        opsets = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
+        model = helper.make_model(graph, opset_imports=opsets, functions=self.functions, ir_version=self.ir_version, producer_name="ppllava-edge")
         path.write_bytes(model.SerializeToString(deterministic=True))
         if check:
             onnx.checker.check_model(str(path))

@@ -1,0 +1,115 @@
+"""The decoder's graph as a GPU engine wants it: fed by its own output, cache of fixed length, a head in parts.
+
+In the standard graph embeddings, mask and the choice of the next token stand outside. Here they are inside, so that between two steps
+nothing crosses to the host but a token id:
+
+    token_ids (1,s) int64, is_text (1,s,1) bool, inputs_embeds (1,s,D)   a position is either a token or a row that is given (visual)
+    position_ids (1,s) int64, write_index (1) int64                      consecutive positions; where in the cache they go
+    → next_token (1,1) int64, next_position (1,1), next_write_index (1)  what the next step takes, as it takes it
+    → top_values (1,k) float32, top_ids (1,k) int64, logits (1,V)        for sampling
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from .graph import SCALE, Graph, Tensor, Weight
+
+TOP_K = 64  # candidates that sampling on the host gets
+HEAD_BYTES = 256 << 20  # of a piece of the head, in float16: one piece of 1 GB can't be allocated on a small board
+TABLE = "embed_tokens.table"
+
+
+def self_feeding(g: Graph, table: Tensor, capacity: int) -> Graph:
+    """A copy of decoder.onnx that embeds token ids, masks and chooses by itself. table: (V, D) token embeddings; capacity: of its cache."""
+    g = g.copy()
+    fix_capacity(g, capacity)
+    hidden = {"float32": float("-inf"), "float16": -1e4}[g.dtype]
+    for node in g.nodes:
+        for i, name in enumerate(node.input):
+            node.input[i] = "embeds" if name == "inputs_embeds" else name
+    for node in [n for n in g.nodes if "logits" in n.output]:
+        node.output[list(node.output).index("logits")] = "all_logits"
+    g.inputs = [v for v in g.inputs if v.name != "mask"]
+    body, g.nodes = g.nodes, []
+    g.input("token_ids", "int64", [1, "s"])
+    g.input("is_text", "bool", [1, "s", 1])
+    rows = g.Gather(g.weight(Tensor(TABLE, table.shape, table.load)), "token_ids", axis=0)
+    g.op("Where", "is_text", rows, "inputs_embeds", output="embeds")
+    columns = g.weight(Tensor.of("columns", np.arange(capacity, dtype=np.int64)), "int64")
+    visible = g.LessOrEqual(columns, g.Unsqueeze("position_ids", g.ints(1, 3)))
+    g.op("Where", visible, g.number(0.0), g.number(hidden), output="mask")
+    g.nodes += body
+    g.op("Identity", "all_logits", output="logits")
+    best = g.ArgMax("all_logits", axis=1, keepdims=1)
+    g.output(best, "next_token", "int64", [1, 1])
+    count = min(TOP_K, table.shape[0])
+    top = helper.make_node("TopK", ["all_logits", g.ints(count)], ["top_values", "top_ids"], name="TopK", axis=1)
+    g.nodes.append(top)
+    last = g.Gather("position_ids", g.ints(-1), axis=1)
+    g.output(g.Add(last, g.ints(1)), "next_position", "int64", [1, 1])
+    g.output(g.Add("write_index", g.Shape("position_ids", start=1, end=2)), "next_write_index", "int64", [1])
+    g.outputs.append(helper.make_tensor_value_info("top_values", TensorProto.FLOAT, [1, count]))
+    g.outputs.append(helper.make_tensor_value_info("top_ids", TensorProto.INT64, [1, count]))
+    return g
+
+
+def fix_capacity(g: Graph, capacity: int) -> None:
+    """Give the cache a length: TensorRT wants a static one."""
+    for value in [*g.inputs, *g.outputs]:
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param == "capacity":
+                dimension.dim_value = capacity
+
+
+def split_head(g: Graph, part_bytes: int = HEAD_BYTES) -> Graph:
+    """A copy whose head (hidden → logits) is several products side by side, none larger than part_bytes in float16."""
+    g = g.copy()
+    producers = g.producers()
+    head = next((n for n in reversed(g.nodes) if n.op_type == "MatMul"), None)
+    if head is None:
+        return g
+    dequantize = producers.get(head.input[1])
+    weight = g.weights[dequantize.input[0] if dequantize is not None else head.input[1]]
+    inputs, outputs = weight.tensor.shape
+    parts = -(-inputs * outputs * 2 // part_bytes)
+    if parts < 2:
+        return g
+    edges = [min(-(-outputs // parts // 2) * 2 * i, outputs) for i in range(parts)] + [outputs]  # even: INT4 stores two columns in a byte
+    nodes, names = list[onnx.NodeProto](), list[str]()
+    for i, (first, last) in enumerate(zip(edges, edges[1:])):
+        suffix = f".part{i}"
+        if dequantize is None:
+            right = _columns(g, head.input[1], first, last, suffix)
+        else:
+            stored, scale = (_columns(g, name, first, last, suffix) for name in dequantize.input[:2])
+            right = f"{dequantize.output[0]}{suffix}"
+            one = helper.make_node("DequantizeLinear", [stored, scale], [right], name=dequantize.name + suffix)
+            one.attribute.extend(dequantize.attribute)
+            nodes.append(one)
+        names.append(f"{head.output[0]}{suffix}")
+        nodes.append(helper.make_node("MatMul", [head.input[0], right], [names[-1]], name=head.name + suffix))
+    nodes.append(helper.make_node("Concat", names, [head.output[0]], name=head.name + ".whole", axis=-1))
+    gone = [head] if dequantize is None else [head, dequantize]
+    at = g.nodes.index(head)
+    g.nodes[at : at + 1] = nodes
+    g.nodes = [n for n in g.nodes if n not in gone[1:]]
+    g.prune()
+    return g
+
+
+def _columns(g: Graph, name: str, first: int, last: int, suffix: str) -> str:
+    """A weight of some columns of another: matrices, INT4 packed two in a byte, scales per column or per block and column."""
+    weight = g.weights[name]
+    tensor, new = weight.tensor, name.removesuffix(SCALE) + suffix + (SCALE if name.endswith(SCALE) else "")
+
+    def load() -> np.ndarray:
+        array = np.asarray(tensor.load())
+        if weight.dtype == "int4":
+            return np.ascontiguousarray(array.reshape(tensor.shape[0], -1)[:, first // 2 : last // 2])
+        return np.ascontiguousarray(array[..., first:last])
+
+    g.weights[new] = Weight(Tensor(new, (*tensor.shape[:-1], last - first), load), weight.dtype)
+    return new
