@@ -210,21 +210,30 @@ class Bundle:
                 raise BundleError(f"{path} has {size} bytes, the manifest says {entry.bytes}; it is damaged, export it again")
 
     def _check_hashes(self, verify: bool) -> None:
-        stamp = None if self.total_bytes <= ALWAYS_HASHED else self._stamp()
-        if stamp and not verify and _stamp_known(stamp):
-            return
-        for name, entry in self.manifest.files.items():
-            if hash_file(self.path / name) != entry.sha256:
-                raise BundleError(f"{self.path / name} doesn't match its hash in the manifest; it is damaged, export it again")
-        if stamp:
-            _remember_stamp(stamp)
+        damaged = damaged_file(self.path, self.manifest.files, verify)
+        if damaged:
+            raise BundleError(f"{self.path / damaged} doesn't match its hash in the manifest; it is damaged, export it again")
 
-    def _stamp(self) -> str:
-        parts = [str(self.path.resolve())]
-        for name, entry in sorted(self.manifest.files.items()):
-            s = (self.path / name).stat()
-            parts.append(f"{name} {entry.sha256} {s.st_size} {s.st_mtime_ns} {s.st_ino}")
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+def damaged_file(folder: Path, files: dict[str, FileEntry], verify: bool = False) -> str | None:
+    """The first file whose hash is wrong, or None. Large folders are hashed once and then remembered by a stamp, unless verify is set."""
+    stamp = None if sum(f.bytes for f in files.values()) <= ALWAYS_HASHED else _stamp(folder, files)
+    if stamp and not verify and _stamp_known(stamp):
+        return None
+    for name, entry in files.items():
+        if hash_file(folder / name) != entry.sha256:
+            return name
+    if stamp:
+        _remember_stamp(stamp)
+    return None
+
+
+def _stamp(folder: Path, files: dict[str, FileEntry]) -> str:
+    parts = [str(folder.resolve())]
+    for name, entry in sorted(files.items()):
+        s = (folder / name).stat()
+        parts.append(f"{name} {entry.sha256} {s.st_size} {s.st_mtime_ns} {s.st_ino}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def hash_file(path: Path) -> str:

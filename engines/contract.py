@@ -9,8 +9,8 @@ from .ort import Stage
 Shape = list[int | None]  # None: any, or symbolic
 
 
-def promised(name: str, m: Manifest) -> dict[str, Shape]:
-    """Inputs and outputs of a stage, by name, as far as the manifest fixes them."""
+def promised(name: str, m: Manifest, cache: str = "in place") -> dict[str, Shape]:
+    """Inputs and outputs of a stage, by name, as far as the manifest fixes them. cache: as in engine.json."""
     v, d = m.vision, m.decoder
     features: Shape = [None, v.patches, v.hidden_size]
     states: Shape = [None, v.states, v.patches + v.class_token, v.hidden_size]
@@ -27,13 +27,15 @@ def promised(name: str, m: Manifest) -> dict[str, Shape]:
     if name == "pooling":
         windows: dict[str, Shape] = {"weights": patches, "kernel": [3], "stride": [3]} if m.pooling.windowed else {}
         return {"features": features, **windows, "visual_tokens": [None, d.hidden_size]}
-    cache: Shape = [1, d.kv_heads, None, d.head_size]
-    layers = {f"{when}.{i}.{kind}": cache for i in range(d.layers) for when in ("past", "present") for kind in ("key", "value")}
-    small: dict[str, Shape] = {"position_ids": [1, None], "write_index": [1], "mask": [1, 1, None, None]}
-    return {"inputs_embeds": [1, None, d.hidden_size], **small, **layers, "logits": [1, d.vocab]}
+    of_layer: Shape = [1, d.kv_heads, None, d.head_size]
+    layers = {f"{when}.{i}.{kind}": of_layer for i in range(d.layers) for when in ("past", "present") for kind in ("key", "value")}
+    small: dict[str, Shape] = {"position_ids": [1, None], "mask": [1, 1, None, None]}
+    if cache == "in place":
+        small["write_index"] = [1]
+    return {"inputs_embeds": [1, None, d.hidden_size], **small, **layers, "logits": [None, d.vocab]}
 
 
-def check_stage(name: str, pieces: list[Stage], m: Manifest) -> None:
+def check_stage(name: str, pieces: list[Stage], m: Manifest, cache: str = "in place") -> None:
     """Raise BundleError if the graph (or the pieces of it, in order) and the manifest don't belong together."""
     carried = set[str]()  # values that one piece gives and a later one takes
     found: dict[str, Shape] = {}
@@ -45,7 +47,7 @@ def check_stage(name: str, pieces: list[Stage], m: Manifest) -> None:
         for value in [*piece.session.get_inputs(), *piece.session.get_outputs()]:
             if value.name not in carried:
                 found[value.name] = value.shape
-    wanted = promised(name, m)
+    wanted = promised(name, m, cache)
     for tensor, want in wanted.items():
         got = found.get(tensor)
         if got is None:

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from .decode_graph import several_logits
 from .graph import Graph, Tensor, Weight
 from .rewrite import to_float32
 
@@ -24,13 +25,12 @@ VENDOR = "com.microsoft"
 def for_cpu(g: Graph) -> Graph:
     """A rewritten copy of a stage's graph; weights are still loaded when it is saved. Inputs and outputs keep their names."""
     half_cache = any(v.name.startswith("past.") and v.type.tensor_type.elem_type == TensorProto.FLOAT16 for v in g.inputs)
-    g = to_float32(g)
+    g = to_float32(several_logits(g) if any(v.name == "logits" for v in g.outputs) else g)
     g.domains.add(VENDOR)
     _integer_products(g)
-    _weight_only_products(g)
-    _tower_attention(g)
-    if _head_size(g) % 8 == 0:  # the vendor's operator takes no others
-        _cached_attention(g, half_cache)
+    weight_only_products(g)
+    tower_attention(g)
+    cached_attention(g, half_cache)
     g.prune()
     return g
 
@@ -65,8 +65,8 @@ def _integer_products(g: Graph) -> None:
     g.nodes = [new for node in g.nodes for new in replaced.get(id(node), [node])]
 
 
-def _weight_only_products(g: Graph) -> None:
-    """MatMul(x, Dequantize(W)) [+ bias] → MatMulNBits, which multiplies in INT8 (accuracy level 4)."""
+def weight_only_products(g: Graph, scale_dtype: str = "float32", accuracy: int = 4) -> None:
+    """MatMul(x, Dequantize(W)) [+ bias] → MatMulNBits, which multiplies in INT8 at accuracy level 4. scale_dtype: the type of x."""
     producers, consumers = g.producers(), g.consumers()
     replaced: dict[int, list[onnx.NodeProto]] = {}
     for node in g.nodes:
@@ -81,13 +81,13 @@ def _weight_only_products(g: Graph) -> None:
             continue
         packed, scales = w.input[0] + ".nbits", w.input[1] + ".nbits"
         g.weights[packed] = Weight(_nbits(weight.tensor, packed, bits, block), "uint8")
-        g.weights[scales] = Weight(_nbits_scales(scale.tensor, scales, inputs // block, outputs), "float32")
+        g.weights[scales] = Weight(_nbits_scales(scale.tensor, scales, inputs // block, outputs), scale_dtype)
         after, bias, output = consumers.get(node.output[0], []), [], node.output[0]
         if len(after) == 1 and after[0].op_type == "Add" and after[0].input[1] in g.weights:
             bias, output = ["", "", after[0].input[1]], after[0].output[0]
             replaced[id(after[0])] = []
         names = [node.input[0], packed, scales, *bias]
-        attributes: dict[str, Any] = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": 4}
+        attributes: dict[str, Any] = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": accuracy}
         replaced[id(node)] = [helper.make_node("MatMulNBits", names, [output], name=node.name, domain=VENDOR, **attributes)]
     g.nodes = [new for node in g.nodes for new in replaced.get(id(node), [node])]
 
@@ -145,7 +145,7 @@ def _merged(consumers: dict[str, list[onnx.NodeProto]], name: str) -> onnx.NodeP
     return reshape[0] if len(reshape) == 1 and reshape[0].op_type == "Reshape" else None
 
 
-def _tower_attention(g: Graph) -> None:
+def tower_attention(g: Graph) -> None:
     """Attention without mask and cache between Transposes → MultiHeadAttention on (b, s, width)."""
     producers, consumers = g.producers(), g.consumers()
     replaced: dict[int, list[onnx.NodeProto]] = {}
@@ -168,12 +168,15 @@ def _head_size(g: Graph) -> int:
     return next((v.type.tensor_type.shape.dim[3].dim_value for v in g.inputs if v.name.startswith("past.")), 1)
 
 
-def _cached_attention(g: Graph, half: bool) -> None:
+def cached_attention(g: Graph, half: bool = False) -> None:
     """RotaryEmbedding, TensorScatter and Attention → GroupQueryAttention, which writes the cache in place when past and present are one buffer.
 
     How much of the cache is filled comes from write_index and the length of inputs_embeds; mask and position_ids stay as inputs, unused.
-    half: the cache stays float16: half the memory, and decoding, which reads all of it, is faster; prefill is slower (docs/measurements.md).
+    half: the cache stays float16 in a float32 graph: half the memory, and decoding, which reads all of it, is faster; prefill is slower
+    (docs/measurements.md). Heads whose size isn't a multiple of 8 are left alone: the vendor's operator takes none.
     """
+    if _head_size(g) % 8:
+        return
     producers, consumers = g.producers(), g.consumers()
     length = helper.make_node("Shape", ["inputs_embeds"], ["new_length"], name="new_length", start=1, end=2)
     total = helper.make_node("Add", ["write_index", "new_length"], ["total_length.int64"], name="total_length.int64")

@@ -1,4 +1,4 @@
-"""The decoder's graph as a GPU engine wants it: fed by its own output, cache of fixed length, a head in parts.
+"""The decoder's graph as engines want it: logits of several positions; on a GPU fed by its own output, cache of fixed length, head in parts.
 
 In the standard graph embeddings, mask and the choice of the next token stand outside. Here they are inside, so that between two steps
 nothing crosses to the host but a token id:
@@ -6,7 +6,8 @@ nothing crosses to the host but a token id:
     token_ids (1,s) int64, is_text (1,s,1) bool, inputs_embeds (1,s,D)   a position is either a token or a row that is given (visual)
     position_ids (1,s) int64, write_index (1) int64                      consecutive positions; where in the cache they go
     → next_token (1,1) int64, next_position (1,1), next_write_index (1)  what the next step takes, as it takes it
-    → top_values (1,k) float32, top_ids (1,k) int64, logits (1,V)        for sampling
+    → best (n,1) int64                                                   the likeliest token after each of the last n positions
+    → top_values (1,k) float32, top_ids (1,k) int64, logits (n,V)        for sampling (top: of the last position)
 """
 
 from __future__ import annotations
@@ -15,44 +16,81 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from .errors import EngineError
 from .graph import SCALE, Graph, Tensor, Weight
+
+LAST_POSITIONS = 8  # whose logits a pass gives: what speculation verifies at once; of a shorter pass, all
 
 TOP_K = 64  # candidates that sampling on the host gets
 HEAD_BYTES = 256 << 20  # of a piece of the head, in float16: one piece of 1 GB can't be allocated on a small board
 TABLE = "embed_tokens.table"
 
 
-def self_feeding(g: Graph, table: Tensor, capacity: int) -> Graph:
-    """A copy of decoder.onnx that embeds token ids, masks and chooses by itself. table: (V, D) token embeddings; capacity: of its cache."""
+def several_logits(g: Graph) -> Graph:
+    """A copy of decoder.onnx whose logits are (n, V), of the last n = min(s, 8) positions, instead of the last one's.
+
+    Eight rows of the head cost as much as one: its weights are read once. Raises EngineError if the graph's end isn't as export writes it.
+    """
     g = g.copy()
-    fix_capacity(g, capacity)
+    producers = g.producers()
+    node = producers["logits"]
+    while node.op_type != "Gather":
+        node = producers.get(node.input[0]) or _unknown_end(g)
+    node.CopyFrom(helper.make_node("Slice", [node.input[0], g.ints(-LAST_POSITIONS), g.ints(1 << 62), g.ints(1)], list(node.output), name=node.name))
+    for end in [n for n in g.nodes if "logits" in n.output]:
+        end.output[list(end.output).index("logits")] = "logits.3d"
+    g.outputs = [v for v in g.outputs if v.name != "logits"]
+    g.op("Squeeze", "logits.3d", g.ints(0), output="logits")
+    vocab = next(w.tensor.shape[-1] for w in _head_weight(g))
+    g.outputs.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", vocab]))
+    return g
+
+
+def _unknown_end(g: Graph) -> onnx.NodeProto:
+    raise EngineError(f"{g.name}: the logits don't come from the last position; the bundle was written by another version, export it again")
+
+
+def _head_weight(g: Graph) -> list[Weight]:
+    head = next(n for n in reversed(g.nodes) if n.op_type == "MatMul")
+    dequantize = g.producers().get(head.input[1])
+    return [g.weights[dequantize.input[0] if dequantize is not None else head.input[1]]]
+
+
+def self_feeding(g: Graph, table: Tensor, capacity: int | None = None) -> Graph:
+    """A copy of decoder.onnx that embeds token ids, masks and chooses by itself. table: (V, D) token embeddings; capacity: of its cache, None:
+    it stays symbolic."""
+    g = several_logits(g)
+    if capacity:
+        fix_capacity(g, capacity)
     hidden = {"float32": float("-inf"), "float16": -1e4}[g.dtype]
     for node in g.nodes:
         for i, name in enumerate(node.input):
             node.input[i] = "embeds" if name == "inputs_embeds" else name
-    for node in [n for n in g.nodes if "logits" in n.output]:
-        node.output[list(node.output).index("logits")] = "all_logits"
     g.inputs = [v for v in g.inputs if v.name != "mask"]
     body, g.nodes = g.nodes, []
     g.input("token_ids", "int64", [1, "s"])
     g.input("is_text", "bool", [1, "s", 1])
     rows = g.Gather(g.weight(Tensor(TABLE, table.shape, table.load)), "token_ids", axis=0)
     g.op("Where", "is_text", rows, "inputs_embeds", output="embeds")
-    columns = g.weight(Tensor.of("columns", np.arange(capacity, dtype=np.int64)), "int64")
+    if capacity:
+        columns = g.weight(Tensor.of("columns", np.arange(capacity, dtype=np.int64)), "int64")
+    else:
+        columns = g.Range(g.integer(0), g.Squeeze(g.Shape("past.0.key", start=2, end=3)), g.integer(1))
     visible = g.LessOrEqual(columns, g.Unsqueeze("position_ids", g.ints(1, 3)))
     g.op("Where", visible, g.number(0.0), g.number(hidden), output="mask")
     g.nodes += body
-    g.op("Identity", "all_logits", output="logits")
-    best = g.ArgMax("all_logits", axis=1, keepdims=1)
-    g.output(best, "next_token", "int64", [1, 1])
+    best = g.op("ArgMax", "logits", output="best", axis=1, keepdims=1)
+    last = g.Gather("logits", g.ints(-1), axis=0)
+    g.output(g.Gather(best, g.ints(-1), axis=0), "next_token", "int64", [1, 1])
     count = min(TOP_K, table.shape[0])
-    top = helper.make_node("TopK", ["all_logits", g.ints(count)], ["top_values", "top_ids"], name="TopK", axis=1)
-    g.nodes.append(top)
-    last = g.Gather("position_ids", g.ints(-1), axis=1)
-    g.output(g.Add(last, g.ints(1)), "next_position", "int64", [1, 1])
+    g.nodes.append(helper.make_node("TopK", [last, g.ints(count)], ["top_values", "top_ids"], name="TopK", axis=1))
+    position = g.Gather("position_ids", g.ints(-1), axis=1)
+    g.output(g.Add(position, g.ints(1)), "next_position", "int64", [1, 1])
     g.output(g.Add("write_index", g.Shape("position_ids", start=1, end=2)), "next_write_index", "int64", [1])
+    g.outputs.append(helper.make_tensor_value_info("best", TensorProto.INT64, ["n", 1]))
     g.outputs.append(helper.make_tensor_value_info("top_values", TensorProto.FLOAT, [1, count]))
     g.outputs.append(helper.make_tensor_value_info("top_ids", TensorProto.INT64, [1, count]))
+    g.prune()
     return g
 
 

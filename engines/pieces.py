@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
-from .graph import Graph
+from .graph import ONNX_TYPE, Graph
 
 
 @dataclass
@@ -20,10 +20,15 @@ class Segment:
     gives: list[str]
 
 
-def split(g: Graph, taps: Sequence[str] = (), budget: int = 1 << 62) -> list[Segment]:
+Carried = Mapping[str, tuple[str, tuple[int | str, ...]]]  # value → type and shape; "": of all that aren't named
+FLOAT_OF_ANY_SHAPE: Carried = {"": ("float32", ())}
+
+
+def split(g: Graph, taps: Sequence[str] = (), budget: int = 1 << 62, carried: Carried = FLOAT_OF_ANY_SHAPE) -> list[Segment]:
     """Cut a stage between its layers, so that the weights of a piece stay below budget bytes where a single layer does.
 
-    taps: values that should be outputs of their segment too. g is left as it is.
+    taps: values that should be outputs of their segment too. carried: what is known of the values that go from piece to piece. g is left as
+    it is.
     """
     runs, seen = _layer_runs(g), set[str]()
     pieces: list[list[onnx.NodeProto]] = []
@@ -38,7 +43,7 @@ def split(g: Graph, taps: Sequence[str] = (), budget: int = 1 << 62) -> list[Seg
             pieces.append(list(run))
             weight = size
         seen |= names
-    return _as_graphs(g, pieces, set(taps))
+    return _as_graphs(g, pieces, set(taps), carried)
 
 
 def _layer_runs(g: Graph) -> list[list[onnx.NodeProto]]:
@@ -54,7 +59,7 @@ def _layer_runs(g: Graph) -> list[list[onnx.NodeProto]]:
     return runs
 
 
-def _as_graphs(g: Graph, pieces: list[list[onnx.NodeProto]], taps: set[str]) -> list[Segment]:
+def _as_graphs(g: Graph, pieces: list[list[onnx.NodeProto]], taps: set[str], carried: Carried) -> list[Segment]:
     producers, outputs = g.producers(), {v.name: v for v in g.outputs}
     pieces = [_with_bookkeeping(piece, producers) for piece in pieces]
     made_by = [{name for node in piece for name in node.output} for piece in pieces]
@@ -69,14 +74,20 @@ def _as_graphs(g: Graph, pieces: list[list[onnx.NodeProto]], taps: set[str]) -> 
         gives = [name for node in piece for name in node.output if (name in used_later and name not in later_made) or name in outputs]
         part = Graph(f"{g.name}-{i}", g.dtype)
         part.nodes, part.functions, part.domains = list(piece), list(g.functions), set(g.domains)
+        part.opset, part.ir_version = g.opset, g.ir_version
         unread = [v for v in g.inputs if i == 0 and len(pieces) > 1 and v.name not in everything_read]  # a stage's interface stays whole
-        part.inputs = unread + [inputs.get(name) or helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in reads]
+        part.inputs = unread + [inputs.get(name) or _value(name, carried) for name in reads]
         shown = list(dict.fromkeys([*gives, *(name for node in piece for name in node.output if name in taps)]))
-        part.outputs = [outputs.get(name) or helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in shown]
+        part.outputs = [outputs.get(name) or _value(name, carried) for name in shown]
         part.weights = {name: g.weights[name] for name in used_here if name in g.weights}
         part.constants = {name: g.constants[name] for name in used_here if name in g.constants}
         segments.append(Segment(part, reads, gives))
     return segments
+
+
+def _value(name: str, carried: Carried) -> onnx.ValueInfoProto:
+    dtype, shape = carried.get(name) or carried[""]
+    return helper.make_tensor_value_info(name, ONNX_TYPE[dtype], list(shape) or None)
 
 
 def _with_bookkeeping(piece: list[onnx.NodeProto], producers: dict[str, onnx.NodeProto]) -> list[onnx.NodeProto]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -52,6 +53,21 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
     for row in rows:
         t.add_row(*(str(cell) for cell in row))
     Console(stderr=err, highlight=False).print(t)
+
+
+@contextlib.contextmanager
+def progress_steps(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A function (what, done, of how many) that draws a bar on stderr; silent when stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda what, done, of: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda what, done, of: bar.update(task, description=f"{title}: {what}", completed=done, total=of)
 
 
 def _is_number(cell: object) -> bool:

@@ -11,7 +11,10 @@ import numpy as np
 from ..engines.bundle import DecoderInfo
 from ..engines.errors import EngineError, PromptError
 from ..engines.ort import Stage, first_line, import_onnxruntime
+from .lookup import Lookup
 
+SMALL_STEP = 16  # positions; the buffers of such steps are kept
+LAST_POSITIONS = 8  # whose logits an engine gives (engines/decode_graph.py)
 CAPACITY_STEP = 256  # attention's cost follows the cache's capacity, so it fits the generation, rounded up to this
 
 
@@ -38,30 +41,89 @@ class Sequence:
 
     def __init__(self, pieces: list[Stage], info: DecoderInfo, cache: KVCache):
         self.pieces, self.info, self.cache = pieces, info, cache
-        self._step: _Step | None = None
+        self._steps: dict[int, _Step] = {}
+
+    @property
+    def length(self) -> int:
+        """Positions that the cache holds."""
+        return self.cache.length
+
+    @property
+    def capacity(self) -> int:
+        """Positions that it could hold."""
+        return self.cache.capacity
 
     def run(self, inputs_embeds: np.ndarray) -> np.ndarray:
-        """Feed (s, D) embeddings after what the cache holds → logits (V,) float32 of the last position."""
+        """Feed (s, D) embeddings after what the cache holds → logits (n, V) float32: of the last position, or, from an engine that gives more,
+        of the last min(s, 8)."""
         cache, count = self.cache, len(inputs_embeds)
         if count < 1 or cache.length + count > cache.capacity:
             raise EngineError(f"the cache holds {cache.length} of {cache.capacity} positions; {count} more don't fit")
-        if self._step is None or self._step.count != count:
-            self._step = _Step(self.pieces, self.info, cache, count)
-        logits = self._step.run(inputs_embeds)
+        if count not in self._steps:
+            if count > SMALL_STEP:
+                self._steps.clear()  # buffers of a long step are large and not needed twice
+            self._steps[count] = _Step(self.pieces, self.info, cache, count)
+        logits = self._steps[count].run(inputs_embeds)
         cache.length += count
         return logits
+
+    def forget(self, count: int) -> None:
+        """Take the last count positions back: they will be written again."""
+        if not 0 <= count <= self.cache.length:
+            raise EngineError(f"the cache holds {self.cache.length} positions; {count} can't be taken back")
+        self.cache.length -= count
+        for step in self._steps.values():
+            step.hide_from(self.cache.length)
+
+
+class GrowingSequence:
+    """The same over lowered graphs, whose cache grows: past and what is new give present (JetPack 6, older ONNX Runtimes)."""
+
+    def __init__(self, pieces: list[Stage], info: DecoderInfo, context: int):
+        self.pieces, self.info, self.capacity, self.length = pieces, info, context, 0
+        shape = (1, info.kv_heads, 0, info.head_size)
+        self.past = {f"{layer}.{kind}": np.zeros(shape, info.kv_dtype) for layer in range(info.layers) for kind in ("key", "value")}
+
+    def run(self, inputs_embeds: np.ndarray) -> np.ndarray:
+        """Feed (s, D) embeddings after what the cache holds → logits (1, V) float32 of the last position."""
+        count, total = len(inputs_embeds), self.length + len(inputs_embeds)
+        if count < 1 or total > self.capacity:
+            raise EngineError(f"the cache holds {self.length} of {self.capacity} positions; {count} more don't fit")
+        positions = np.arange(self.length, total)
+        hidden = -1e4 if self.pieces[0].dtypes["inputs_embeds"] == np.float16 else -np.inf
+        mask = np.where(np.arange(total) <= positions[:, None], 0.0, hidden)[None, None]
+        values: dict[str, np.ndarray] = {"inputs_embeds": inputs_embeds[None], "position_ids": positions[None], "mask": mask}
+        values |= {f"past.{name}": array for name, array in self.past.items()}
+        for piece in self.pieces:
+            values |= dict(zip(piece.outputs, piece(**{name: values[name] for name in piece.dtypes})))
+        self.past = {name: values[f"present.{name}"] for name in self.past}
+        self.length = total
+        return values["logits"]
+
+    def forget(self, count: int) -> None:
+        """Take the last count positions back."""
+        if not 0 <= count <= self.length:
+            raise EngineError(f"the cache holds {self.length} positions; {count} can't be taken back")
+        self.length -= count
+        self.past = {name: array[:, :, : self.length] for name, array in self.past.items()}
 
 
 class Decoder:
     """decoder.onnx, whole or in pieces that follow one another. Several sequences may be under way at once, each with a cache of its own;
-    finished ones leave theirs for the next."""
+    finished ones leave theirs for the next. cache: "in place" or "concatenated", as in engine.json."""
 
-    def __init__(self, pieces: list[Stage], info: DecoderInfo):
-        self.pieces, self.info = pieces, info
+    def __init__(self, pieces: list[Stage], info: DecoderInfo, cache: str = "in place"):
+        self.pieces, self.info, self.cache = pieces, info, cache
         self._idle: list[KVCache] = []
         self._lock = threading.Lock()
 
-    def start(self, length: int, new_tokens: int) -> Sequence:
+    @property
+    def verifies(self) -> bool:
+        """Whether a pass gives the logits of several positions, so that drafts can be verified."""
+        outputs = next(piece for piece in self.pieces if "logits" in piece.outputs).session.get_outputs()
+        return next(o.shape[0] for o in outputs if o.name == "logits") != 1
+
+    def start(self, length: int, new_tokens: int) -> Sequence | GrowingSequence:
         """A sequence with room for a prompt of that length and new_tokens more.
 
         Raises PromptError if the prompt alone is too long for the model's context, and says by how much.
@@ -73,6 +135,8 @@ class Decoder:
                 "ask a shorter question or use fewer frames"
             )
         capacity = min(-(-min(length + new_tokens, context) // CAPACITY_STEP) * CAPACITY_STEP, context)
+        if self.cache == "concatenated":
+            return GrowingSequence(self.pieces, self.info, capacity)
         with self._lock:
             fitting = [cache for cache in self._idle if cache.capacity == capacity]
             self._idle.clear()  # one of another size is let go before a new one is made
@@ -80,16 +144,17 @@ class Decoder:
         cache.length = 0
         return Sequence(self.pieces, self.info, cache)
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish(self, sequence: Sequence | GrowingSequence) -> None:
         """The sequence is done with; its cache may serve the next one."""
-        with self._lock:
-            self._idle = [sequence.cache]
+        if isinstance(sequence, Sequence):
+            with self._lock:
+                self._idle = [sequence.cache]
 
     def prefill(self, inputs_embeds: np.ndarray) -> np.ndarray:
         """A prompt (S, D) → logits (V,) of its last position."""
         sequence = self.start(len(inputs_embeds), 1)
         try:
-            return sequence.run(inputs_embeds)
+            return sequence.run(inputs_embeds)[-1]
         finally:
             self.finish(sequence)
 
@@ -97,27 +162,42 @@ class Decoder:
         self,
         inputs_embeds: np.ndarray,
         max_new_tokens: int,
-        embed: Callable[[int], np.ndarray],
+        embed: Callable[[list[int]], np.ndarray],
         choose: Callable[[np.ndarray, list[int]], int],
         stop_ids: Iterable[int] = (),
+        lookup: Lookup | None = None,
     ) -> Generator[int, None, None]:
         """Yield token ids until a stop id (yielded too), max_new_tokens, or the end of the context.
 
-        embed: token id → (1, D) embedding. choose: (logits (V,), ids so far) → the next id.
+        embed: token ids (k) → (k, D) embeddings. choose: (logits (V,), ids so far) → the next id. lookup: drafts that are verified several in
+        a pass; choose must give the same id every time then.
         """
         if max_new_tokens < 1:
             return
         stops, ids = set(stop_ids), list[int]()
+        if lookup is not None and not self.verifies:
+            raise EngineError("looking ahead needs an engine that verifies several tokens at once: ppllava-build BUNDLE --target cpu")
         sequence = self.start(len(inputs_embeds), max_new_tokens)
         try:
-            logits = sequence.run(inputs_embeds)
+            logits, draft = sequence.run(inputs_embeds)[-1:], list[int]()
             while True:
-                token = choose(logits, ids)
-                ids.append(token)
-                yield token
-                if token in stops or len(ids) >= max_new_tokens or sequence.cache.length >= sequence.cache.capacity:
-                    return
-                logits = sequence.run(embed(token))
+                certain, accepted = sequence.length - len(draft), 0  # positions filled by what was chosen; by what was guessed right
+                for row, guess in zip(logits, [*draft, None]):  # row i follows draft[:i]
+                    token = choose(row, ids)
+                    ids.append(token)
+                    yield token
+                    if token in stops or len(ids) >= max_new_tokens or certain + accepted >= sequence.capacity:
+                        return
+                    if token != guess:
+                        break
+                    accepted += 1
+                if lookup is not None:
+                    lookup.count(len(draft), accepted)
+                if accepted < len(draft):
+                    sequence.forget(len(draft) - accepted)
+                most = min(sequence.capacity - sequence.length, max_new_tokens - len(ids)) - 1
+                draft = lookup.draft(ids, most) if lookup is not None else []
+                logits = sequence.run(embed([ids[-1], *draft]))
         finally:
             self.finish(sequence)
 
@@ -134,7 +214,9 @@ class _Step:
         self.positions = np.zeros((1, count), np.int64)
         self.write_index = np.zeros(1, np.int64)
         self.mask: np.ndarray = np.full((1, 1, count, cache.capacity), self.hidden_value, kind)
-        self.logits = np.zeros((1, info.vocab), np.float32)
+        outputs = next(piece for piece in pieces if "logits" in piece.outputs).session.get_outputs()
+        rows = 1 if next(o.shape[0] for o in outputs if o.name == "logits") == 1 else min(count, LAST_POSITIONS)
+        self.logits = np.zeros((rows, info.vocab), np.float32)
         self.inputs = {"inputs_embeds": self.embeds, "position_ids": self.positions, "write_index": self.write_index, "mask": self.mask}
         self.bindings, self.buffers = [], [self.logits]  # buffers that are bound must outlive the binding
         bound = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.inputs.items()} if self.device == "cpu" else {}
@@ -176,5 +258,10 @@ class _Step:
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise EngineError(f"the decoder failed: {first_line(error)}") from None
         if self.device == "cpu":
-            return self.logits[0].copy()
-        return dict(zip(self.pieces[0].outputs, self.bindings[0].get_outputs()))["logits"].numpy()[0]
+            return self.logits.copy()
+        return dict(zip(self.pieces[0].outputs, self.bindings[0].get_outputs()))["logits"].numpy()
+
+    def hide_from(self, length: int) -> None:
+        """Positions were taken back: a mask that only uncovers must cover them again."""
+        if self.count == 1:
+            self.mask[..., length:] = self.hidden_value

@@ -18,10 +18,12 @@ import numpy as np
 
 from ..engines.bundle import Bundle
 from ..engines.contract import check_stage
-from ..engines.engine import find_engine
+from ..engines.engine import Engine
 from ..engines.errors import EngineError, MediaError, PromptError
 from ..engines.ort import Stage, choose_device
+from ..engines.select import select
 from . import anyres
+from .lookup import Lookup
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -33,22 +35,27 @@ POOLING_BYTES = 32 << 20  # of linear_1's output at once
 
 
 class Pipeline:
-    """A bundle, opened. Stages load when they are first used. Safe to use from several threads."""
+    """A bundle, opened. Stages load when they are first used. Safe to use from several threads.
 
-    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None):
+    engine: what runs the stages, None for the standard graphs; engine_note: why one that is there is not used.
+    """
+
+    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None, engine: str = "auto"):
         self.bundle, self.manifest = bundle, bundle.manifest
         self.device, self.threads = choose_device(device), threads
         self._lock = threading.Lock()
         self._stages: dict[str, list[Stage]] = {}
-        self.engine, self.engine_note = find_engine(bundle, "cpu") if self.device == "cpu" else (None, "")
+        self.engine: Engine | None
+        self.engine, self.engine_note = select(bundle, self.device, engine)
 
     @classmethod
-    def open(cls, bundle: str | os.PathLike[str], device: str = "cpu", threads: int | None = None) -> Pipeline:
-        """Open and check a bundle directory. device: auto | cpu | cuda. threads: of the engine, default one per core.
+    def open(cls, bundle: str | os.PathLike[str], device: str = "cpu", threads: int | None = None, engine: str = "auto") -> Pipeline:
+        """Open and check a bundle directory. device: auto | cpu | cuda. threads: of the engine, default one per core. engine: auto (the fastest
+        that is built and fits), onnxruntime, tensorrt, rtx, standard (the bundle's own graphs), or the name of a folder below engines/.
 
         Raises BundleError or EngineError in one line.
         """
-        return cls(Bundle.open(bundle), device, threads)
+        return cls(Bundle.open(bundle), device, threads, engine)
 
     def stage(self, name: str) -> Stage:
         """The opened graph of a stage that is one graph."""
@@ -61,7 +68,7 @@ class Pipeline:
                 paths = (self.engine.paths(name) if self.engine else []) or [self.bundle.file(f"{name}.onnx")]
                 with ThreadPoolExecutor(4) as pool:
                     stages = list(pool.map(lambda path: Stage(path, self.device, self.threads, piece=len(paths) > 1), paths))
-                check_stage(name, stages, self.manifest)
+                check_stage(name, stages, self.manifest, self.engine.cache if self.engine else "in place")
                 self._stages[name] = stages
             return self._stages[name]
 
@@ -78,7 +85,9 @@ class Pipeline:
         from .decoding import Decoder
 
         info = self.manifest.decoder
-        return Decoder(self.pieces("decoder"), replace(info, kv_dtype=self.engine.kv_dtype) if self.engine else info)
+        if self.engine is None:
+            return Decoder(self.pieces("decoder"), info)
+        return Decoder(self.pieces("decoder"), replace(info, kv_dtype=self.engine.kv_dtype), self.engine.cache)
 
     # -- vision ------------------------------------------------------------------------------------------------------
 
@@ -253,11 +262,22 @@ class Pipeline:
         return self.decoder.prefill(np.asarray(inputs_embeds))
 
     def generate(
-        self, inputs_embeds: np.ndarray, max_new_tokens: int, stop_ids: Iterable[int] = (), sampling: Sampling | None = None
+        self,
+        inputs_embeds: np.ndarray,
+        max_new_tokens: int,
+        stop_ids: Iterable[int] = (),
+        sampling: Sampling | None = None,
+        lookup: Lookup | None = None,
     ) -> Generator[int, None, None]:
-        """Yield token ids after the prompt (S,D), a stop id included; greedy unless sampling says otherwise."""
-        choose = (sampling or Sampling()).chooser()
-        return self.decoder.generate(np.asarray(inputs_embeds), max_new_tokens, lambda i: self.embed_tokens([i]), choose, stop_ids)
+        """Yield token ids after the prompt (S,D), a stop id included; greedy unless sampling says otherwise.
+
+        lookup: guess tokens from what was said before and verify several in a pass; greedy answers stay the same. Raises PromptError with
+        random sampling, EngineError where the engine can't verify.
+        """
+        sampling = sampling or Sampling()
+        if lookup is not None and sampling.temperature > 0:
+            raise PromptError("looking ahead works with greedy answers only (temperature 0)")
+        return self.decoder.generate(np.asarray(inputs_embeds), max_new_tokens, self.embed_tokens, sampling.chooser(), stop_ids, lookup)
 
 
 def _check_media(media: str) -> None:

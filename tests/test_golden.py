@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import GOLDEN, run_command
+from ppllava_edge.engines.build import build_onnxruntime
+from ppllava_edge.engines.bundle import Bundle
+from ppllava_edge.runtime import Pipeline
+from ppllava_edge.runtime.lookup import Lookup
 
 _spec = importlib.util.spec_from_file_location("golden_check", GOLDEN / "check.py")
 assert _spec and _spec.loader
@@ -16,8 +20,10 @@ check = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(check)
 
 
-@pytest.mark.parametrize("variant", range(len(check.VARIANTS)), ids=["-".join(map(str, (v[0], v[1], v[3] or ""))) for v in check.VARIANTS])
-def test_variant_matches_the_original(variant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+VARIANTS = pytest.mark.parametrize("variant", range(len(check.VARIANTS)), ids=["-".join(map(str, (v[0], v[1], v[3] or ""))) for v in check.VARIANTS])
+
+
+def run_check(variant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     export = f"{sys.executable} -m ppllava_edge.export.cli"
     monkeypatch.setattr(check, "VARIANTS", [check.VARIANTS[variant]])
     monkeypatch.setattr(sys, "argv", ["check.py", "--golden", str(GOLDEN), "--export", export])
@@ -27,10 +33,63 @@ def test_variant_matches_the_original(variant: int, monkeypatch: pytest.MonkeyPa
     assert status == 0 and not failed, "\n".join(failed) or printed
 
 
+@VARIANTS
+def test_variant_matches_the_original(variant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run_check(variant, monkeypatch, capsys)
+
+
+@VARIANTS
+def test_lowered_graphs_match_the_original(variant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Basic opset-20 operators and a cache that grows: what JetPack 6 gets."""
+    opened = []
+
+    class Lowered(Pipeline):
+        @classmethod
+        def open(cls, bundle: Path, device: str = "cpu") -> Pipeline:  # type: ignore[override]
+            build_onnxruntime(Bundle.open(bundle), "lowered")
+            opened.append(Pipeline.open(bundle, device, engine="lowered"))
+            assert opened[-1].engine is not None and opened[-1].stage("trunk").path.parent.name == "lowered"
+            return opened[-1]
+
+    monkeypatch.setattr("ppllava_edge.runtime.Pipeline", Lowered)
+    run_check(variant, monkeypatch, capsys)
+    assert opened
+
+
+@VARIANTS
+def test_looking_ahead_changes_no_answer(variant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """engines/cpu with drafts that are verified several in a pass, beside the original's tokens. Every other draft is wrong somewhere."""
+    lookups: list[Lookup] = []
+
+    class Drafts(Lookup):
+        def __init__(self, truth: list[int]):
+            super().__init__()
+            self.truth = truth
+
+        def draft(self, ids: list[int], most: int) -> list[int]:  # type: ignore[override]
+            guess = self.truth[len(ids) : len(ids) + min(most, 7)]
+            if self.passes % 2 and guess:
+                guess[self.passes % len(guess)] += 1
+            return guess
+
+    class LookingAhead(Pipeline):
+        @classmethod
+        def open(cls, bundle: Path, device: str = "cpu") -> Pipeline:  # type: ignore[override]
+            build_onnxruntime(Bundle.open(bundle), "cpu")
+            return LookingAhead(Bundle.open(bundle), device, engine="cpu")
+
+        def generate(self, inputs_embeds, max_new_tokens, stop_ids=(), sampling=None, lookup=None):  # type: ignore[no-untyped-def]
+            lookups.append(Drafts(list(super().generate(inputs_embeds, max_new_tokens, stop_ids, sampling))))
+            return super().generate(inputs_embeds, max_new_tokens, stop_ids, sampling, lookups[-1])
+
+    monkeypatch.setattr("ppllava_edge.runtime.Pipeline", LookingAhead)
+    run_check(variant, monkeypatch, capsys)
+    assert all(0 < one.accepted < one.proposed and one.passes < len(one.truth) for one in lookups if len(one.truth) > 15)
+
+
 def test_fp16_stays_close(tmp_path: Path) -> None:
     """The same graphs with fp16 weights and activations: similarity stays fp32, so answers of the well-separated cases don't change."""
     import numpy as np
-    from ppllava_edge.runtime import Pipeline
 
     bundle = tmp_path / "half"
     run = run_command("ppllava-export", GOLDEN / "vicuna_tiny", "-o", bundle, "--precision", "fp16", "--no-tokenizer")

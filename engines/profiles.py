@@ -1,0 +1,79 @@
+"""Which sizes an engine is built for: a range for every symbolic dimension of a stage's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import onnx
+
+from .bundle import Manifest
+
+Range = tuple[int, int, int]  # least, best, most
+Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # input → least, best, most
+MOST_FRAMES = 64  # where no temporal adapter sets a limit
+TRUNK_FRAMES = (1, 4, 8)
+PREFILL = 1100
+CAPACITY_STEP = 256
+
+
+@dataclass(frozen=True)
+class Limits:
+    """frames: of a clip. prefill: usual length of a prompt. capacity: positions of the KV cache."""
+
+    frames: Range
+    question: int
+    prefill: int
+    capacity: int
+
+
+def limits(m: Manifest, capacity: int | None = None, frames: int | None = None) -> Limits:
+    """Those of a model: clips up to what its adapter knows, a cache for its usual prompt and answer."""
+    v = m.vision
+    most = v.max_frames or max(MOST_FRAMES, frames or 0)
+    usual = min(frames or v.default_frames, most)
+    capacity = min(capacity or usual_capacity(m), m.decoder.context)
+    return Limits((1, usual, most), m.question.length if m.question else 1, min(PREFILL, capacity), capacity)
+
+
+def usual_capacity(m: Manifest) -> int:
+    """Visual tokens of the usual clip, a question, an answer of 128 tokens; rounded up to whole steps."""
+    v, p = m.vision, m.pooling
+    tokens = v.default_frames * v.patches
+    if p.windowed and v.default_frames >= p.video.least_frames():
+        output, *_ = p.video.resolve((v.default_frames, *v.grid))
+        tokens = output[0] * output[1] * output[2]
+    return min(-(-(tokens + 64 + 128) // CAPACITY_STEP) * CAPACITY_STEP, m.decoder.context)
+
+
+def profiles(stage: str, inputs: Iterable[onnx.ValueInfoProto], m: Manifest, size: Limits) -> list[Profile]:
+    """One profile of a stage, two of the decoder: prefill, then one token at a time. Inputs of fixed shape are left out."""
+    inputs = list(inputs)
+    if stage == "decoder":
+        prefill, decode = (1, size.prefill, size.capacity), (1, 1, 1)
+        past: list[Range] = [(0, 0, 0), (1, size.prefill, size.capacity)]
+        return [_profile(inputs, {"s": s, "past": before}, size.capacity) for s, before in zip((prefill, decode), past)]
+    ranges: dict[str, Range] = {"b": TRUNK_FRAMES, "T": size.frames, "t": size.frames, "L": (1, min(32, size.question), size.question)}
+    if stage == "pooling" and m.pooling.windowed:
+        _, kernel, stride = m.pooling.video.resolve((max(size.frames[1], m.pooling.video.least_frames()), *m.vision.grid))
+        least = kernel[0]  # a clip has at least one window
+        ranges["t"] = least, max(least, size.frames[1]), max(least, size.frames[2])
+        found = _profile(inputs, ranges, size.capacity)
+        if "kernel" in {v.name for v in inputs}:  # values, not shapes
+            found |= {"kernel": (kernel, kernel, kernel), "stride": (stride, stride, stride)}
+        return [found]
+    return [_profile(inputs, ranges, size.capacity)]
+
+
+def _profile(inputs: list[onnx.ValueInfoProto], ranges: dict[str, Range], capacity: int) -> Profile:
+    found: Profile = {}
+    if "s" in ranges and "past" in ranges:
+        total = tuple(min(s + p, capacity) if p else s for s, p in zip(ranges["s"], ranges["past"]))
+        ranges = ranges | {"total": (total[0], total[1], total[2])}
+    for value in inputs:
+        dimensions = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        if all(isinstance(d, int) for d in dimensions):
+            continue
+        least, best, most = (tuple(d if isinstance(d, int) else ranges[d][i] for d in dimensions) for i in range(3))
+        found[value.name] = least, best, most
+    return found
