@@ -87,6 +87,15 @@ class PoolingInfo:
     def guided(self) -> bool:
         return self.method == "ppllava"
 
+    def tokens(self, frames: int, grid: tuple[int, int]) -> int:
+        """Visual tokens of a clip. Raises PPLLaVAError if it doesn't fill a window."""
+        if self.windowed:
+            output, *_ = self.video.resolve((frames, *grid))
+            return output[0] * output[1] * output[2]
+        if self.pooled_shape and self.method == "pllava":
+            return self.pooled_shape[0] * self.pooled_shape[1] * self.pooled_shape[2]
+        return grid[0] * grid[1] * (1 if self.method == "avp" else frames)
+
 
 @dataclass(frozen=True)
 class DecoderInfo:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .errors import EngineError
+from .gpu_facts import load_driver
 
 LARGE_DATA = 64 << 20  # bytes of a graph's weights from which their mapping is worth releasing
 MADV_DONTNEED = 4
@@ -28,28 +29,23 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def choose_device(device: str) -> str:
-    """ "cpu" or "cuda" for "auto", "cpu" or "cuda". Raises EngineError if CUDA was asked for and isn't there."""
+def choose_device(device: str, needs_onnxruntime: bool = True) -> str:
+    """ "cpu" or "cuda" for "auto", "cpu" or "cuda". needs_onnxruntime: on a GPU too (else TensorRT serves).
+
+    Raises EngineError if CUDA was asked for and isn't there.
+    """
     if device not in ("auto", "cpu", "cuda"):
         raise EngineError(f"device {device!r} is unknown; choose auto, cpu or cuda")
     if device == "cpu":
         return "cpu"
-    ort = import_onnxruntime()
-    available = "CUDAExecutionProvider" in ort.get_available_providers()
+    available = not needs_onnxruntime or "CUDAExecutionProvider" in import_onnxruntime().get_available_providers()
     if device == "auto":
-        return "cuda" if available and _cuda_driver() else "cpu"
+        return "cuda" if available and load_driver() is not None else "cpu"
     if not available:
         raise EngineError("--device cuda needs ONNX Runtime's CUDA build: pip uninstall onnxruntime, then pip install 'ppllava-edge[cuda]'")
-    if not _cuda_driver():
+    if load_driver() is None:
         raise EngineError("--device cuda: no NVIDIA driver was found on this machine; use --device cpu")
     return "cuda"
-
-
-def _cuda_driver() -> bool:
-    try:
-        return int(ctypes.CDLL("libcuda.so.1").cuInit(0)) == 0
-    except OSError:
-        return False
 
 
 class Stage:

@@ -39,10 +39,7 @@ def limits(m: Manifest, capacity: int | None = None, frames: int | None = None) 
 def usual_capacity(m: Manifest) -> int:
     """Visual tokens of the usual clip, a question, an answer of 128 tokens; rounded up to whole steps."""
     v, p = m.vision, m.pooling
-    tokens = v.default_frames * v.patches
-    if p.windowed and v.default_frames >= p.video.least_frames():
-        output, *_ = p.video.resolve((v.default_frames, *v.grid))
-        tokens = output[0] * output[1] * output[2]
+    tokens = p.tokens(max(v.default_frames, p.video.least_frames() if p.windowed else 1), v.grid)
     return min(-(-(tokens + 64 + 128) // CAPACITY_STEP) * CAPACITY_STEP, m.decoder.context)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -47,6 +47,7 @@ class Pipeline:
         self._stages: dict[str, list[Stage]] = {}
         self.engine: Engine | None
         self.engine, self.engine_note = select(bundle, self.device, engine)
+        self._graphs = self.engine  # what `pieces` opens; None: the standard graphs
 
     @classmethod
     def open(cls, bundle: str | os.PathLike[str], device: str = "cpu", threads: int | None = None, engine: str = "auto") -> Pipeline:
@@ -55,7 +56,7 @@ class Pipeline:
 
         Raises BundleError or EngineError in one line.
         """
-        return cls(Bundle.open(bundle), device, threads, engine)
+        return open_pipeline(Bundle.open(bundle), device, threads, engine)
 
     def stage(self, name: str) -> Stage:
         """The opened graph of a stage that is one graph."""
@@ -65,10 +66,10 @@ class Pipeline:
         """The opened graph of a stage, or the pieces that an engine cut it into: those of this machine's engine, else the standard one."""
         with self._lock:
             if name not in self._stages:
-                paths = (self.engine.paths(name) if self.engine else []) or [self.bundle.file(f"{name}.onnx")]
+                paths = (self._graphs.paths(name) if self._graphs else []) or [self.bundle.file(f"{name}.onnx")]
                 with ThreadPoolExecutor(4) as pool:
                     stages = list(pool.map(lambda path: Stage(path, self.device, self.threads, piece=len(paths) > 1), paths))
-                check_stage(name, stages, self.manifest, self.engine.cache if self.engine else "in place")
+                check_stage(name, stages, self.manifest, self._graphs.cache if self._graphs else "in place")
                 self._stages[name] = stages
             return self._stages[name]
 
@@ -114,6 +115,10 @@ class Pipeline:
             return np.ascontiguousarray(states[:, -1, 1:] if self.manifest.vision.class_token else states[:, -1])
         self.check_frames(len(states))
         return self.stage("temporal")(states=states, tidy=True)[0]
+
+    def clip(self, count: int) -> Clip:
+        """A clip of `count` frames, to be encoded as they come."""
+        return Clip(self, count)
 
     def check_frames(self, count: int) -> None:
         """Raise MediaError if a clip of `count` frames is longer than the temporal adapter knows."""
@@ -199,7 +204,7 @@ class Pipeline:
             return tokens
         if output[0] != len(features):
             raise MediaError(f"image pooling must keep every tile apart; its windows ({windows}) mix {len(features)} tiles into {output[0]}")
-        return self._assemble_image(tokens.reshape(output[0], output[1] * output[2], -1), output[1:], image_size)
+        return self._assemble_image(np.asarray(tokens).reshape(output[0], output[1] * output[2], -1), output[1:], image_size)
 
     def _pool(self, features: np.ndarray, weights: np.ndarray, count: int, kernel: tuple[int, ...], stride: tuple[int, ...]) -> np.ndarray:
         """Pool some temporal windows at a time, so that the projector's wide intermediate never exists for the whole clip."""
@@ -236,7 +241,7 @@ class Pipeline:
         except SafetensorError as error:
             raise EngineError(f"{path.name} can't be read: {error}") from None
 
-    def embed_tokens(self, ids: Iterable[int] | np.ndarray) -> np.ndarray:
+    def embed_tokens(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Token ids (L,) → embeddings (L,D) float32, read from the mapped file row by row."""
         d = self.manifest.decoder
         ids = [int(i) for i in np.asarray(ids, np.int64).ravel()]
@@ -256,6 +261,10 @@ class Pipeline:
         """A scale per row where the table is INT8."""
         name = "embed_tokens.scale"
         return self._embeddings.get_tensor(name).astype(np.float32) if name in self._embeddings.keys() else None  # noqa: SIM118  (not a dict)
+
+    def prompt(self, before: Sequence[int], visual: np.ndarray, after: Sequence[int]) -> np.ndarray:
+        """Token ids, visual tokens (N,D), token ids → inputs_embeds (S,D), as prefill and generate take them."""
+        return np.concatenate([self.embed_tokens(before), visual, self.embed_tokens(after)])
 
     def prefill(self, inputs_embeds: np.ndarray) -> np.ndarray:
         """inputs_embeds (S,D) → logits (V,) float32 of the last position."""
@@ -278,6 +287,39 @@ class Pipeline:
         if lookup is not None and sampling.temperature > 0:
             raise PromptError("looking ahead works with greedy answers only (temperature 0)")
         return self.decoder.generate(np.asarray(inputs_embeds), max_new_tokens, self.embed_tokens, sampling.chooser(), stop_ids, lookup)
+
+
+def open_pipeline(bundle: Bundle, device: str = "cpu", threads: int | None = None, engine: str = "auto") -> Pipeline:
+    """The pipeline of a bundle on a device: on the CPU, or resident on a GPU where there is an engine for it."""
+    device = choose_device(device, needs_onnxruntime=engine in ("auto", "onnxruntime", "cuda", "standard"))
+    if device == "cuda":
+        chosen, _ = select(bundle, device, engine)
+        if chosen is not None:
+            from .gpu_pipeline import GpuPipeline
+
+            return GpuPipeline(bundle, chosen, threads)
+    return Pipeline(bundle, device, threads, engine)
+
+
+class Clip:
+    """A clip that is being encoded: frames come in any order and grouping, the features at the end."""
+
+    def __init__(self, pipeline: Pipeline, count: int):
+        self.pipeline, self.count = pipeline, count
+        self._states: np.ndarray | None = None
+
+    def add(self, pixels: np.ndarray, places: Sequence[Sequence[int]], more: bool = False) -> None:
+        """Encode frames: pixels (k,3,H,W); places: for each of the k frames, where in the clip it stands (short videos repeat frames)."""
+        part = self.pipeline.encode_trunk(pixels, more=more)
+        if self._states is None:
+            self._states = np.empty((self.count, *part.shape[1:]), part.dtype)
+        for state, where in zip(part, places):
+            self._states[list(where)] = state
+
+    def features(self) -> np.ndarray:
+        """(T,P,C), when every frame was added."""
+        assert self._states is not None
+        return self.pipeline.branch(self._states)
 
 
 def _check_media(media: str) -> None:

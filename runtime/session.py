@@ -127,21 +127,16 @@ class VideoQA:
             image = read.images[0]
             tiles = preprocess_image(image, p.manifest.preprocessing)
             return p.encode_frames(tiles, media="image"), (image.shape[0], image.shape[1])
-        states: np.ndarray | None = None
-        step = 4
+        clip, step = p.clip(len(read.indices)), 4
         distinct = list(dict.fromkeys(read.indices))  # short videos repeat frames: encode each once
-        first = {index: read.indices.index(index) for index in distinct}
+        places = {index: [at for at, wanted in enumerate(read.indices) if wanted == index] for index in distinct}
         for i in range(0, len(distinct), step):
-            pixels = preprocess_video([read.images[first[j]] for j in distinct[i : i + step]], p.manifest.preprocessing)
-            part = p.encode_trunk(pixels, more=i + step < len(distinct))
-            if states is None:
-                states = np.empty((len(read.indices), *part.shape[1:]), part.dtype)
-            for k, index in enumerate(distinct[i : i + step]):
-                states[[at for at, wanted in enumerate(read.indices) if wanted == index]] = part[k]
+            batch = distinct[i : i + step]
+            pixels = preprocess_video([read.images[places[index][0]] for index in batch], p.manifest.preprocessing)
+            clip.add(pixels, [places[index] for index in batch], more=i + step < len(distinct))
             if progress:
                 progress("vision", min(i + step, len(distinct)), len(distinct))
-        assert states is not None
-        return p.branch(states), None
+        return clip.features(), None
 
 
 class Video:
@@ -220,7 +215,7 @@ class AnswerStream:
         visual = pipeline.visual_tokens(video.features, q, video.media, video.image_size)
         at = _lap(timings, "pooling", at)
         before, after = qa.text.prompt_pieces(self._question)
-        embeds = np.concatenate([pipeline.embed_tokens(before), visual, pipeline.embed_tokens(after)])
+        embeds = pipeline.prompt(before, visual, after)
         stop_ids = pipeline.manifest.stop_ids
         new_ids = pipeline.generate(embeds, self._most, stop_ids, self._sampling)
         detokenizer = Detokenizer(lambda tokens: qa.text.tokenizer.decode(tokens, skip_special_tokens=True), self._stop)

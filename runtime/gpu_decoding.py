@@ -1,0 +1,327 @@
+"""The decoder on a GPU: buffers allocated once, the next step fed on the device, one step captured as a CUDA graph.
+
+Greedy answers cross to the host as token ids (8 bytes a token); sampling takes the last position's logits along.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..engines.bundle import DecoderInfo
+from ..engines.device import Buffer, CudaDevice
+from ..engines.engine import Engine
+from ..engines.errors import EngineError, PromptError
+from .decoding import CAPACITY_STEP, LAST_POSITIONS
+from .lookup import Lookup
+from .sampling import Sampling
+
+PREFILL, DECODE = 0, 1  # the engine's profiles
+
+
+@dataclass(frozen=True)
+class GpuPrompt:
+    """Token ids, visual tokens (N,D) on the GPU or the host, token ids."""
+
+    before: list[int]
+    visual: Any
+    after: list[int]
+
+    def __len__(self) -> int:
+        return len(self.before) + len(self.visual) + len(self.after)
+
+
+class GpuSequence:
+    """One prompt and what follows it. Invariants as KVCache's: a step writes where it should and nowhere else; nothing is allocated after the
+    first step of a length."""
+
+    def __init__(self, stages: list[Any], info: DecoderInfo, capacity: int, gpu: CudaDevice):
+        self.stages, self.info, self.capacity, self.gpu, self.length = stages, info, capacity, gpu, 0
+        shape = (1, info.kv_heads, capacity, info.head_size)
+        dtype = next(stage.dtypes[name] for stage in stages for name in stage.dtypes if name.startswith("past."))
+        self.cache = {f"{i}.{kind}": gpu.zeros(shape, dtype) for i in range(info.layers) for kind in ("key", "value")}
+        self.float = stages[0].dtypes["inputs_embeds"]
+        one = gpu.empty((1, 1), np.int64)
+        self.token, self.position, self.write_index = one, gpu.empty((1, 1), np.int64), gpu.empty((1,), np.int64)
+        self.next_token, self.next_position, self.next_write_index = gpu.empty((1, 1), np.int64), gpu.empty((1, 1), np.int64), gpu.empty((1,), np.int64)
+        self.best = gpu.empty((LAST_POSITIONS, 1), np.int64)
+        self.logits = gpu.empty((LAST_POSITIONS, info.vocab), np.float32)
+        self.is_text = gpu.upload(np.ones((1, LAST_POSITIONS, 1), np.bool_))
+        self.no_rows = gpu.zeros((1, LAST_POSITIONS, info.hidden_size), self.float)
+        self._carried: dict[tuple[str, int], Buffer] = {}
+        self._step: Callable[[], None] | None = None
+        self._steps = 0
+
+    def feed(self, prompt: GpuPrompt | np.ndarray) -> None:
+        """Prefill: all of a prompt, or given rows (S,D)."""
+        if not isinstance(prompt, GpuPrompt):
+            rows = np.asarray(prompt)
+            prompt = GpuPrompt([], self.gpu.upload(rows, dtype=self.float), [])
+        count, first, visual = len(prompt), len(prompt.before), len(prompt.visual)
+        ids = np.zeros((1, count), np.int64)
+        ids[0, :first], ids[0, first + visual :] = prompt.before, prompt.after
+        is_text = np.ones((1, count, 1), np.bool_)
+        is_text[0, first : first + visual] = False
+        rows = self.gpu.empty((1, count, self.info.hidden_size), self.float)
+        self._place(prompt.visual, rows.reshape(count, self.info.hidden_size).rows(first, visual))
+        self._run(count, self.gpu.upload(ids), self.gpu.upload(is_text), rows, *self._places(count), PREFILL)
+
+    def _place(self, visual: Any, into: Buffer) -> None:
+        if isinstance(visual, Buffer) and visual.dtype == into.dtype:
+            self.gpu.copy(visual, into)
+        else:
+            self.gpu.upload(np.asarray(visual), into)
+
+    def _places(self, count: int) -> tuple[Buffer, Buffer]:
+        positions = np.arange(self.length, self.length + count, dtype=np.int64)[None]
+        return self.gpu.upload(positions), self.gpu.upload(np.array([self.length], np.int64))
+
+    def verify(self, tokens: list[int]) -> None:
+        """Several tokens in one pass; `best` holds what follows each of them."""
+        count = len(tokens)
+        rows, is_text = self.no_rows.reshape(LAST_POSITIONS, self.info.hidden_size), self.is_text.reshape(LAST_POSITIONS)
+        shape = (1, count, self.info.hidden_size)
+        self._run(count, self.gpu.upload(np.array([tokens], np.int64)), is_text.rows(0, count).reshape(1, count, 1),
+                  rows.rows(0, count).reshape(*shape), *self._places(count), PREFILL)  # fmt: skip
+
+    def step(self, token: int | None = None) -> None:
+        """One token more: the one that was likeliest (it is on the GPU already), or this one."""
+        if self.length + 1 > self.capacity:
+            raise EngineError(f"the cache holds {self.length} of {self.capacity} positions; 1 more doesn't fit")
+        if token is not None:
+            self.gpu.upload(np.array([[token]], np.int64), self.next_token)
+        if self._step is not None:
+            self._step()
+        elif self._steps and all(stage.captures for stage in self.stages):
+            self._step = self.gpu.capture(self._decode)  # the first step ran as it is: libraries set themselves up then
+            self._step()
+        else:
+            self._decode()
+        self._steps += 1
+        self.length += 1
+
+    def _decode(self) -> None:
+        """Queue one step over the same buffers: what the last one said comes first."""
+        for source, into in ((self.next_token, self.token), (self.next_position, self.position), (self.next_write_index, self.write_index)):
+            self.gpu.copy(source, into)
+        rows = self.no_rows.reshape(LAST_POSITIONS, self.info.hidden_size).rows(0, 1).reshape(1, 1, self.info.hidden_size)
+        is_text = self.is_text.reshape(LAST_POSITIONS).rows(0, 1).reshape(1, 1, 1)
+        self._queue(1, self.token, is_text, rows, self.position, self.write_index, DECODE)
+
+    def _run(self, count: int, ids: Buffer, is_text: Buffer, rows: Buffer, positions: Buffer, write_index: Buffer, profile: int) -> None:
+        if count < 1 or self.length + count > self.capacity:
+            raise EngineError(f"the cache holds {self.length} of {self.capacity} positions; {count} more don't fit")
+        self._queue(count, ids, is_text, rows, positions, write_index, profile)
+        self.length += count
+
+    def _queue(self, count: int, ids: Buffer, is_text: Buffer, rows: Buffer, positions: Buffer, write_index: Buffer, profile: int) -> None:
+        given = min(count, LAST_POSITIONS)
+        values: dict[str, Any] = {"token_ids": ids, "is_text": is_text, "inputs_embeds": rows, "position_ids": positions, "write_index": write_index}
+        values |= {f"past.{name}": buffer for name, buffer in self.cache.items()}
+        results = {"next_token": self.next_token, "next_position": self.next_position, "next_write_index": self.next_write_index,
+                   "best": self.best.rows(0, given), "logits": self.logits.rows(0, given)}  # fmt: skip
+        results |= {f"present.{name}": buffer for name, buffer in self.cache.items()}
+        for stage in self.stages:
+            outputs = {name: results[name] if name in results else self._carry(name, count, stage) for name in stage.outputs if _wanted(name, results, stage)}
+            stage.run({name: values[name] for name in stage.dtypes}, outputs, profile)
+            values |= outputs
+
+    def _carry(self, name: str, count: int, stage: Any) -> Buffer:
+        """What one piece hands to the next: hidden rows, or the mask."""
+        key = (name, count)
+        if key not in self._carried:
+            shape = (1, 1, count, self.capacity) if name == "mask" else (1, count, self.info.hidden_size)
+            self._carried[key] = self.gpu.empty(shape, stage.outputs[name])
+        return self._carried[key]
+
+    def forget(self, count: int) -> None:
+        """Take the last count positions back: they will be written again."""
+        assert 0 <= count <= self.length
+        self.length -= count
+        self.gpu.upload(np.array([[self.length]], np.int64), self.next_position)
+        self.gpu.upload(np.array([self.length], np.int64), self.next_write_index)
+
+    def token_id(self) -> int:
+        """The likeliest next token: the only thing that a greedy step copies to the host."""
+        return int(self.gpu.download(self.next_token)[0, 0])
+
+    def last_logits(self, count: int) -> np.ndarray:
+        """(V,) float32 of the last position of a pass over count positions."""
+        return self.gpu.download(self.logits.rows(min(count, LAST_POSITIONS) - 1, 1))[0]
+
+    def restart(self) -> None:
+        """For the next prompt."""
+        self.length, self._carried = 0, {key: buffer for key, buffer in self._carried.items() if key[1] == 1}
+
+
+def _wanted(name: str, results: dict[str, Buffer], stage: Any) -> bool:
+    return name in results or name not in ("top_values", "top_ids")
+
+
+class GpuDecoder:
+    """Sequences over one engine's stages; finished ones leave their buffers and their captured step to the next."""
+
+    def __init__(self, stages: list[Any], info: DecoderInfo, engine: Engine, gpu: CudaDevice, embed: Any = None):
+        self.stages, self.info, self.gpu = stages, info, gpu
+        self.fixed: int | None = engine.details.get("capacity")
+        self._rebuild = f"ppllava-build {engine.folder.parent.parent} --target {engine.target} --capacity"
+        self._idle: list[GpuSequence] = []
+        self._lock = threading.Lock()
+
+    def start(self, length: int, new_tokens: int) -> GpuSequence:
+        """A sequence with room for a prompt. Raises PromptError if the prompt is too long for the model, or for the engine."""
+        context = self.info.context
+        if length >= context:
+            raise PromptError(
+                f"the prompt has {length} tokens, {length - context + 1} too many: the model's context is {context}; "
+                "ask a shorter question or use fewer frames"
+            )
+        if self.fixed and length >= self.fixed:
+            raise PromptError(f"the prompt has {length} tokens; this engine's cache holds {self.fixed}: use fewer frames, or {self._rebuild} {length + 256}")
+        capacity = self.fixed or min(-(-(length + new_tokens) // CAPACITY_STEP) * CAPACITY_STEP, context)
+        with self._lock:
+            for sequence in self._idle:
+                if sequence.capacity == capacity:
+                    self._idle.remove(sequence)
+                    sequence.restart()
+                    return sequence
+            self._idle.clear()
+        return GpuSequence(self.stages, self.info, capacity, self.gpu)
+
+    def finish(self, sequence: GpuSequence) -> None:
+        """The sequence is done with; its buffers may serve the next one."""
+        with self._lock:
+            self._idle = [sequence]
+
+    def prefill(self, prompt: Any) -> np.ndarray:
+        """A prompt → logits (V,) of its last position."""
+        sequence = self.start(len(prompt), 1)
+        try:
+            sequence.feed(prompt)
+            return sequence.last_logits(len(prompt))
+        finally:
+            self.finish(sequence)
+
+    def generate(
+        self, prompt: Any, max_new_tokens: int, stop_ids: Iterable[int] = (), sampling: Sampling | None = None, lookup: Lookup | None = None
+    ) -> Generator[int, None, None]:
+        """Yield token ids until a stop id (yielded too), max_new_tokens, or the end of the context or of the engine's cache."""
+        if max_new_tokens < 1:
+            return
+        sampling = sampling or Sampling()
+        greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
+        if lookup is not None and not greedy:
+            raise PromptError("looking ahead on a GPU works with greedy answers only (temperature 0, no repetition penalty)")
+        choose, stops, ids, draft = sampling.chooser(), set(stop_ids), list[int](), list[int]()
+        sequence = self.start(len(prompt), max_new_tokens)
+        try:
+            sequence.feed(prompt)
+            following, count = None, len(prompt)
+            while True:
+                chosen = following if following is not None else [sequence.token_id() if greedy else choose(sequence.last_logits(count), ids)]
+                certain, accepted = sequence.length - len(draft), 0
+                for token, guess in zip(chosen, [*draft, None]):
+                    ids.append(token)
+                    yield token
+                    if token in stops or len(ids) >= max_new_tokens or certain + accepted >= sequence.capacity:
+                        return
+                    if token != guess:
+                        break
+                    accepted += 1
+                if lookup is not None:
+                    lookup.count(len(draft), accepted)
+                if accepted < len(draft):
+                    sequence.forget(len(draft) - accepted)
+                most = min(sequence.capacity - sequence.length, max_new_tokens - len(ids)) - 1
+                wrong = bool(draft) and accepted < len(draft)
+                draft = lookup.draft(ids, most) if lookup is not None else []
+                if draft:
+                    sequence.verify([ids[-1], *draft])
+                    following = self.gpu.download(sequence.best)[: len(draft) + 1, 0].tolist()
+                else:
+                    sequence.step(None if greedy and not wrong else ids[-1])
+                    following, count = None, 1
+        finally:
+            self.finish(sequence)
+
+
+class GrowingGpuDecoder(GpuDecoder):
+    """The same over lowered graphs (TensorRT 10.3): past and what is new give present, in two sets of buffers that take turns."""
+
+    def __init__(self, stages: list[Any], info: DecoderInfo, engine: Engine, gpu: CudaDevice, embed: Callable[[Sequence[int]], np.ndarray]):
+        super().__init__(stages, info, engine, gpu)
+        self.embed = embed
+
+    def prefill(self, prompt: Any) -> np.ndarray:
+        """A prompt → logits (V,) of its last position."""
+        return _Growing(self, len(prompt), 1).run(self._rows(prompt))
+
+    def _rows(self, prompt: Any) -> np.ndarray:
+        if not isinstance(prompt, GpuPrompt):
+            return np.asarray(prompt)
+        return np.concatenate([self.embed(prompt.before), np.asarray(prompt.visual, np.float32), self.embed(prompt.after)])
+
+    def generate(
+        self, prompt: Any, max_new_tokens: int, stop_ids: Iterable[int] = (), sampling: Sampling | None = None, lookup: Lookup | None = None
+    ) -> Generator[int, None, None]:
+        """Yield token ids; without drafts: a lowered graph gives the last position's logits only."""
+        if lookup is not None:
+            raise EngineError("looking ahead needs an engine that verifies several tokens at once; lowered graphs don't")
+        if max_new_tokens < 1:
+            return
+        choose, stops, ids = (sampling or Sampling()).chooser(), set(stop_ids), list[int]()
+        growing = _Growing(self, len(prompt), max_new_tokens)
+        logits = growing.run(self._rows(prompt))
+        while True:
+            ids.append(choose(logits, ids))
+            yield ids[-1]
+            if ids[-1] in stops or len(ids) >= max_new_tokens or growing.length >= growing.capacity:
+                return
+            logits = growing.run(self.embed(ids[-1:]))
+
+
+class _Growing:
+    """One sequence of a growing cache."""
+
+    def __init__(self, decoder: GrowingGpuDecoder, length: int, new_tokens: int):
+        self.decoder, self.length = decoder, 0
+        self.capacity = min(decoder.fixed or decoder.info.context, decoder.info.context)
+        if length >= self.capacity:
+            raise PromptError(f"the prompt has {length} tokens; this engine's cache holds {self.capacity}: use fewer frames, or {decoder._rebuild} {length + 256}")
+        info, gpu = decoder.info, decoder.gpu
+        dtype = next(stage.dtypes[name] for stage in decoder.stages for name in stage.dtypes if name.startswith("past."))
+        each = (1, info.kv_heads, self.capacity, info.head_size)
+        names = [f"{i}.{kind}" for i in range(info.layers) for kind in ("key", "value")]
+        self.sets = [{name: gpu.empty(each, dtype) for name in names} for _ in range(2)]
+        self.logits = gpu.empty((1, info.vocab), np.float32)
+
+    def run(self, rows: np.ndarray) -> np.ndarray:
+        """Feed (s, D) embeddings → logits (V,)."""
+        info, gpu, stages, count = self.decoder.info, self.decoder.gpu, self.decoder.stages, len(rows)
+        total = self.length + count
+        if total > self.capacity:
+            raise EngineError(f"the cache holds {self.length} of {self.capacity} positions; {count} more don't fit")
+        kind = stages[0].dtypes["inputs_embeds"]
+        positions = np.arange(self.length, total, dtype=np.int64)
+        mask = np.where(np.arange(total) <= positions[:, None], 0.0, -1e4 if kind == np.float16 else -np.inf)[None, None]
+        values: dict[str, Any] = {"inputs_embeds": gpu.upload(rows[None], dtype=kind), "position_ids": gpu.upload(positions[None]), "mask": gpu.upload(mask, dtype=kind)}
+        past, present = self.sets
+        heads = (1, info.kv_heads)
+        values |= {f"past.{name}": _filled(buffer, (*heads, self.length, info.head_size)) for name, buffer in past.items()}
+        results = {f"present.{name}": _filled(buffer, (*heads, total, info.head_size)) for name, buffer in present.items()} | {"logits": self.logits}
+        for stage in stages:
+            outputs = {name: results.get(name) or gpu.empty((1, count, info.hidden_size), dtype) for name, dtype in stage.outputs.items()}
+            stage.run({name: values[name] for name in stage.dtypes}, outputs, PREFILL if self.length == 0 else DECODE)
+            values |= outputs
+        self.sets.reverse()
+        self.length = total
+        return gpu.download(self.logits)[0]
+
+
+def _filled(buffer: Buffer, shape: tuple[int, ...]) -> Buffer:
+    """The front of a buffer as an array of this shape."""
+    return replace(buffer, shape=shape)
