@@ -30,6 +30,7 @@ _COLD = "import sys, ppllava_edge.runtime as r; r.Pipeline.open(sys.argv[1], dev
 @click.option("--text-tokens", type=click.IntRange(1, 100000), default=32, show_default=True, help="Tokens of the prompt beside the visual ones.")
 @click.option("--new-tokens", type=click.IntRange(2, 100000), default=32, show_default=True, help="Tokens generated in every run.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--engine", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, rtx, standard, or a target of ppllava-build.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of the engine.  [default: one per core]")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--plot", metavar="PNG", help="Draw the stages' times.")
@@ -60,13 +61,12 @@ def main(bundle: str | None, as_json: bool, plot: str | None, **options: Any) ->
 
 
 def measure(
-    bundle: str, runs: int, warmup: int, frames: int | None, text_tokens: int, new_tokens: int, device: str, threads: int | None
+    bundle: str, runs: int, warmup: int, frames: int | None, text_tokens: int, new_tokens: int, device: str, threads: int | None, engine: str = "auto"
 ) -> dict[str, Any]:
     """Run every stage `runs` times on random input. Seconds throughout; bytes for memory."""
-    from ..engines.ort import import_onnxruntime
     from ..runtime.pipeline import Pipeline
 
-    p = Pipeline.open(bundle, device, threads)
+    p = Pipeline.open(bundle, device, threads, engine)
     cold = _cold_start(bundle, p.device)
     m, random = p.manifest, np.random.default_rng(0)
     count = frames or m.vision.default_frames
@@ -78,6 +78,7 @@ def measure(
     def timed(name: str, work: Callable[[], Any]) -> Any:
         started = time.perf_counter()
         result = work()
+        p.wait()
         samples.setdefault(name, []).append(time.perf_counter() - started)
         return result
 
@@ -90,12 +91,11 @@ def measure(
             q = timed("question", lambda: p.encode_question(tokens))
             weights = timed("similarity", lambda: p.window_weights(features, q))
         visual = timed("pooling", lambda: p.visual_tokens(features, q, weights=weights))
-        embeds = np.concatenate([visual, p.embed_tokens(ids)])
-        sequence, token = p.decoder.start(len(embeds), new_tokens), p.embed_tokens([1])
-        timed("prefill", lambda: sequence.run(embeds))
+        answer = p.generate(p.prompt([], visual, ids.tolist()), new_tokens)
+        timed("prefill", lambda: next(answer))
         for _ in range(new_tokens - 1):
-            timed("decode, a token", lambda: sequence.run(token))
-        p.decoder.finish(sequence)
+            timed("decode, a token", lambda: next(answer))
+        answer.close()
         return len(visual)
 
     for _ in range(warmup):
@@ -117,9 +117,18 @@ def measure(
         "new_tokens": new_tokens, "runs": runs, "stages": {name: percentiles(values) for name, values in samples.items()},
         "tokens_per_second": per_second, "decode_gb_per_second": per_second * weights_bytes / 1e9, "copy_gb_per_second": copy_bandwidth(),
         "cold_start_seconds": cold, "peak_memory_bytes": peak,
-        "engine": f"ONNX Runtime {import_onnxruntime().__version__}, {threads or os.cpu_count()} threads",
+        "engine": _engine(p, threads),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
     }  # fmt: skip
+
+
+def _engine(p: Any, threads: int | None) -> str:
+    """What ran: "cpu (ONNX Runtime 1.31.1, 2 threads)"."""
+    if p.engine is not None and p.engine.library != "onnxruntime":
+        return f"{p.engine_name} ({', '.join(f'{tool} {version}' for tool, version in p.engine.made_by.items())})"
+    from ..engines.ort import import_onnxruntime
+
+    return f"{p.engine_name} (ONNX Runtime {import_onnxruntime().__version__}, {threads or os.cpu_count()} threads)"
 
 
 def percentiles(values: list[float]) -> dict[str, float]:

@@ -178,7 +178,7 @@ def _answer(bundle: Pipeline, embeds: np.ndarray, most: int) -> tuple[list[int],
         found.append(logits.copy())
         return int(logits.argmax())
 
-    ids = list(bundle.decoder.generate(embeds, most, lambda i: bundle.embed_tokens([i]), choose, bundle.manifest.stop_ids))
+    ids = list(bundle.decoder.generate(embeds, most, bundle.embed_tokens, choose, bundle.manifest.stop_ids))
     return ids, np.stack(found)
 
 

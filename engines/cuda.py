@@ -59,7 +59,7 @@ def around_the_kernel(g: Graph) -> tuple[Graph, Graph] | None:
     before.outputs = [helper.make_tensor_value_info("hidden", ONNX_TYPE[g.dtype], ["t", "p", width])]
     after.inputs = [helper.make_tensor_value_info(node.output[0], ONNX_TYPE[g.dtype], ["n", width])]
     _rename(after, node.output[0], "pooled")
-    after.nodes = after.nodes[[n.name for n in after.nodes].index(node.name) + 1 :] + []
+    after.nodes = after.nodes[[n.name for n in after.nodes].index(node.name) + 1 :]
     for part in (before, after):
         part.functions = []
         part.domains.discard(DOMAIN)

@@ -12,6 +12,8 @@ nothing crosses to the host but a token id:
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
@@ -39,21 +41,15 @@ def several_logits(g: Graph) -> Graph:
     node.CopyFrom(helper.make_node("Slice", [node.input[0], g.ints(-LAST_POSITIONS), g.ints(1 << 62), g.ints(1)], list(node.output), name=node.name))
     for end in [n for n in g.nodes if "logits" in n.output]:
         end.output[list(end.output).index("logits")] = "logits.3d"
+    vocab = next(v for v in g.outputs if v.name == "logits").type.tensor_type.shape.dim[1].dim_value
     g.outputs = [v for v in g.outputs if v.name != "logits"]
     g.op("Squeeze", "logits.3d", g.ints(0), output="logits")
-    vocab = next(w.tensor.shape[-1] for w in _head_weight(g))
     g.outputs.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", vocab]))
     return g
 
 
 def _unknown_end(g: Graph) -> onnx.NodeProto:
     raise EngineError(f"{g.name}: the logits don't come from the last position; the bundle was written by another version, export it again")
-
-
-def _head_weight(g: Graph) -> list[Weight]:
-    head = next(n for n in reversed(g.nodes) if n.op_type == "MatMul")
-    dequantize = g.producers().get(head.input[1])
-    return [g.weights[dequantize.input[0] if dequantize is not None else head.input[1]]]
 
 
 def self_feeding(g: Graph, table: Tensor, capacity: int | None = None) -> Graph:
@@ -115,9 +111,10 @@ def split_head(g: Graph, part_bytes: int = HEAD_BYTES) -> Graph:
     parts = -(-inputs * outputs * 2 // part_bytes)
     if parts < 2:
         return g
-    edges = [min(-(-outputs // parts // 2) * 2 * i, outputs) for i in range(parts)] + [outputs]  # even: INT4 stores two columns in a byte
+    width = -(-outputs // parts // 2) * 2  # even: INT4 stores two columns in a byte
+    edges = [*range(0, outputs, width), outputs]
     nodes, names = list[onnx.NodeProto](), list[str]()
-    for i, (first, last) in enumerate(zip(edges, edges[1:])):
+    for i, (first, last) in enumerate(pairwise(edges)):
         suffix = f".part{i}"
         if dequantize is None:
             right = _columns(g, head.input[1], first, last, suffix)

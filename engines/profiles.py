@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx
 
 from .bundle import Manifest
+from .pooling import Triple, Windows
 
 Range = tuple[int, int, int]  # least, best, most
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # input → least, best, most
@@ -52,14 +53,22 @@ def profiles(stage: str, inputs: Iterable[onnx.ValueInfoProto], m: Manifest, siz
         return [_profile(inputs, {"s": s, "past": before}, size.capacity) for s, before in zip((prefill, decode), past)]
     ranges: dict[str, Range] = {"b": TRUNK_FRAMES, "T": size.frames, "t": size.frames, "L": (1, min(32, size.question), size.question)}
     if stage == "pooling" and m.pooling.windowed:
-        _, kernel, stride = m.pooling.video.resolve((max(size.frames[1], m.pooling.video.least_frames()), *m.vision.grid))
-        least = kernel[0]  # a clip has at least one window
-        ranges["t"] = least, max(least, size.frames[1]), max(least, size.frames[2])
+        usual, windows = size.frames[1], [_windows(w, m, size.frames[1]) for w in (m.pooling.video, m.pooling.image)]
+        least = min(w.least_frames() for w in (m.pooling.video, m.pooling.image))  # a clip has at least one window
+        ranges["t"] = least, max(least, usual), max(least, size.frames[2])
         found = _profile(inputs, ranges, size.capacity)
-        if "kernel" in {v.name for v in inputs}:  # values, not shapes
-            found |= {"kernel": (kernel, kernel, kernel), "stride": (stride, stride, stride)}
+        if "kernel" in {v.name for v in inputs}:  # values, not shapes: those of videos and of images
+            for i, name in enumerate(("kernel", "stride")):
+                video, image = windows[0][i], windows[1][i]
+                found[name] = tuple(map(min, video, image)), video, tuple(map(max, video, image))
         return [found]
     return [_profile(inputs, ranges, size.capacity)]
+
+
+def _windows(w: Windows, m: Manifest, frames: int) -> tuple[Triple, Triple]:
+    """Kernel and stride, for a clip of usual length."""
+    _, kernel, stride = w.resolve((max(frames, w.least_frames()), *m.vision.grid))
+    return kernel, stride
 
 
 def _profile(inputs: list[onnx.ValueInfoProto], ranges: dict[str, Range], capacity: int) -> Profile:

@@ -27,7 +27,7 @@ def select(bundle: Bundle, device: str, wanted: str = "auto") -> tuple[Engine | 
     if not candidates:
         other = "cuda" if device == "cpu" else "cpu"
         raise EngineError(f"--engine {wanted} doesn't run on the {device}; use --device {other}")
-    notes = []
+    notes = list[str]()
     for target in candidates:
         engine, why = find_engine(bundle, target)
         if engine is not None:

@@ -6,15 +6,16 @@ kept when a build is interrupted, and found again by the next one.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ CAPABILITIES = ("8.6", "8.9", "12.0")  # built for ahead of time unless told oth
 PIECE_BYTES = 512 << 20  # of a decoder's weights in one engine
 NEWEST_OPERATORS = (10, 15)  # TensorRT from which on the standard graph's attention, cache and norms exist
 PEAK_BASE, PEAK_PER_BYTE = 350e6, 3.5  # of a build: resident memory without weights, and for each byte of them (docs/measurements.md)
+ADDR_NO_RANDOMIZE = 0x0040000  # Linux's personality(2)
 Tell = Callable[[str, int, int], None]
 
 
@@ -87,14 +89,19 @@ def build_tensorrt(bundle: Bundle, target: str, options: Options, tell: Tell = l
     graphs = list(_graphs(bundle, target, size, options, plugin))
     for done, (stage, name, prepare) in enumerate(graphs):
         tell(name, done, len(graphs))
-        with tempfile.TemporaryDirectory(prefix=".graph.", dir=work) as scratch:
-            graph, weights, largest = prepare(Path(scratch))
+        scratch = work / "graph"
+        scratch.mkdir(exist_ok=True)
+        try:
+            graph, weights, largest = prepare(scratch)
             kind = plugin if name == "pooling-plugin" else "none"
             shapes = profiles(stage, graph.inputs, bundle.manifest, size)
-            job = Job(str(graph.path), str(work / f"{name}.engine"), library, shapes, list(details.get("capabilities", [])), kind, options.workspace,
-                      str(place.parent / f".{target}.timing") if target != "rtx" else "", options.level)  # fmt: skip
-            key = f"{version} {fingerprint(bundle.manifest)} {json.dumps(asdict(replace(job, graph='', engine='')))} {graph.digest}"
+            timing = f"../.{target}.timing" if target != "rtx" else ""
+            job = Job(f"graph/{graph.path.name}", f"{name}.engine", library, shapes, list(details.get("capabilities", [])), kind, options.workspace,
+                      timing, options.level)  # fmt: skip
+            key = f"{version} {fingerprint(bundle.manifest)} {json.dumps(asdict(job))} {graph.digest}"
             made.append(_run(job, work, name, hashlib.sha256(key.encode()).hexdigest(), weights, largest))
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
         stages.setdefault(stage if kind == "none" else name, []).append(f"{name}.engine")
     for leftover in work.iterdir():
         if leftover.suffix != ".engine":
@@ -198,21 +205,19 @@ def _writing(g: Graph, name: str) -> Prepare:
 def _run(job: Job, work: Path, name: str, key: str, weights: int, largest: int) -> Built:
     """Build one engine in a process of its own, or find it built."""
     note, log = work / f"{name}.done", work / "build.log"
-    if note.is_file() and Path(job.engine).is_file():
+    if note.is_file() and (work / job.engine).is_file():
         told = json.loads(note.read_text(encoding="utf-8"))
-        if told.get("key") == key and told["bytes"] == Path(job.engine).stat().st_size:
+        if told.get("key") == key and told["bytes"] == (work / job.engine).stat().st_size:
             return Built(name, told["bytes"], told["seconds"], told["peak_bytes"], predicted_peak(weights), largest, kept=True)
-    file = work / f"{name}.job"
-    job.save(file)
-    with tempfile.TemporaryDirectory(prefix=".libraries.", dir=work) as libraries:
-        environment = dict(os.environ)
-        if job.plugin != "none" and job.library == "tensorrt_rtx":
-            environment["LD_LIBRARY_PATH"] = f"{_unversioned(Path(libraries))}:{environment.get('LD_LIBRARY_PATH', '')}"
-        command = [sys.executable, "-m", f"{__package__}.tensorrt_worker", str(file)]
-        with open(log, "ab") as messages:
-            messages.write(f"== {name}\n".encode())
-            messages.flush()
-            run = subprocess.run(command, stdout=subprocess.PIPE, stderr=messages, env=environment)
+    job.save(work / "job.json")
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    if job.plugin != "none" and job.library == "tensorrt_rtx":
+        environment["LD_LIBRARY_PATH"] = f"{_unversioned(work)}:{environment.get('LD_LIBRARY_PATH', '')}"
+    command = [sys.executable, "-m", f"{__package__}.tensorrt_worker", "job.json"]
+    with open(log, "ab") as messages:
+        messages.write(f"== {name}\n".encode())
+        messages.flush()
+        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=messages, env=environment, cwd=work, preexec_fn=_same_addresses)
     try:
         told = json.loads(run.stdout.decode().strip().splitlines()[-1])
     except (IndexError, ValueError):
@@ -225,11 +230,19 @@ def _run(job: Job, work: Path, name: str, key: str, weights: int, largest: int) 
     return Built(name, told["bytes"], told["seconds"], told["peak_bytes"], predicted_peak(weights), largest)
 
 
+def _same_addresses() -> None:
+    """In the worker, before it starts: memory at the same addresses every time. The library orders some things by address, and a build that
+    is repeated should give the same bytes."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).personality(ADDR_NO_RANDOMIZE)
+
+
 def _unversioned(folder: Path) -> Path:
-    """A folder in which TensorRT-RTX is found under the name that its plugin loader asks for; without it the library aborts."""
+    """The folder, in which TensorRT-RTX is found now under the name that its plugin loader asks for; without it the library aborts."""
     found = util.find_spec("tensorrt_rtx_libs")
     if found is not None and found.origin:
         for library in Path(found.origin).parent.glob("libtensorrt_rtx.so.*"):
+            (folder / "libtensorrt_rtx.so").unlink(missing_ok=True)
             (folder / "libtensorrt_rtx.so").symlink_to(library)
             break
     return folder

@@ -44,14 +44,15 @@ def fail(message: str, status: int = 2) -> None:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], err: bool = False) -> None:
     """Print a table; numbers are right-aligned."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    t = Table(title=title, title_justify="left")
+    t = Table(title=escape(title), title_justify="left")
     for i, column in enumerate(columns):
         numeric = bool(rows) and all(_is_number(row[i]) for row in rows)
         t.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        t.add_row(*(str(cell) for cell in row))
+        t.add_row(*(escape(str(cell)) for cell in row))  # 'ppllava-edge[cpu]' is no markup
     Console(stderr=err, highlight=False).print(t)
 
 

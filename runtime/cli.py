@@ -38,6 +38,8 @@ DEMO_NOTE = (
 @click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times.")
 @click.option("--template", help="Prompt template by name instead of the bundle's.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--engine", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, rtx, standard, or a target of ppllava-build.")
+@click.option("--look-ahead", is_flag=True, help="Guess tokens from what was said, verify several at once; the greedy answer stays the same.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of the engine.  [default: one per core]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer instead of the text.")
 @click.option("--save-attention", metavar="PNG", help="Draw where the question looks.")
@@ -54,14 +56,14 @@ def main(video: str, question: str | None, **options: Any) -> None:
     sampling = Sampling(*(options[name] for name in ("temperature", "top_p", "top_k", "repetition_penalty", "seed")))
     if options["max_new_tokens"] < 1:
         raise click.UsageError("--max-new-tokens must be 1 or more")
-    qa = VideoQA(options["model"], options["device"], options["threads"], options["template"])
+    qa = VideoQA(options["model"], options["device"], options["threads"], options["template"], options["engine"])
     if qa.is_demo:
         click.echo(DEMO_NOTE, err=True)
     with _progress() as progress:
         opened = qa.open(video, options["frames"], options["start"], options["end"], progress)
-    for note in opened.frames.notes:
+    for note in [*opened.frames.notes, *filter(None, [qa.pipeline.engine_note])]:
         click.echo(f"note: {note}", err=True)
-    arguments = {"max_new_tokens": options["max_new_tokens"], "sampling": sampling, "stop": options["stop"]}
+    arguments = {"max_new_tokens": options["max_new_tokens"], "sampling": sampling, "stop": options["stop"], "look_ahead": options["look_ahead"]}
     if question is None:
         _chat(opened, arguments, options["as_json"])
         return

@@ -95,7 +95,8 @@ class GrowingSequence:
         values: dict[str, np.ndarray] = {"inputs_embeds": inputs_embeds[None], "position_ids": positions[None], "mask": mask}
         values |= {f"past.{name}": array for name, array in self.past.items()}
         for piece in self.pieces:
-            values |= dict(zip(piece.outputs, piece(**{name: values[name] for name in piece.dtypes})))
+            given = {name: values[name] for name in piece.dtypes}
+            values |= dict(zip(piece.outputs, piece(False, **given)))
         self.past = {name: values[f"present.{name}"] for name in self.past}
         self.length = total
         return values["logits"]

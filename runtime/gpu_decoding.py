@@ -59,8 +59,7 @@ class GpuSequence:
     def feed(self, prompt: GpuPrompt | np.ndarray) -> None:
         """Prefill: all of a prompt, or given rows (S,D)."""
         if not isinstance(prompt, GpuPrompt):
-            rows = np.asarray(prompt)
-            prompt = GpuPrompt([], self.gpu.upload(rows, dtype=self.float), [])
+            prompt = GpuPrompt([], self.gpu.upload(np.asarray(prompt), dtype=self.float), [])
         count, first, visual = len(prompt), len(prompt.before), len(prompt.visual)
         ids = np.zeros((1, count), np.int64)
         ids[0, :first], ids[0, first + visual :] = prompt.before, prompt.after
@@ -181,7 +180,7 @@ class GpuDecoder:
                 "ask a shorter question or use fewer frames"
             )
         if self.fixed and length >= self.fixed:
-            raise PromptError(f"the prompt has {length} tokens; this engine's cache holds {self.fixed}: use fewer frames, or {self._rebuild} {length + 256}")
+            raise self.too_long(length)
         capacity = self.fixed or min(-(-(length + new_tokens) // CAPACITY_STEP) * CAPACITY_STEP, context)
         with self._lock:
             for sequence in self._idle:
@@ -191,6 +190,11 @@ class GpuDecoder:
                     return sequence
             self._idle.clear()
         return GpuSequence(self.stages, self.info, capacity, self.gpu)
+
+    def too_long(self, length: int) -> PromptError:
+        """What to say of a prompt that the engine's cache can't hold."""
+        holds = self.fixed or self.info.context
+        return PromptError(f"the prompt has {length} tokens; this engine's cache holds {holds}: use fewer frames, or {self._rebuild} {length + 256}")
 
     def finish(self, sequence: GpuSequence) -> None:
         """The sequence is done with; its buffers may serve the next one."""
@@ -291,7 +295,7 @@ class _Growing:
         self.decoder, self.length = decoder, 0
         self.capacity = min(decoder.fixed or decoder.info.context, decoder.info.context)
         if length >= self.capacity:
-            raise PromptError(f"the prompt has {length} tokens; this engine's cache holds {self.capacity}: use fewer frames, or {decoder._rebuild} {length + 256}")
+            raise decoder.too_long(length)
         info, gpu = decoder.info, decoder.gpu
         dtype = next(stage.dtypes[name] for stage in decoder.stages for name in stage.dtypes if name.startswith("past."))
         each = (1, info.kv_heads, self.capacity, info.head_size)
@@ -308,7 +312,8 @@ class _Growing:
         kind = stages[0].dtypes["inputs_embeds"]
         positions = np.arange(self.length, total, dtype=np.int64)
         mask = np.where(np.arange(total) <= positions[:, None], 0.0, -1e4 if kind == np.float16 else -np.inf)[None, None]
-        values: dict[str, Any] = {"inputs_embeds": gpu.upload(rows[None], dtype=kind), "position_ids": gpu.upload(positions[None]), "mask": gpu.upload(mask, dtype=kind)}
+        values: dict[str, Any] = {"inputs_embeds": gpu.upload(rows[None], dtype=kind), "position_ids": gpu.upload(positions[None])}
+        values["mask"] = gpu.upload(mask, dtype=kind)
         past, present = self.sets
         heads = (1, info.kv_heads)
         values |= {f"past.{name}": _filled(buffer, (*heads, self.length, info.head_size)) for name, buffer in past.items()}

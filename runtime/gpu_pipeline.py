@@ -6,7 +6,7 @@ provider, TensorRT, TensorRT-RTX.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..engines.device_stage import OrtDeviceStage, TensorRTStage, plugins_of
 from ..engines.engine import Engine
 from ..engines.errors import EngineError, MediaError, PromptError
 from .gpu_decoding import GpuDecoder, GpuPrompt, GrowingGpuDecoder
-from .pipeline import Clip, Pipeline
+from .pipeline import Clip, Pipeline, check_media
 
 DeviceStage = OrtDeviceStage | TensorRTStage
 
@@ -26,7 +26,7 @@ class GpuPipeline(Pipeline):
     """A bundle on a GPU. engine: one of the bundle's, fresh and for this GPU (engines/select.py). device: a double in tests."""
 
     def __init__(self, bundle: Bundle, engine: Engine, threads: int | None = None, gpu: CudaDevice | None = None, on_cpu: bool = False):
-        super().__init__(bundle, "cpu", threads, "standard")  # what has no engine for this GPU runs on the CPU
+        super().__init__(bundle, "cpu", threads, "standard")
         self.device, self.engine = "cuda", engine
         self.gpu = gpu or CudaDevice()
         self._on_cpu, self._device_stages = on_cpu, dict[str, list[DeviceStage]]()
@@ -38,6 +38,11 @@ class GpuPipeline(Pipeline):
         for name in self.engine.stages:
             self.device_stages(name)
         _ = self.decoder
+
+    def wait(self) -> None:
+        """Until everything that was queued is done."""
+        self.gpu.enter()
+        self.gpu.synchronize()
 
     # -- stages ----------------------------------------------------------------------------------------------------------------------------
 
@@ -59,7 +64,7 @@ class GpuPipeline(Pipeline):
         trt = plugins_of(self.engine.library) if name == "pooling-plugin" and self.engine.details.get("plugin") == "python" else None
         return TensorRTStage(path, self.gpu, self.engine.library, trt)
 
-    def _run(self, name: str, inputs: dict[str, Any], outputs: dict[str, tuple[int, ...]]) -> list[Buffer]:
+    def _run(self, name: str, inputs: dict[str, Any], outputs: Mapping[str, tuple[int, ...]]) -> list[Buffer]:
         """Run a stage of one file: host floats go up, outputs of these shapes are made."""
         stage = self.device_stages(name)[0]
         values = {key: self._on_device(inputs[key], stage.dtypes[key]) for key in stage.dtypes}
@@ -189,10 +194,14 @@ class GpuPipeline(Pipeline):
         """features (T,P,C), q (1,E) → visual tokens (N,D), on the GPU for video; media as in Pipeline."""
         if self.manifest.pooling.windowed:
             return super().visual_tokens(features, q, media, image_size, weights)
+        check_media(media, self.manifest.pooling.method)
+        grid, width = self.manifest.vision.grid, self.manifest.decoder.hidden_size
+        features = self._on_device(features, self.device_stages("pooling")[0].dtypes["features"])
         if media == "image":
-            return super().visual_tokens(np.asarray(features), None, media, image_size, None)
-        count = self.manifest.pooling.tokens(len(features), self.manifest.vision.grid)
-        return self._run("pooling", {"features": features}, {"visual_tokens": (count, self.manifest.decoder.hidden_size)})[0]
+            shape = (self.manifest.pooling.tokens(1, grid), width)
+            tiles = [np.asarray(self._run("pooling", {"features": features.rows(i, 1)}, {"visual_tokens": shape})[0]) for i in range(len(features))]
+            return self._assemble_image(np.stack(tiles), grid, image_size)
+        return self._run("pooling", {"features": features}, {"visual_tokens": (self.manifest.pooling.tokens(len(features), grid), width)})[0]
 
     # -- decoder ---------------------------------------------------------------------------------------------------------------------------
 

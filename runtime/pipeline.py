@@ -90,6 +90,14 @@ class Pipeline:
             return Decoder(self.pieces("decoder"), info)
         return Decoder(self.pieces("decoder"), replace(info, kv_dtype=self.engine.kv_dtype), self.engine.cache)
 
+    @property
+    def engine_name(self) -> str:
+        """Which of the bundle's engines runs, "standard" for its own graphs."""
+        return self.engine.target if self.engine else "standard"
+
+    def wait(self) -> None:
+        """Until everything that was asked for is done: on a GPU calls return earlier."""
+
     # -- vision ------------------------------------------------------------------------------------------------------
 
     def encode_trunk(self, pixels: np.ndarray, more: bool = False) -> np.ndarray:
@@ -133,7 +141,7 @@ class Pipeline:
 
         media: "video" and "multi-image" run all frames as one clip; "image" runs every tile by itself (the adapter sees T = 1).
         """
-        _check_media(media)
+        check_media(media, "")
         states = self.encode_trunk(np.asarray(pixels))
         if media == "image":
             return np.concatenate([self.branch(states[i : i + 1]) for i in range(len(states))])
@@ -184,10 +192,8 @@ class Pipeline:
         weights (T,rows,columns) take the place of the question's, for experiments.
         Raises MediaError if the clip is too short for the pooling windows.
         """
-        _check_media(media)
         pooling = self.manifest.pooling
-        if media == "image" and pooling.method.startswith("pllava"):
-            raise MediaError(f"{pooling.method} pooling can't take single images (neither can the original); give the image as a one-frame video")
+        check_media(media, pooling.method)
         if weights is None and pooling.windowed:
             weights = self.window_weights(features, q)
         if not pooling.windowed:
@@ -322,6 +328,9 @@ class Clip:
         return self.pipeline.branch(self._states)
 
 
-def _check_media(media: str) -> None:
+def check_media(media: str, pooling: str) -> None:
+    """Raise MediaError for a kind of media that doesn't exist, or that this pooling can't take."""
     if media not in MEDIA:
         raise MediaError(f"media {media!r} is unknown; choose {', '.join(MEDIA)}")
+    if media == "image" and pooling.startswith("pllava"):
+        raise MediaError(f"{pooling} pooling can't take single images (neither can the original); give the image as a one-frame video")

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..engines.errors import EngineError, MediaError, PromptError
 from ..engines.prompt_template import PromptTemplate
+from .lookup import Lookup
 from .pipeline import Pipeline
 from .preprocess import preprocess_image, preprocess_video
 from .sampling import Sampling
@@ -33,7 +34,8 @@ class Answer:
     text: the answer. finish: "stop" (the model ended it), "length" (max_new_tokens or the context's end) or "stop string".
     frame_indices, frame_times (seconds): the frames that were looked at. visual_tokens, text_tokens, new_tokens: counts.
     timings: seconds for video_decode, vision, question, pooling, prefill, first_token (all before the first token, together), generate
-    (after it); video_decode and vision are 0 for every question after a video's first. notes: what people should know.
+    (after it); video_decode and vision are 0 for every question after a video's first. notes: what people should know. engine: which of the
+    bundle's ran. lookup: passes of the decoder after the first, tokens proposed and accepted, if it looked ahead.
     """
 
     question: str
@@ -47,6 +49,8 @@ class Answer:
     new_tokens: int
     timings: dict[str, float]
     notes: list[str] = field(default_factory=list)
+    engine: str = "standard"
+    lookup: dict[str, int] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -65,7 +69,8 @@ class VideoQA:
     """A model that answers questions about videos.
 
     bundle: a directory that ppllava-export wrote; None: the packed demonstration model, nano. device: auto | cpu | cuda. threads: of the
-    engine. template: a prompt template's name instead of the bundle's own.
+    engine. template: a prompt template's name instead of the bundle's own. engine: auto (the fastest that is built and fits), onnxruntime,
+    tensorrt, rtx, standard, or a target that ppllava-build built.
     Raises BundleError or EngineError in one line. Safe to use from several threads: every answer has a cache of its own.
     """
 
@@ -75,12 +80,13 @@ class VideoQA:
         device: str = "auto",
         threads: int | None = None,
         template: str | PromptTemplate | None = None,
+        engine: str = "auto",
     ):
         if bundle is None:
             from ..nano import bundle_path
 
             bundle = bundle_path()
-        self.pipeline = Pipeline.open(bundle, device, threads)
+        self.pipeline = Pipeline.open(bundle, device, threads, engine)
         self.text = TextSide(self.pipeline.bundle, template)
 
     @property
@@ -118,6 +124,7 @@ class VideoQA:
         decoded = time.perf_counter()
         media = "video" if read.kind == "video" or self.pipeline.manifest.pooling.method.startswith("pllava") else "image"
         features, size = self._encode(read, media, progress)
+        self.pipeline.wait()
         timings = {"video_decode": decoded - started, "vision": time.perf_counter() - decoded}
         return Video(self, read, features, media, size, timings)
 
@@ -146,16 +153,23 @@ class Video:
         self.qa, self.frames, self.features, self.media, self.image_size = qa, read, features, media, image_size
         self._unspent, self._lock = timings, threading.Lock()
 
-    def ask(self, question: str, max_new_tokens: int = 256, sampling: Sampling | None = None, stop: Sequence[str] = ()) -> Answer:
-        """Answer one question. stop: texts that end the answer. Raises PromptError for an empty question or one too long."""
-        stream = self.stream(question, max_new_tokens, sampling, stop)
+    def ask(
+        self, question: str, max_new_tokens: int = 256, sampling: Sampling | None = None, stop: Sequence[str] = (), look_ahead: bool = False
+    ) -> Answer:
+        """Answer one question. stop: texts that end the answer. look_ahead: verify several guessed tokens in a pass (runtime/lookup.py).
+
+        Raises PromptError for an empty question or one too long, EngineError if the engine can't look ahead.
+        """
+        stream = self.stream(question, max_new_tokens, sampling, stop, look_ahead)
         for _ in stream:
             pass
         return stream.answer
 
-    def stream(self, question: str, max_new_tokens: int = 256, sampling: Sampling | None = None, stop: Sequence[str] = ()) -> AnswerStream:
+    def stream(
+        self, question: str, max_new_tokens: int = 256, sampling: Sampling | None = None, stop: Sequence[str] = (), look_ahead: bool = False
+    ) -> AnswerStream:
         """The same, as an iterator of pieces of text; its .answer is there when it is exhausted."""
-        return AnswerStream(self, clean_question(question), max_new_tokens, sampling or Sampling(), stop)
+        return AnswerStream(self, clean_question(question), max_new_tokens, sampling or Sampling(), stop, look_ahead)
 
     def similarity(self, question: str) -> np.ndarray:
         """Cosine (T,rows,columns) float32 of every patch with the question. Raises EngineError if the model pools without the question."""
@@ -175,11 +189,11 @@ class Video:
 class AnswerStream:
     """Pieces of an answer as they come. close() ends it early; `answer` holds what there is by then."""
 
-    def __init__(self, video: Video, question: str, max_new_tokens: int, sampling: Sampling, stop: Sequence[str]):
+    def __init__(self, video: Video, question: str, max_new_tokens: int, sampling: Sampling, stop: Sequence[str], look_ahead: bool = False):
         if max_new_tokens < 1:
             raise PromptError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
         self._video, self._question, self._most = video, question, max_new_tokens
-        self._sampling, self._stop = sampling, stop
+        self._sampling, self._stop, self._look_ahead = sampling, stop, look_ahead
         self._answer: Answer | None = None
         self._run: Generator[str, None, None] = self._generate()
 
@@ -217,7 +231,8 @@ class AnswerStream:
         before, after = qa.text.prompt_pieces(self._question)
         embeds = pipeline.prompt(before, visual, after)
         stop_ids = pipeline.manifest.stop_ids
-        new_ids = pipeline.generate(embeds, self._most, stop_ids, self._sampling)
+        lookup = Lookup([*before, *after]) if self._look_ahead else None
+        new_ids = pipeline.generate(embeds, self._most, stop_ids, self._sampling, lookup)
         detokenizer = Detokenizer(lambda tokens: qa.text.tokenizer.decode(tokens, skip_special_tokens=True), self._stop)
         count, text, finish = 0, "", "length"
         try:
@@ -243,7 +258,8 @@ class AnswerStream:
             frames = video.frames
             self._answer = Answer(
                 self._question, text.rstrip(), qa.name, finish, list(frames.indices), [round(t, 3) for t in frames.times], len(visual),
-                len(before) + len(after), count, timings, notes,
+                len(before) + len(after), count, timings, notes, pipeline.engine_name,
+                {"passes": lookup.passes, "proposed": lookup.proposed, "accepted": lookup.accepted} if lookup else None,
             )  # fmt: skip
 
 

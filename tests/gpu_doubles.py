@@ -209,7 +209,7 @@ class _Context:
             least, _, most = bounds
             if len(shape) != len(least) or not all(a <= n <= b for a, n, b in zip(least, shape, most)):
                 return False
-        elif not bounds and [n for n in self.engine.inputs[name].shape] != list(shape):
+        elif not bounds and list(self.engine.inputs[name].shape) != list(shape):
             return False
         self.shapes[name] = tuple(shape)
         return True
@@ -226,6 +226,10 @@ class _Context:
             return False
         shapes, addresses, session = dict(self.shapes), dict(self.addresses), self.engine.session
         assert stream == 7 and set(addresses) == set(self.engine.tensors), "every tensor is bound, on the device's stream"
+        for name in {"kernel", "stride"} & set(addresses):
+            least, _, most = self.engine.profiles[self.profile][name]
+            values = at(addresses[name], 24).view(np.int64).tolist()
+            assert all(a <= v <= b for a, v, b in zip(least, values, most)), f"{name} {values} was not built for"
         self.engine.trt.enqueued += 1
 
         def work() -> None:

@@ -72,15 +72,19 @@ BUILD = """
 import sys
 from pathlib import Path
 import tensorrt_rtx as trt
-from ppllava_edge.engines import rtx
+import onnx
 from ppllava_edge.engines.bundle import Bundle
 from ppllava_edge.engines.plugins.weighted_pool import tensorrt_plugin
+from ppllava_edge.engines.profiles import limits, profiles
+from ppllava_edge.engines.tensorrt_worker import Job, build
 if sys.argv[3] == "python":
     tensorrt_plugin.register(trt)
     tensorrt_plugin.register(trt)  # twice is harmless
 elif sys.argv[3] != "none":
     assert trt.get_plugin_registry().load_library(sys.argv[3])
-plan = rtx.build(Path(sys.argv[1]), Bundle.open(sys.argv[2]).manifest)
+manifest = Bundle.open(sys.argv[2]).manifest
+inputs = onnx.load(sys.argv[1], load_external_data=False).graph.input
+plan = build(Job(sys.argv[1], "", "tensorrt_rtx", profiles("pooling", inputs, manifest, limits(manifest)), ["8.9"]))
 print(len(plan), plan.count(b"PromptGuidedPool3d"))
 """
 
