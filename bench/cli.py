@@ -17,7 +17,7 @@ import numpy as np
 
 from ..engines.errors import PPLLaVAError
 from ..engines.terminal import Command, human_bytes, table
-from .memory import peak_memory
+from ..engines.memory import peak_memory
 
 _COLD = "import sys, ppllava_edge.runtime as r; r.Pipeline.open(sys.argv[1], device=sys.argv[2]).load()"
 

@@ -19,7 +19,7 @@ import click
 import numpy as np
 
 from ..engines.terminal import Command, human_bytes, table
-from .memory import peak_memory
+from ..engines.memory import peak_memory
 from .random_checkpoint import SHAPES, write_random_checkpoint
 
 STAGES = ("video_decode", "vision", "question", "pooling", "prefill", "generate")

@@ -22,7 +22,7 @@ import numpy as np
 from ..engines.errors import PPLLaVAError
 from ..engines.terminal import Command, human_bytes, table
 from .full_shape import write_test_video
-from .memory import peak_memory
+from ..engines.memory import peak_memory
 from .plain_vision import write_plain_vision
 from .random_checkpoint import SHAPES, write_random_checkpoint
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 
 class TorchModel:
-    """A checkpoint in memory, float32. prefix: load only tensors whose names begin so."""
+    """A checkpoint in memory. prefix: load only tensors whose names begin so."""
 
-    def __init__(self, folder: Path, prefix: str = ""):
+    def __init__(self, folder: Path, prefix: str = "", dtype: torch.dtype = torch.float32, device: str = "cpu"):
         self.config = json.loads((folder / "config.json").read_text())
         self.question_config = json.loads((folder / self.config["clip_weight"] / "config.json").read_text())["text_config"]
         self.w: dict[str, Tensor] = {}
@@ -28,7 +28,7 @@ class TorchModel:
             with safe_open(file, "pt") as reader:
                 for name in reader.keys():  # noqa: SIM118  (not a dict)
                     if name.startswith(prefix):
-                        self.w[name] = reader.get_tensor(name).float()
+                        self.w[name] = reader.get_tensor(name).to(device, dtype)
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         return F.linear(x, self.w[f"{name}.weight"], self.w.get(f"{name}.bias"))
@@ -133,8 +133,9 @@ class TorchModel:
         c = self.config["text_config"]
         heads, past = c["num_attention_heads"], cache[0][0].shape[2] if cache else 0
         size = c["hidden_size"] // heads
-        angles = torch.outer(torch.arange(past, past + x.shape[1]).float(), 10000 ** (-torch.arange(0, size, 2) / size)).repeat(1, 2)
-        cos, sin = angles.cos(), angles.sin()
+        positions = torch.arange(past, past + x.shape[1], device=x.device).float()
+        angles = torch.outer(positions, 10000 ** (-torch.arange(0, size, 2, device=x.device) / size)).repeat(1, 2)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         grown = []
         for i in range(c["num_hidden_layers"]):
             name = f"language_model.model.layers.{i}"
@@ -169,6 +170,8 @@ def answer(model: TorchModel, pixels: Tensor, question_ids: Tensor, before: Tens
 
     def lap(name: str) -> None:
         nonlocal at
+        if pixels.is_cuda:
+            torch.cuda.synchronize()
         timings[name], at = time.perf_counter() - at, time.perf_counter()
 
     features = model.features(pixels)
@@ -181,7 +184,7 @@ def answer(model: TorchModel, pixels: Tensor, question_ids: Tensor, before: Tens
     lap("prefill")
     ids = [int(logits[0, -1].argmax())]
     while len(ids) < new_tokens:
-        logits, cache = model.decode(model.embed(torch.tensor([ids[-1:]])), cache)
+        logits, cache = model.decode(model.embed(torch.tensor([ids[-1:]], device=pixels.device)), cache)
         ids.append(int(logits[0, -1].argmax()))
     lap("generate")
     return ids, timings

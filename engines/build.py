@@ -19,9 +19,9 @@ from .engine import Engine, engine_folder, find_engine, fingerprint, minor, writ
 from .errors import PPLLaVAError
 from .estimate import parse_size
 from .ort import import_onnxruntime
+from .select import TARGETS
 from .terminal import Command, fail, human_bytes, progress_steps, table
 
-TARGETS = ("cpu", "cuda", "lowered", "rtx", "orin", "orin-jp6")
 PIECE_BYTES = 1 << 30  # of a decoder's weights on the CPU: pieces are opened side by side
 Tell = Callable[[str, int, int], None]  # stage, done, of how many
 

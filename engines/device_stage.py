@@ -122,7 +122,7 @@ class TensorRTStage:
 
 
 def _import(library: str) -> Any:
-    from .tensorrt_worker import import_library
+    from .tensorrt_library import import_library
 
     return import_library(library)
 

@@ -16,12 +16,10 @@ from typing import Any
 
 import click
 
-from .build import TARGETS
 from .engine import installed_version
 from .errors import EngineError
 from .gpu_facts import Gpu, driver_version, gpus, load_driver
-from .select import LEAST_ONNXRUNTIME
-from .tensorrt_target import NEWEST_OPERATORS
+from .select import LEAST_ONNXRUNTIME, NEWEST_OPERATORS, TARGETS
 from .terminal import Command, human_bytes, table
 
 PACKAGES = ("onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-core", "av", "tokenizers")

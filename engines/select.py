@@ -7,11 +7,12 @@ from .engine import Engine, find_engine
 from .errors import EngineError
 from .ort import import_onnxruntime
 
+TARGETS = ("cpu", "cuda", "lowered", "rtx", "orin", "orin-jp6")
 FAMILIES = {"onnxruntime": ("cuda", "cpu", "lowered"), "tensorrt": ("orin", "orin-jp6"), "rtx": ("rtx",)}
-TARGETS = tuple(target for targets in FAMILIES.values() for target in targets)
 ON_CPU = ("cpu", "lowered")
 FASTEST_FIRST = ("orin", "rtx", "orin-jp6", "cuda")  # on a GPU
 LEAST_ONNXRUNTIME = (1, 24)  # that knows opset 24
+NEWEST_OPERATORS = (10, 15)  # TensorRT from which on the standard graph's attention, cache and norms exist
 
 
 def select(bundle: Bundle, device: str, wanted: str = "auto") -> tuple[Engine | None, str]:

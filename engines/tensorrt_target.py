@@ -31,12 +31,12 @@ from .lower import lower
 from .pieces import split
 from .plugin_node import with_plugin
 from .profiles import Limits, limits, profiles
+from .select import NEWEST_OPERATORS
 from .tensorrt_worker import Job
 from .terminal import human_bytes
 
 CAPABILITIES = ("8.6", "8.9", "12.0")  # built for ahead of time unless told otherwise: RTX 30, 40 and 50
 PIECE_BYTES = 512 << 20  # of a decoder's weights in one engine
-NEWEST_OPERATORS = (10, 15)  # TensorRT from which on the standard graph's attention, cache and norms exist
 PEAK_BASE, PEAK_PER_BYTE = 350e6, 3.5  # of a build: resident memory without weights, and for each byte of them (docs/measurements.md)
 ADDR_NO_RANDOMIZE = 0x0040000  # Linux's personality(2)
 Tell = Callable[[str, int, int], None]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -20,9 +19,9 @@ from typing import Any
 import onnx
 
 from .errors import EngineError
+from .memory import peak_memory
 from .profiles import Profile
-
-EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
+from .tensorrt_library import import_library, title
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,6 @@ class Job:
     def load(path: Path) -> Job:
         """The inverse of save."""
         return Job(**json.loads(path.read_text(encoding="utf-8")))
-
-
-def import_library(name: str) -> Any:
-    """tensorrt or tensorrt_rtx, or one line that names the extra to install. Raises EngineError."""
-    try:
-        return importlib.import_module(name)
-    except (ImportError, OSError):
-        title = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}[name]
-        raise EngineError(f"{title} is not installed: pip install 'ppllava-edge[{EXTRA[name]}]'") from None
 
 
 def build(job: Job, trt: Any = None) -> bytes:
@@ -90,11 +80,6 @@ def build(job: Job, trt: Any = None) -> bytes:
     if cache is not None:
         Path(job.timing_cache).write_bytes(bytes(cache.serialize()))
     return bytes(plan)
-
-
-def title(trt: Any) -> str:
-    """ "TensorRT 10.16.1" """
-    return f"{'TensorRT-RTX' if trt.__name__.endswith('rtx') else 'TensorRT'} {trt.__version__}"
 
 
 def _register_plugin(job: Job, trt: Any) -> None:
@@ -162,15 +147,6 @@ class Log:
         self.last, self.logger = "", Logger()
 
 
-def peak_bytes() -> int:
-    """Of this process's resident memory, since it began; what the parent had is not counted."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration, ValueError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def main() -> int:
     """Build the job that the argument names. Prints seconds, bytes and peak memory, or the error."""
     job, started = Job.load(Path(sys.argv[1])), time.perf_counter()
@@ -185,7 +161,7 @@ def main() -> int:
     except OSError as error:
         print(json.dumps({"error": f"{error.filename or job.engine}: {error.strerror}"}))
         return 2
-    print(json.dumps({"seconds": time.perf_counter() - started, "bytes": len(plan), "peak_bytes": peak_bytes()}))
+    print(json.dumps({"seconds": time.perf_counter() - started, "bytes": len(plan), "peak_bytes": peak_memory()}))
     sys.stdout.flush()
     os._exit(0)  # libraries without a GPU may crash while they are unloaded; everything is written
 

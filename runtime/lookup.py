@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LONGEST_MATCH = 3
+LONGEST_MATCH, SHORTEST_MATCH = 3, 2  # tokens; a single one is followed by too many things
 MOST_DRAFT = 7  # with the token before them, as many positions as an engine gives logits of
 
 
@@ -29,7 +29,7 @@ class Lookup:
         if most < 1:
             return []
         history = [*self.prompt, *ids]
-        for length in range(min(LONGEST_MATCH, len(ids)), 0, -1):
+        for length in range(min(LONGEST_MATCH, len(history) - 1), SHORTEST_MATCH - 1, -1):
             end = history[-length:]
             for start in range(len(history) - length - 1, -1, -1):
                 if history[start : start + length] == end:

@@ -12,7 +12,10 @@ import ppllava_edge.engines
 import ppllava_edge.runtime
 import pytest
 
-MAKERS = ("graph.py", "pieces.py", "rewrite.py", "build.py", "cpu.py", "rtx.py")  # of engines; answering loads none of them
+MAKERS = (  # of engines; answering loads none of them
+    "graph.py", "pieces.py", "rewrite.py", "build.py", "cpu.py", "cuda.py", "lower.py", "decode_graph.py", "plugin_node.py", "profiles.py",
+    "tensorrt_target.py", "tensorrt_worker.py",
+)  # fmt: skip
 HEAVY = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "optimum"}
 
 
@@ -39,6 +42,13 @@ qa.open({str(video_file)!r}, frames=4).ask("What is it?", max_new_tokens=3)
     loaded = modules_after(code)
     assert not {name.split(".")[0] for name in loaded} & HEAVY
     assert not [name for name in loaded if name.startswith(("ppllava_edge.export", "ppllava_edge.bench", "ppllava_edge.nano.model"))]
+
+
+def test_what_runs_engines_and_judges_a_machine_needs_no_onnx() -> None:
+    """A Jetson has TensorRT and numpy; graphs are rewritten elsewhere."""
+    modules = ("runtime.gpu_pipeline", "engines.device", "engines.device_stage", "engines.doctor", "engines.plugins.weighted_pool.tensorrt_plugin")
+    loaded = modules_after("\n".join(f"import ppllava_edge.{module}" for module in modules))
+    assert not {name.split(".")[0] for name in loaded} & (HEAVY | {"onnxruntime", "tensorrt", "cuda"})
 
 
 @pytest.mark.parametrize("package", [ppllava_edge.runtime, ppllava_edge.engines], ids=["runtime", "engines"])
