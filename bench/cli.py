@@ -16,8 +16,8 @@ import click
 import numpy as np
 
 from ..engines.errors import PPLLaVAError
-from ..engines.terminal import Command, human_bytes, table
 from ..engines.memory import peak_memory
+from ..engines.terminal import Command, human_bytes, table
 
 _COLD = "import sys, ppllava_edge.runtime as r; r.Pipeline.open(sys.argv[1], device=sys.argv[2]).load()"
 

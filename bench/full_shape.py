@@ -18,8 +18,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from ..engines.terminal import Command, human_bytes, table
 from ..engines.memory import peak_memory
+from ..engines.terminal import Command, human_bytes, table
 from .random_checkpoint import SHAPES, write_random_checkpoint
 
 STAGES = ("video_decode", "vision", "question", "pooling", "prefill", "generate")

@@ -26,6 +26,8 @@ from ..nano import bundle_path
 from ..nano.clips import spoken, write_clip
 from ..nano.world import KINDS, ask, sample_scene
 
+COUNTS = ("asked", "equal", "tokens", "passes", "proposed", "accepted", "plain", "ahead")
+
 
 def compare(bundle: str, questions: int, seed: int, kinds: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """kind → asked, equal (answers), tokens, passes, proposed, accepted, seconds with and without."""
@@ -44,10 +46,11 @@ def compare(bundle: str, questions: int, seed: int, kinds: tuple[str, ...]) -> d
                 first, second = (video.ask(question, 48, look_ahead=ahead) for ahead in ((False, True) if asked_all % 2 else (True, False)))
                 plain, ahead = (first, second) if asked_all % 2 else (second, first)
                 for name in (kind, "all"):
-                    row = found.setdefault(name, dict.fromkeys(("asked", "equal", "tokens", "passes", "proposed", "accepted", "plain", "ahead"), 0.0))
+                    row = found.setdefault(name, dict.fromkeys(COUNTS, 0.0))
                     assert ahead.lookup is not None
-                    for key, value in (("asked", 1), ("equal", plain.text == ahead.text), ("tokens", ahead.new_tokens - 1), ("plain", plain.timings["generate"]),
-                                       ("ahead", ahead.timings["generate"]), *ahead.lookup.items()):  # fmt: skip
+                    seconds = {"plain": plain.timings["generate"], "ahead": ahead.timings["generate"]}
+                    counted = {"asked": 1, "equal": plain.text == ahead.text, "tokens": ahead.new_tokens - 1, **seconds, **ahead.lookup}
+                    for key, value in counted.items():
                         row[key] += value
     return found
 
@@ -87,7 +90,7 @@ def main(model: str | None, passes_of: str | None, questions: int, kinds: tuple[
         for path in {bundle, Path(passes_of or bundle)}:
             if find_engine(Bundle.open(path), "cpu")[0] is None:
                 build_cpu(Bundle.open(path))
-        found: dict[str, Any] = {"answers": compare(str(bundle), questions, seed, kinds or KINDS), "passes": cost_of_passes(passes_of or str(bundle))}
+        found: dict[str, Any] = {"answers": compare(str(bundle), questions, seed, tuple(kinds or KINDS)), "passes": cost_of_passes(passes_of or str(bundle))}
     if as_json:
         click.echo(json.dumps(found))
         return

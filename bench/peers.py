@@ -20,9 +20,9 @@ import click
 import numpy as np
 
 from ..engines.errors import PPLLaVAError
+from ..engines.memory import peak_memory
 from ..engines.terminal import Command, human_bytes, table
 from .full_shape import write_test_video
-from ..engines.memory import peak_memory
 from .plain_vision import write_plain_vision
 from .random_checkpoint import SHAPES, write_random_checkpoint
 

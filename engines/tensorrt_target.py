@@ -250,6 +250,8 @@ def _unversioned(folder: Path) -> Path:
 
 def _plugin(wanted: str, target: str, library: str) -> str:
     """Which form the pooling plugin takes: the engine carries the kernel where TensorRT can, else Python runs it."""
+    if wanted == "aot" and target == "rtx":
+        raise EngineError("TensorRT-RTX engines can't carry a kernel of their own: use --plugin python, or none")
     if wanted != "auto" or target == "rtx":
         return "python" if wanted == "auto" else wanted
     version = tuple(int(part) for part in installed_version(library).split(".")[:2])
