@@ -93,7 +93,8 @@ def _cache_type(g: Any) -> str | None:
 
 
 def build(bundle: Bundle, target: str, options: Any = None, tell: Tell = lambda stage, done, of: None) -> tuple[Engine, list[dict[str, Any]]]:
-    """Write engines/<target>. options: tensorrt_target.Options. Returns the engine, and per file of a TensorRT build what building it took.
+    """Write engines/<target>; notes go to stderr. options: tensorrt_target.Options. Returns the engine, and per file of a TensorRT build what
+    building it took.
 
     Raises EngineError in one line if the target can't be built here.
     """
@@ -101,7 +102,7 @@ def build(bundle: Bundle, target: str, options: Any = None, tell: Tell = lambda 
         return build_onnxruntime(bundle, target, tell), []
     from .tensorrt_target import Options, build_tensorrt
 
-    engine, made = build_tensorrt(bundle, target, options or Options(), tell)
+    engine, made = build_tensorrt(bundle, target, options or Options(), tell, lambda text: click.echo(f"note: {text}", err=True))
     return engine, [asdict(one) for one in made]
 
 

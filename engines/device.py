@@ -1,6 +1,7 @@
 """Memory, copies and captured work on one GPU, through the CUDA driver: what the GPU backends stand on.
 
-Everything is queued on one stream, in order; only download() and synchronize() wait. Tests put a double in the driver's place.
+Everything is queued on one stream, in order; only download() and synchronize() wait. Several threads may queue work: each holds `work` while it
+does, and for as long as it captures, so that nobody else's work gets into its graph. Tests put a double in the driver's place.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class CudaDevice:
 
     def __init__(self, driver: Any = None):
         self.driver = driver or _import_driver()
-        self._lock = threading.Lock()
+        self.work = threading.RLock()
         self.call("cuInit", 0)
         if not self.call("cuDeviceGetCount"):
             raise EngineError("no NVIDIA GPU was found; ppllava-doctor says what is missing")
@@ -110,15 +111,17 @@ class CudaDevice:
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Buffer:
         """Memory with nothing in it."""
-        self.enter()
         dtype = np.dtype(dtype)
-        memory = _Memory(self, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+        with self.work:
+            self.enter()
+            memory = _Memory(self, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
         return Buffer(int(memory.address), tuple(shape), dtype, memory, self)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Buffer:
         """Memory full of zeros."""
         buffer = self.empty(shape, dtype)
-        self.call("cuMemsetD8Async", buffer.address, 0, max(buffer.nbytes, 1), self._stream)
+        with self.work:
+            self.call("cuMemsetD8Async", buffer.address, 0, max(buffer.nbytes, 1), self._stream)
         return buffer
 
     def upload(self, array: np.ndarray, into: Buffer | None = None, dtype: Any = None) -> Buffer:
@@ -128,8 +131,8 @@ class CudaDevice:
         assert into.nbytes == array.nbytes, (into.shape, array.shape)
         if not array.nbytes:
             return into
-        self.enter()
-        with self._lock:
+        with self.work:
+            self.enter()
             pinned = self._pinned_for(array.nbytes)
             ctypes.memmove(pinned.address, array.ctypes.data, array.nbytes)
             self.call("cuMemcpyHtoDAsync", into.address, pinned.address, array.nbytes, self._stream)
@@ -148,36 +151,47 @@ class CudaDevice:
 
     def download(self, buffer: Buffer) -> np.ndarray:
         """A device array to the host, when everything queued before is done."""
-        self.enter()
         array: np.ndarray = np.empty(buffer.shape, buffer.dtype)
-        if array.nbytes:
-            self.call("cuMemcpyDtoHAsync", array.ctypes.data, buffer.address, array.nbytes, self._stream)
-        self.synchronize()
+        with self.work:
+            self.enter()
+            if array.nbytes:
+                self.call("cuMemcpyDtoHAsync", array.ctypes.data, buffer.address, array.nbytes, self._stream)
+            self.synchronize()
         return array
 
     def copy(self, source: Buffer, into: Buffer) -> None:
         """Device to device."""
         assert source.nbytes == into.nbytes
         if source.nbytes:
-            self.call("cuMemcpyDtoDAsync", into.address, source.address, source.nbytes, self._stream)
+            with self.work:
+                self.enter()
+                self.call("cuMemcpyDtoDAsync", into.address, source.address, source.nbytes, self._stream)
 
     def synchronize(self) -> None:
         """Wait for everything that was queued."""
-        self.call("cuStreamSynchronize", self._stream)
+        with self.work:
+            self.enter()
+            self.call("cuStreamSynchronize", self._stream)
 
     # -- captured work ---------------------------------------------------------------------------------------------------------------------
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """What `work` queues, as a CUDA graph: the function that is returned queues all of it again, in one call."""
-        self.enter()
-        self.synchronize()
-        self.call("cuStreamBeginCapture", self._stream, _capture_mode(self.driver))
-        try:
-            work()
-        finally:
-            graph = self.call("cuStreamEndCapture", self._stream)
-        executable = self.call("cuGraphInstantiate", graph, 0)
-        return lambda: self.call("cuGraphLaunch", executable, self._stream)
+        with self.work:
+            self.synchronize()
+            self.call("cuStreamBeginCapture", self._stream, _capture_mode(self.driver))
+            try:
+                work()
+            finally:
+                graph = self.call("cuStreamEndCapture", self._stream)
+            executable = self.call("cuGraphInstantiate", graph, 0)
+
+        def launch() -> None:
+            with self.work:
+                self.enter()
+                self.call("cuGraphLaunch", executable, self._stream)
+
+        return launch
 
 
 class _Pinned:

@@ -31,12 +31,16 @@ class OrtDeviceStage:
             raise EngineError(f"ONNX Runtime {ort.__version__} can't open {path.name}: {first_line(error)}") from None
         if not on_cpu and "CUDAExecutionProvider" not in self.session.get_providers():
             raise EngineError("ONNX Runtime could not start its CUDA provider (driver, CUDA or cuDNN missing); ppllava-doctor says what; or use --device cpu")
-        self.path, self.kind = path, "cpu" if on_cpu else "cuda"
+        self.path, self.device, self.kind = path, device, "cpu" if on_cpu else "cuda"
         self.dtypes = {i.name: np.dtype(_NUMPY_TYPE[i.type]) for i in self.session.get_inputs()}
         self.outputs = {o.name: np.dtype(_NUMPY_TYPE[o.type]) for o in self.session.get_outputs()}
 
     def run(self, inputs: Values, outputs: dict[str, Buffer], profile: int = 0) -> None:
-        """Queue one run. Outputs that nobody wants are left to the engine."""
+        """One run. Outputs that nobody wants are left to the engine."""
+        with self.device.work:
+            self._run(inputs, outputs)
+
+    def _run(self, inputs: Values, outputs: dict[str, Buffer]) -> None:
         binding = self.session.io_binding()
         for name, dtype in self.dtypes.items():
             value = inputs[name]
@@ -95,6 +99,11 @@ class TensorRTStage:
 
     def run(self, inputs: Values, outputs: dict[str, Buffer], profile: int = 0) -> None:
         """Queue one run on the device's stream. Raises EngineError for shapes outside the engine's profile."""
+        with self.device.work:
+            self.device.enter()
+            self._queue(inputs, outputs, profile)
+
+    def _queue(self, inputs: Values, outputs: dict[str, Buffer], profile: int) -> None:
         context = self._context(profile)
         for name in self.dtypes:
             value = inputs[name]

@@ -10,6 +10,7 @@ import numpy as np
 
 from .bundle import Bundle
 from .engine import find_engine
+from .select import TARGETS
 from .terminal import Command, fail, human_bytes, table
 
 
@@ -53,8 +54,12 @@ def _parity(parity: dict[str, Any] | None) -> str:
 
 
 def _engines(bundle: Bundle) -> str:
-    engine, why = find_engine(bundle, "cpu", verify=True)
-    return "cpu" if engine else f"cpu, not used: {why}" if why else "none"
+    found = []
+    for target in TARGETS:
+        engine, why = find_engine(bundle, target, verify=True)
+        if engine or why:
+            found.append(target if engine else f"{target}, not used: {why}")
+    return "; ".join(found) or "none"
 
 
 def check_graphs(bundle: Bundle) -> None:

@@ -29,16 +29,13 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def choose_device(device: str, needs_onnxruntime: bool = True) -> str:
-    """ "cpu" or "cuda" for "auto", "cpu" or "cuda". needs_onnxruntime: on a GPU too (else TensorRT serves).
-
-    Raises EngineError if CUDA was asked for and isn't there.
-    """
+def choose_device(device: str) -> str:
+    """ "cpu" or "cuda" for "auto", "cpu" or "cuda". Raises EngineError if CUDA was asked for and isn't there."""
     if device not in ("auto", "cpu", "cuda"):
         raise EngineError(f"device {device!r} is unknown; choose auto, cpu or cuda")
     if device == "cpu":
         return "cpu"
-    available = not needs_onnxruntime or "CUDAExecutionProvider" in import_onnxruntime().get_available_providers()
+    available = has_cuda_provider()
     if device == "auto":
         return "cuda" if available and load_driver() is not None else "cpu"
     if not available:
@@ -46,6 +43,11 @@ def choose_device(device: str, needs_onnxruntime: bool = True) -> str:
     if load_driver() is None:
         raise EngineError("--device cuda: no NVIDIA driver was found on this machine; use --device cpu")
     return "cuda"
+
+
+def has_cuda_provider() -> bool:
+    """Whether this ONNX Runtime was built with CUDA; says nothing about a GPU."""
+    return "CUDAExecutionProvider" in import_onnxruntime().get_available_providers()
 
 
 class Stage:

@@ -49,20 +49,21 @@ def profiles(stage: str, inputs: Iterable[onnx.ValueInfoProto], m: Manifest, siz
     inputs = list(inputs)
     if stage == "decoder":
         prefill, decode = (1, size.prefill, size.capacity), (1, 1, 1)
-        past: list[Range] = [(0, 0, 0), (1, size.prefill, size.capacity)]
-        return [_profile(inputs, {"s": s, "past": before}, size.capacity) for s, before in zip((prefill, decode), past)]
+        room = size.capacity - 1
+        past: list[Range] = [(0, 0, 0), (1, min(size.prefill, room), room)]  # of a cache that grows
+        return [_profile(inputs, {"s": s, "past": before, "total": _sum(s, before)}) for s, before in zip((prefill, decode), past)]
     ranges: dict[str, Range] = {"b": TRUNK_FRAMES, "T": size.frames, "t": size.frames, "L": (1, min(32, size.question), size.question)}
     if stage == "pooling" and m.pooling.windowed:
         usual, windows = size.frames[1], [_windows(w, m, size.frames[1]) for w in (m.pooling.video, m.pooling.image)]
         least = min(w.least_frames() for w in (m.pooling.video, m.pooling.image))  # a clip has at least one window
         ranges["t"] = least, max(least, usual), max(least, size.frames[2])
-        found = _profile(inputs, ranges, size.capacity)
+        found = _profile(inputs, ranges)
         if "kernel" in {v.name for v in inputs}:  # values, not shapes: those of videos and of images
             for i, name in enumerate(("kernel", "stride")):
                 video, image = windows[0][i], windows[1][i]
                 found[name] = tuple(map(min, video, image)), video, tuple(map(max, video, image))
         return [found]
-    return [_profile(inputs, ranges, size.capacity)]
+    return [_profile(inputs, ranges)]
 
 
 def _windows(w: Windows, m: Manifest, frames: int) -> tuple[Triple, Triple]:
@@ -71,11 +72,12 @@ def _windows(w: Windows, m: Manifest, frames: int) -> tuple[Triple, Triple]:
     return kernel, stride
 
 
-def _profile(inputs: list[onnx.ValueInfoProto], ranges: dict[str, Range], capacity: int) -> Profile:
+def _sum(a: Range, b: Range) -> Range:
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2]
+
+
+def _profile(inputs: list[onnx.ValueInfoProto], ranges: dict[str, Range]) -> Profile:
     found: Profile = {}
-    if "s" in ranges and "past" in ranges:
-        total = tuple(min(s + p, capacity) if p else s for s, p in zip(ranges["s"], ranges["past"]))
-        ranges = ranges | {"total": (total[0], total[1], total[2])}
     for value in inputs:
         dimensions = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
         if all(isinstance(d, int) for d in dimensions):

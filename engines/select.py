@@ -22,8 +22,7 @@ def select(bundle: Bundle, device: str, wanted: str = "auto") -> tuple[Engine | 
     """
     if wanted == "standard":
         return None, ""
-    if wanted not in ("auto", *FAMILIES, *TARGETS):
-        raise EngineError(f"engine {wanted!r} is unknown; choose auto, {', '.join(FAMILIES)}, standard or a target ({', '.join(TARGETS)})")
+    check_name(wanted)
     candidates = _candidates(device, wanted)
     if not candidates:
         other = "cuda" if device == "cpu" else "cpu"
@@ -41,6 +40,12 @@ def select(bundle: Bundle, device: str, wanted: str = "auto") -> tuple[Engine | 
         return None, "; ".join(notes)
     missing = f"{bundle.path} has no engine for {wanted}; build it: ppllava-build {bundle.path} --target {candidates[0]}"
     raise EngineError("; ".join(notes) or missing)
+
+
+def check_name(wanted: str) -> None:
+    """Raise EngineError for a name that isn't auto, a family, a target or standard."""
+    if wanted not in ("auto", "standard", *FAMILIES, *TARGETS):
+        raise EngineError(f"engine {wanted!r} is unknown; choose auto, {', '.join(FAMILIES)}, standard or a target ({', '.join(TARGETS)})")
 
 
 def _candidates(device: str, wanted: str) -> list[str]:

@@ -69,8 +69,13 @@ class Built:
     kept: bool = False  # from an earlier, interrupted build
 
 
-def build_tensorrt(bundle: Bundle, target: str, options: Options, tell: Tell = lambda stage, done, of: None) -> tuple[Engine, list[Built]]:
-    """Write engines/<target> into a bundle. Raises EngineError in one line if something is missing or refused."""
+def build_tensorrt(
+    bundle: Bundle, target: str, options: Options, tell: Tell = lambda stage, done, of: None, note: Callable[[str], None] = lambda text: None
+) -> tuple[Engine, list[Built]]:
+    """Write engines/<target> into a bundle. note: told when a build is expected to need more memory than there is.
+
+    Raises EngineError in one line if something is missing or refused.
+    """
     library = "tensorrt_rtx" if target == "rtx" else "tensorrt"
     version = installed_version(library)
     check_possible(bundle.manifest, target, library, version)
@@ -93,11 +98,12 @@ def build_tensorrt(bundle: Bundle, target: str, options: Options, tell: Tell = l
         scratch.mkdir(exist_ok=True)
         try:
             graph, weights, largest = prepare(scratch)
+            _warn_of_memory(name, weights, note)
             kind = plugin if name == "pooling-plugin" else "none"
             shapes = profiles(stage, graph.inputs, bundle.manifest, size)
             timing = f"../.{target}.timing" if target != "rtx" else ""
-            job = Job(f"graph/{graph.path.name}", f"{name}.engine", library, shapes, list(details.get("capabilities", [])), kind, options.workspace,
-                      timing, options.level)  # fmt: skip
+            ahead = list(options.capabilities) if target == "rtx" else []
+            job = Job(f"graph/{graph.path.name}", f"{name}.engine", library, shapes, ahead, kind, options.workspace, timing, options.level)
             key = f"{version} {fingerprint(bundle.manifest)} {json.dumps(asdict(job))} {graph.digest}"
             made.append(_run(job, work, name, hashlib.sha256(key.encode()).hexdigest(), weights, largest))
         finally:
@@ -129,6 +135,22 @@ def check_possible(m: Manifest, target: str, library: str, version: str) -> None
         raise EngineError(f"{m.name} has an INT8 cache, which TensorRT refuses; export it without kv=int8")
     if target == "orin" and tuple(int(part) for part in version.split(".")[:2]) < NEWEST_OPERATORS:
         raise EngineError(f"--target orin needs TensorRT 10.15 or later, here is {version}; use --target orin-jp6")
+
+
+def _warn_of_memory(name: str, weights: int, note: Callable[[str], None]) -> None:
+    needed, available = predicted_peak(weights), available_memory()
+    if available is not None and needed > available:
+        missing = human_bytes(needed - available)
+        note(f"building {name} is expected to need {human_bytes(needed)}; {human_bytes(available)} are available, {missing} are missing: try --piece with less")
+
+
+def available_memory() -> int | None:
+    """Bytes that this machine could give, None where nobody says."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
 
 
 def predicted_peak(weight_bytes: int) -> int:

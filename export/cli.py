@@ -28,6 +28,7 @@ from ..engines.terminal import Command, fail, human_bytes, table, triple
 @click.option("--allow-drift", is_flag=True, help="Keep a bundle that fails the parity gate (it says so in its manifest).")
 @click.option("--weight-only", is_flag=True, help="nano: don't calibrate on drawn clips.")
 @click.option("--engine/--no-engine", default=None, help="Write engines/cpu into the bundle too.  [if anything is quantised]")
+@click.option("--target", "targets", multiple=True, help="Build this engine too, as ppllava-build does: cuda, rtx, orin, …; may be given several times.")
 @click.option("--subfolder", default="", help="Where the checkpoint lies inside its directory or hub repository.")
 @click.option("--clip", help="Directory or hub id of the question tower (CLIP or SigLIP), if the checkpoint lacks it.")
 @click.option("--base", help="Directory or hub id of the language model's tokenizer, if the checkpoint lacks it.")
@@ -69,6 +70,7 @@ def main(checkpoint: str, output: Path | None, precision: str, as_json: bool, **
         checkpoint, output or Path(), parse_precision(precision), overrides, options["subfolder"], options["clip"], options["base"],
         not options["no_tokenizer"], options["force"], int(options["block"]), options["engine"],
     )  # fmt: skip
+    _check_targets(options["targets"])
     if options["dry_run"]:
         _predict(job, options["frames"], options["fit"], as_json)
         return
@@ -80,10 +82,12 @@ def main(checkpoint: str, output: Path | None, precision: str, as_json: bool, **
             from ..calibration.calibrate import quantize_with_data
 
             manifest, reports, _ = quantize_with_data(job, calibration, progress)
+    engines = _build(job.output, options["targets"])
     rows = [(r.stage, f"{r.parameters:,}", human_bytes(r.bytes), f"{r.seconds:.2f}") for r in reports]
     if as_json:
         stages = [vars(r) for r in reports]
-        click.echo(json.dumps({"bundle": str(output), "name": manifest.name, "precision": manifest.precision, "parity": manifest.parity, "stages": stages}))
+        click.echo(json.dumps({"bundle": str(output), "name": manifest.name, "precision": manifest.precision, "parity": manifest.parity, "stages": stages,
+                               "engines": engines}))  # fmt: skip
         return
     total = sum(f.bytes for f in manifest.files.values())
     rows.append(("all", f"{sum(r.parameters for r in reports):,}", human_bytes(total), f"{sum(r.seconds for r in reports):.2f}"))
@@ -91,6 +95,32 @@ def main(checkpoint: str, output: Path | None, precision: str, as_json: bool, **
     if manifest.parity:
         verdict = "holds" if manifest.parity["holds"] else f"does not hold: {manifest.parity['drift']}"
         click.echo(f"parity gate {verdict}; the whole story: {job.output / 'report.html'}", err=True)
+
+
+def _check_targets(targets: tuple[str, ...]) -> None:
+    """Refuse what can't be built here before hours go into the export."""
+    from ..engines.engine import installed_version
+    from ..engines.select import TARGETS
+
+    for target in targets:
+        if target not in TARGETS:
+            raise PPLLaVAError(f"--target {target!r} is unknown; choose {', '.join(TARGETS)}")
+        library = {"rtx": "tensorrt_rtx", "orin": "tensorrt", "orin-jp6": "tensorrt"}.get(target)
+        if library and not installed_version(library):
+            raise PPLLaVAError(f"--target {target} needs {library}, which is not installed; ppllava-doctor says what each target needs")
+
+
+def _build(output: Path, targets: tuple[str, ...]) -> list[str]:
+    """Engines into a bundle that was just written."""
+    from ..engines.build import build
+    from ..engines.bundle import Bundle
+    from ..engines.terminal import progress_steps
+
+    for target in targets:
+        with progress_steps(f"building {target}") as tell:
+            build(Bundle.open(output), target, None, tell)
+        click.echo(f"engine: {output}/engines/{target}", err=True)
+    return list(targets)
 
 
 def _predict(job: Any, frames: int | None, fit: str | None, as_json: bool) -> None:

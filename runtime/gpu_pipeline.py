@@ -41,7 +41,6 @@ class GpuPipeline(Pipeline):
 
     def wait(self) -> None:
         """Until everything that was queued is done."""
-        self.gpu.enter()
         self.gpu.synchronize()
 
     # -- stages ----------------------------------------------------------------------------------------------------------------------------

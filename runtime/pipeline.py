@@ -20,8 +20,9 @@ from ..engines.bundle import Bundle
 from ..engines.contract import check_stage
 from ..engines.engine import Engine
 from ..engines.errors import EngineError, MediaError, PromptError
-from ..engines.ort import Stage, choose_device
-from ..engines.select import select
+from ..engines.gpu_facts import load_driver
+from ..engines.ort import Stage, choose_device, has_cuda_provider
+from ..engines.select import ON_CPU, check_name, select
 from . import anyres
 from .lookup import Lookup
 from .sampling import Sampling
@@ -296,14 +297,17 @@ class Pipeline:
 
 
 def open_pipeline(bundle: Bundle, device: str = "cpu", threads: int | None = None, engine: str = "auto") -> Pipeline:
-    """The pipeline of a bundle on a device: on the CPU, or resident on a GPU where there is an engine for it."""
-    device = choose_device(device, needs_onnxruntime=engine in ("auto", "onnxruntime", "cuda", "standard"))
-    if device == "cuda":
-        chosen, _ = select(bundle, device, engine)
-        if chosen is not None:
-            from .gpu_pipeline import GpuPipeline
+    """The pipeline of a bundle on a device: resident on a GPU where there is one and an engine for it, else as `device` says."""
+    check_name(engine)
+    if device in ("auto", "cuda") and engine not in (*ON_CPU, "standard"):
+        if load_driver() is not None:
+            chosen, _ = select(bundle, "cuda", engine)
+            if chosen is not None and (chosen.library != "onnxruntime" or has_cuda_provider()):
+                from .gpu_pipeline import GpuPipeline
 
-            return GpuPipeline(bundle, chosen, threads)
+                return GpuPipeline(bundle, chosen, threads)
+        elif engine not in ("auto", "onnxruntime"):
+            raise EngineError(f"--engine {engine} needs an NVIDIA GPU, and no driver was found on this machine; ppllava-doctor says what is missing")
     return Pipeline(bundle, device, threads, engine)
 
 

@@ -142,8 +142,10 @@ def test_memory_is_given_back(opened: Callable[..., Opened]) -> None:
     assert used[1] == used[2] == used[3]
 
 
-def test_answers_from_several_threads(opened: Callable[..., Opened], want: list[str]) -> None:
-    pipeline, *_ = opened("cuda")
+@pytest.mark.parametrize("target", TARGETS)
+def test_answers_from_several_threads(opened: Callable[..., Opened], target: str, want: list[str]) -> None:
+    """Also while one of them captures a step: nobody else's work gets into its graph."""
+    pipeline, *_ = opened(target)
     qa, found, lock = asking(pipeline), dict[int, str](), threading.Lock()
     video = qa.open(SAMPLE)
 
@@ -272,6 +274,27 @@ def test_the_fastest_engine_that_fits_is_chosen(opened: Callable[..., Opened], n
         select.select(bundle, "cpu", "tensorrt")
     with pytest.raises(EngineError, match="engine 'fast' is unknown"):
         select.select(bundle, "cpu", "fast")
+
+
+def test_a_gpu_engine_is_found_by_itself(opened: Callable[..., Opened], nano: Path, monkeypatch: pytest.MonkeyPatch, want: list[str]) -> None:
+    """VideoQA(bundle) on a machine with a GPU; no ONNX Runtime with CUDA is needed for TensorRT."""
+    from ppllava_edge.runtime import gpu_pipeline, pipeline
+
+    opened("orin")
+    driver = FakeDriver()
+    trt = FakeTensorRT(driver)
+    monkeypatch.setattr(device_stage, "_import", lambda library: trt)
+    monkeypatch.setattr(pipeline, "load_driver", lambda: driver)
+    monkeypatch.setattr(gpu_pipeline, "CudaDevice", lambda: CudaDevice(driver))
+    for device, engine in (("auto", "auto"), ("cuda", "tensorrt"), ("auto", "orin")):
+        qa = VideoQA(nano, device=device, engine=engine)
+        answer = qa.open(SAMPLE).ask(QUESTIONS[0])
+        assert isinstance(qa.pipeline, GpuPipeline) and (answer.text, answer.engine) == (want[0], "orin")
+    assert not isinstance(VideoQA(nano, device="cpu").pipeline, GpuPipeline)
+    monkeypatch.setattr(pipeline, "load_driver", lambda: None)
+    assert not isinstance(VideoQA(nano, device="auto").pipeline, GpuPipeline)
+    with pytest.raises(EngineError, match="--engine tensorrt needs an NVIDIA GPU, and no driver was found"):
+        VideoQA(nano, device="auto", engine="tensorrt")
 
 
 def test_an_engine_of_another_gpu_is_refused(opened: Callable[..., Opened], nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,25 @@ def test_a_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         build_tensorrt(bundle, "rtx", Options())
 
 
+def test_too_little_memory_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, notes = Bundle.open(shutil.copytree(bundle_path(), tmp_path / "b")), list[str]()
+    monkeypatch.setattr(tensorrt_target, "available_memory", lambda: 300_000_000)
+    build_tensorrt(bundle, "rtx", Options(capabilities=("8.9",)), note=notes.append)
+    assert "building trunk is expected to need 35" in notes[0] and "300.0 MB are available, 5" in notes[0] and "--piece" in notes[0]
+
+
+def test_export_builds_engines_too(tmp_path: Path) -> None:
+    output = tmp_path / "b"
+    run = run_command("ppllava-export", bundle_path(), "-o", output, "--precision", "int8", "--weight-only", "--target", "rtx", "--target", "cuda", "--json")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["engines"] == ["rtx", "cuda"]
+    told = json.loads(run_command("ppllava-info", output, "--json").stdout)
+    assert told["facts"]["engines"] == "cpu; cuda; rtx"
+    assert_one_line_error(run_command("ppllava-export", bundle_path(), "-o", tmp_path / "c", "--target", "orin"), "--target orin needs tensorrt", "doctor")
+    assert_one_line_error(run_command("ppllava-export", bundle_path(), "-o", tmp_path / "c", "--target", "toaster"), "'toaster' is unknown")
+    assert not (tmp_path / "c").exists()
+
+
 def test_a_stale_engine(tmp_path: Path) -> None:
     bundle = Bundle.open(shutil.copytree(bundle_path(), tmp_path / "b"))
     engine, _ = build_tensorrt(bundle, "rtx", Options(capabilities=("8.9",)))
