@@ -11,6 +11,7 @@ The lowered graph computes the same, to rounding. Its cache has the length that 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,38 @@ def lower(g: Graph) -> Graph:
         if node.op_type == "TensorScatter" and node.input[0] not in {v.name for v in g.inputs}:
             raise AssertionError(f"{node.name}: the cache is not an input")
     _int4_to_float(g)
+    _apply(g, _RULES)
+    if any(v.name == "write_index" for v in g.inputs):
+        _concatenated_cache(g)
+    g.opset, g.ir_version = LOWERED_OPSET, LOWERED_IR
+    g.prune()
+    return g
+
+
+def without_small_attention(g: Graph, least: int = 16) -> Graph:
+    """A copy in which attention with heads smaller than `least` is products and a softmax: TensorRT has no kernel for it."""
+    g = g.copy()
+    small = {node.name for node in g.nodes if node.op_type == "Attention" and not node.domain and _head_size(g, node) < least}
+    _apply(g, {"Attention": _attention}, small)
+    return g
+
+
+def _head_size(g: Graph, node: onnx.NodeProto) -> int:
+    """Of an Attention node, from the split into heads before it."""
+    producers = g.producers()
+    split = producers[node.input[0]]
+    while split.op_type != "Transpose":
+        split = producers[split.input[0]]
+    shape = g.constant(producers[split.input[0]].input[1])
+    assert shape is not None
+    return int(shape[3])
+
+
+def _apply(g: Graph, rules: Mapping[str, Callable[[_Writer, onnx.NodeProto], None]], names: set[str] | None = None) -> None:
+    """Put what a rule writes in the place of each node that has one (of these names only, if given)."""
     writer, nodes = _Writer(g), list[onnx.NodeProto]()
     for node in g.nodes:
-        rule = _RULES.get(node.op_type) if not node.domain else None
+        rule = rules.get(node.op_type) if not node.domain and (names is None or node.name in names) else None
         if rule is None:
             nodes.append(node)
         else:
@@ -39,11 +69,6 @@ def lower(g: Graph) -> Graph:
             rule(writer, node)
             nodes += writer.nodes
     g.nodes = nodes
-    if any(v.name == "write_index" for v in g.inputs):
-        _concatenated_cache(g)
-    g.opset, g.ir_version = LOWERED_OPSET, LOWERED_IR
-    g.prune()
-    return g
 
 
 class _Writer:

@@ -22,14 +22,15 @@ from typing import Any
 
 from safetensors import safe_open
 
-from .bundle import Bundle, Manifest
+from .bundle import Bundle, Manifest, hash_file
 from .decode_graph import TABLE, self_feeding, split_head
 from .engine import Engine, engine_folder, fingerprint, installed_version, write_engine
 from .errors import EngineError
 from .graph import Graph, Tensor
-from .lower import lower
+from .lower import lower, without_small_attention
 from .pieces import split
 from .plugin_node import with_plugin
+from .pooling import Triple
 from .profiles import Limits, limits, profiles
 from .select import NEWEST_OPERATORS
 from .tensorrt_worker import Job
@@ -37,8 +38,10 @@ from .terminal import human_bytes
 
 CAPABILITIES = ("8.6", "8.9", "12.0")  # built for ahead of time unless told otherwise: RTX 30, 40 and 50
 PIECE_BYTES = 512 << 20  # of a decoder's weights in one engine
-PEAK_BASE, PEAK_PER_BYTE = 350e6, 3.5  # of a build: resident memory without weights, and for each byte of them (docs/measurements.md)
+PEAK_BASE = 350e6  # resident memory of a build without weights; and for each byte of them, by what they are (docs/measurements.md):
+PEAK_PER_BYTE = {"table": 2.6, "decoder int4": 3.1, "decoder": 4.9, "other": 3.6}
 ADDR_NO_RANDOMIZE = 0x0040000  # Linux's personality(2)
+PLUGIN_STAGE = "pooling-plugin"  # the runtime asks for it by this name
 Tell = Callable[[str, int, int], None]
 
 
@@ -69,6 +72,28 @@ class Built:
     kept: bool = False  # from an earlier, interrupted build
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is built: everything that options and machine decide. plugin: none, python or aot. work: where engines wait until all are there."""
+
+    bundle: Bundle
+    target: str
+    library: str
+    version: str
+    size: Limits
+    options: Options
+    plugin: str
+    work: Path
+    details: dict[str, Any]
+
+    @property
+    def windows(self) -> tuple[Triple, Triple]:
+        """Kernel and stride that the plugin has: those of the usual clip."""
+        m = self.bundle.manifest
+        _, kernel, stride = m.pooling.video.resolve((max(self.size.frames[1], m.pooling.video.least_frames()), *m.vision.grid))
+        return kernel, stride
+
+
 def build_tensorrt(
     bundle: Bundle, target: str, options: Options, tell: Tell = lambda stage, done, of: None, note: Callable[[str], None] = lambda text: None
 ) -> tuple[Engine, list[Built]]:
@@ -76,51 +101,68 @@ def build_tensorrt(
 
     Raises EngineError in one line if something is missing or refused.
     """
+    plan = make_plan(bundle, target, options)
+    plan.work.mkdir(parents=True, exist_ok=True)
+    made: list[Built] = []
+    stages: dict[str, tuple[str, ...]] = {}
+    graphs = list(_graphs(plan))
+    for done, (stage, name, g) in enumerate(graphs):
+        tell(name, done, len(graphs))
+        made.append(_build_one(plan, stage, name, g, note))
+        key = name if name == PLUGIN_STAGE else stage
+        stages[key] = (*stages.get(key, ()), f"{name}.engine")
+    _tidy(plan, {file for files in stages.values() for file in files})
+    place, kv_dtype = engine_folder(bundle.path, target), bundle.manifest.decoder.kv_dtype
+    cache = "concatenated" if target == "orin-jp6" else "in place"
+    engine = Engine(place, target, fingerprint(bundle.manifest), {plan.library: plan.version}, kv_dtype, stages, {}, plan.library, cache, plan.details)
+    tell("all", len(graphs), len(graphs))
+    return write_engine(plan.work, engine), made
+
+
+def make_plan(bundle: Bundle, target: str, options: Options) -> Plan:
+    """Decide everything, or refuse in one line (EngineError)."""
     library = "tensorrt_rtx" if target == "rtx" else "tensorrt"
     version = installed_version(library)
     check_possible(bundle.manifest, target, library, version)
     size = limits(bundle.manifest, options.capacity, options.frames)
-    place = engine_folder(bundle.path, target)
-    work = place.parent / f".{target}.building"
-    work.mkdir(parents=True, exist_ok=True)
-    plugin = _plugin(options.plugin, target, library)
-    made: list[Built] = []
-    stages: dict[str, list[str]] = {}
-    details: dict[str, Any] = {"capacity": size.capacity, "frames": list(size.frames), "plugin": plugin, "self_feeding": target != "orin-jp6"}
-    if target == "rtx":
-        details["capabilities"] = list(options.capabilities)
-    else:
-        details |= _this_gpu()
-    graphs = list(_graphs(bundle, target, size, options, plugin))
-    for done, (stage, name, prepare) in enumerate(graphs):
-        tell(name, done, len(graphs))
-        scratch = work / "graph"
-        scratch.mkdir(exist_ok=True)
-        try:
-            graph, weights, largest = prepare(scratch)
-            _warn_of_memory(name, weights, note)
-            kind = plugin if name == "pooling-plugin" else "none"
-            shapes = profiles(stage, graph.inputs, bundle.manifest, size)
-            timing = f"../.{target}.timing" if target != "rtx" else ""
-            ahead = list(options.capabilities) if target == "rtx" else []
-            job = Job(f"graph/{graph.path.name}", f"{name}.engine", library, shapes, ahead, kind, options.workspace, timing, options.level)
-            key = f"{version} {fingerprint(bundle.manifest)} {json.dumps(asdict(job))} {graph.digest}"
-            made.append(_run(job, work, name, hashlib.sha256(key.encode()).hexdigest(), weights, largest))
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        stages.setdefault(stage if kind == "none" else name, []).append(f"{name}.engine")
-    for leftover in work.iterdir():
-        if leftover.suffix != ".engine":
-            leftover.rename(place.parent / f".{target}.log") if leftover.suffix == ".log" else leftover.unlink()
-    kv_dtype = bundle.manifest.decoder.kv_dtype
-    cache = "concatenated" if target == "orin-jp6" else "in place"
+    plugin = _plugin(options.plugin, target, library) if bundle.manifest.pooling.windowed else "none"
+    details: dict[str, Any] = {"capacity": size.capacity, "frames": list(size.frames), "plugin": plugin}
+    details |= {"capabilities": list(options.capabilities)} if target == "rtx" else _this_gpu()
+    plan = Plan(bundle, target, library, version, size, options, plugin, engine_folder(bundle.path, f".{target}.building"), details)
     if plugin != "none":
-        _, kernel, stride = bundle.manifest.pooling.video.resolve((size.frames[1], *bundle.manifest.vision.grid))
+        kernel, stride = plan.windows
         details |= {"kernel": list(kernel), "stride": list(stride)}
-    files = {name: tuple(parts) for name, parts in stages.items()}
-    engine = Engine(place, target, fingerprint(bundle.manifest), {library: version}, kv_dtype, files, {}, library, cache, details)
-    tell("all", len(graphs), len(graphs))
-    return write_engine(work, engine), made
+    return plan
+
+
+def _build_one(plan: Plan, stage: str, name: str, g: Graph, note: Callable[[str], None]) -> Built:
+    """Write one graph, and build it in a process of its own."""
+    predicted, largest = predicted_peak(stage, g), max((w.bytes for w in g.weights.values()), default=0)
+    _warn_of_memory(name, predicted, note)
+    scratch = plan.work / "graph"
+    scratch.mkdir(exist_ok=True)
+    try:
+        path = scratch / f"{name}.onnx"
+        g.save(path, check=False)
+        rtx, options = plan.target == "rtx", plan.options
+        shapes = profiles(stage, g.inputs, plan.bundle.manifest, plan.size)
+        job = Job(
+            f"graph/{path.name}", f"{name}.engine", plan.library, shapes, list(options.capabilities) if rtx else [],
+            plan.plugin if name == PLUGIN_STAGE else "none", options.workspace, "" if rtx else f"../.{plan.target}.timing", options.level,
+        )  # fmt: skip
+        key = f"{plan.version} {fingerprint(plan.bundle.manifest)} {json.dumps(asdict(job))} {hash_file(path)}"
+        return _run(job, plan.work, name, hashlib.sha256(key.encode()).hexdigest(), predicted, largest)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _tidy(plan: Plan, wanted: set[str]) -> None:
+    """Leave nothing but this build's engines in the work folder; the log goes beside the engine's place."""
+    for path in plan.work.iterdir():
+        if path.suffix == ".log":
+            path.rename(path.parent.parent / f".{plan.target}.log")
+        elif path.name not in wanted:
+            path.unlink()
 
 
 def check_possible(m: Manifest, target: str, library: str, version: str) -> None:
@@ -137,8 +179,8 @@ def check_possible(m: Manifest, target: str, library: str, version: str) -> None
         raise EngineError(f"--target orin needs TensorRT 10.15 or later, here is {version}; use --target orin-jp6")
 
 
-def _warn_of_memory(name: str, weights: int, note: Callable[[str], None]) -> None:
-    needed, available = predicted_peak(weights), available_memory()
+def _warn_of_memory(name: str, needed: int, note: Callable[[str], None]) -> None:
+    available = available_memory()
     if available is not None and needed > available:
         missing = human_bytes(needed - available)
         note(f"building {name} is expected to need {human_bytes(needed)}; {human_bytes(available)} are available, {missing} are missing: try --piece with less")
@@ -153,41 +195,36 @@ def available_memory() -> int | None:
         return None
 
 
-def predicted_peak(weight_bytes: int) -> int:
-    """Resident memory of building an engine with so many bytes of weights."""
-    return int(PEAK_BASE + PEAK_PER_BYTE * weight_bytes)
+def predicted_peak(stage: str, g: Graph) -> int:
+    """Resident memory of building an engine from a graph."""
+    peak = PEAK_BASE
+    for name, weight in g.weights.items():
+        kind = "table" if name == TABLE else "other" if stage != "decoder" else "decoder int4" if weight.dtype == "int4" else "decoder"
+        peak += PEAK_PER_BYTE[kind] * weight.bytes
+    return int(peak)
 
 
 # -- graphs --------------------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    inputs: list
-    digest: str  # of what the graph is, beyond the bundle's fingerprint
-
-
-Prepare = Callable[[Path], tuple[_File, int, int]]  # folder → file, bytes of weights, bytes of the largest
-
-
-def _graphs(bundle: Bundle, target: str, size: Limits, options: Options, plugin: str) -> Iterator[tuple[str, str, Prepare]]:
-    """(stage, engine's name, how to write its graph) in order. Graphs are written when their turn comes: pieces of a decoder are large."""
+def _graphs(plan: Plan) -> Iterator[tuple[str, str, Graph]]:
+    """(stage, engine's name, graph) in order. Weights are loaded when a graph is written."""
+    bundle, lowered = plan.bundle, plan.target == "orin-jp6"
     for file in bundle.manifest.required_files():
         if not file.endswith(".onnx"):
             continue
         stage = file.removesuffix(".onnx")
-        g = Graph.read(bundle.file(file))
+        g = without_small_attention(Graph.read(bundle.file(file)))
         if stage == "decoder":
-            pieces = decoder_pieces(g, bundle, target, size.capacity, options.piece_bytes)
+            pieces = decoder_pieces(g, bundle, plan.target, plan.size.capacity, plan.options.piece_bytes)
             for i, piece in enumerate(pieces):
-                yield stage, stage if len(pieces) == 1 else f"{stage}-{i}", _writing(piece, stage if len(pieces) == 1 else f"{stage}-{i}")
+                name = stage if len(pieces) == 1 else f"{stage}-{i}"
+                yield stage, name, piece
             continue
-        yield stage, stage, _writing(lower(g) if target == "orin-jp6" else g, stage)
-        if stage == "pooling" and plugin != "none" and bundle.manifest.pooling.guided:
-            _, kernel, stride = bundle.manifest.pooling.video.resolve((size.frames[1], *bundle.manifest.vision.grid))
-            fused = with_plugin(g, kernel, stride)
-            yield stage, "pooling-plugin", _writing(lower(fused) if target == "orin-jp6" else fused, "pooling-plugin")
+        yield stage, stage, lower(g) if lowered else g
+        if stage == "pooling" and plan.plugin != "none":
+            fused = with_plugin(g, *plan.windows)
+            yield stage, PLUGIN_STAGE, lower(fused) if lowered else fused
 
 
 def decoder_pieces(g: Graph, bundle: Bundle, target: str, capacity: int, piece_bytes: int = PIECE_BYTES) -> list[Graph]:
@@ -211,26 +248,16 @@ def embedding_table(bundle: Bundle, dtype: str) -> Tensor:
     return Tensor(TABLE, (d.vocab, d.hidden_size), load)
 
 
-def _writing(g: Graph, name: str) -> Prepare:
-    def prepare(folder: Path) -> tuple[_File, int, int]:
-        path = folder / f"{name}.onnx"
-        g.save(path, check=False)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return _File(path, g.inputs, digest), g.weight_bytes, max((w.bytes for w in g.weights.values()), default=0)
-
-    return prepare
-
-
 # -- processes -----------------------------------------------------------------------------------------------------------------------------
 
 
-def _run(job: Job, work: Path, name: str, key: str, weights: int, largest: int) -> Built:
+def _run(job: Job, work: Path, name: str, key: str, predicted: int, largest: int) -> Built:
     """Build one engine in a process of its own, or find it built."""
     note, log = work / f"{name}.done", work / "build.log"
     if note.is_file() and (work / job.engine).is_file():
         told = json.loads(note.read_text(encoding="utf-8"))
         if told.get("key") == key and told["bytes"] == (work / job.engine).stat().st_size:
-            return Built(name, told["bytes"], told["seconds"], told["peak_bytes"], predicted_peak(weights), largest, kept=True)
+            return Built(name, told["bytes"], told["seconds"], told["peak_bytes"], predicted, largest, kept=True)
     job.save(work / "job.json")
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
     if job.plugin != "none" and job.library == "tensorrt_rtx":
@@ -244,12 +271,12 @@ def _run(job: Job, work: Path, name: str, key: str, weights: int, largest: int) 
         told = json.loads(run.stdout.decode().strip().splitlines()[-1])
     except (IndexError, ValueError):
         reason = "ran out of memory (it was killed)" if run.returncode in (-9, 137) else f"ended with status {run.returncode}"
-        fits = f"; it was expected to need {human_bytes(predicted_peak(weights))}" if run.returncode in (-9, 137) else ""
+        fits = f"; it was expected to need {human_bytes(predicted)}" if run.returncode in (-9, 137) else ""
         raise EngineError(f"building {name} {reason}{fits}: try --piece with less, or see {log}") from None
     if "error" in told:
         raise EngineError(f"{told['error']} (messages: {log})")
     note.write_text(json.dumps({**told, "key": key}), encoding="utf-8")
-    return Built(name, told["bytes"], told["seconds"], told["peak_bytes"], predicted_peak(weights), largest)
+    return Built(name, told["bytes"], told["seconds"], told["peak_bytes"], predicted, largest)
 
 
 def _same_addresses() -> None:
@@ -288,8 +315,3 @@ def _this_gpu() -> dict[str, Any]:
     if not found:
         raise EngineError("full TensorRT builds on the GPU that it builds for, and none was found here; ppllava-doctor says what is missing")
     return {"capabilities": [found[0].capability], "device": found[0].name}
-
-
-def remove_leftovers(bundle: Path, target: str) -> None:
-    """Forget an interrupted build."""
-    shutil.rmtree(bundle / "engines" / f".{target}.building", ignore_errors=True)

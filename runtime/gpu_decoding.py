@@ -21,6 +21,7 @@ from .lookup import Lookup
 from .sampling import Sampling
 
 PREFILL, DECODE = 0, 1  # the engine's profiles
+TOP = ("top_values", "top_ids")  # for runtimes that sample from a few candidates; this one takes all logits
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,8 @@ class GpuSequence:
         dtype = next(stage.dtypes[name] for stage in stages for name in stage.dtypes if name.startswith("past."))
         self.cache = {f"{i}.{kind}": gpu.zeros(shape, dtype) for i in range(info.layers) for kind in ("key", "value")}
         self.float = stages[0].dtypes["inputs_embeds"]
-        one = gpu.empty((1, 1), np.int64)
-        self.token, self.position, self.write_index = one, gpu.empty((1, 1), np.int64), gpu.empty((1,), np.int64)
-        self.next_token, self.next_position, self.next_write_index = gpu.empty((1, 1), np.int64), gpu.empty((1, 1), np.int64), gpu.empty((1,), np.int64)
+        self.token, self.position, self.write_index = (gpu.empty(shape, np.int64) for shape in ((1, 1), (1, 1), (1,)))
+        self.next_token, self.next_position, self.next_write_index = (gpu.empty(shape, np.int64) for shape in ((1, 1), (1, 1), (1,)))
         self.best = gpu.empty((LAST_POSITIONS, 1), np.int64)
         self.logits = gpu.empty((LAST_POSITIONS, info.vocab), np.float32)
         self.is_text = gpu.upload(np.ones((1, LAST_POSITIONS, 1), np.bool_))
@@ -125,7 +125,8 @@ class GpuSequence:
                    "best": self.best.rows(0, given), "logits": self.logits.rows(0, given)}  # fmt: skip
         results |= {f"present.{name}": buffer for name, buffer in self.cache.items()}
         for stage in self.stages:
-            outputs = {name: results[name] if name in results else self._carry(name, count, stage) for name in stage.outputs if _wanted(name, results, stage)}
+            wanted = [name for name in stage.outputs if name not in TOP]
+            outputs = {name: results[name] if name in results else self._carry(name, count, stage) for name in wanted}
             stage.run({name: values[name] for name in stage.dtypes}, outputs, profile)
             values |= outputs
 
@@ -155,10 +156,6 @@ class GpuSequence:
     def restart(self) -> None:
         """For the next prompt."""
         self.length, self._carried = 0, {key: buffer for key, buffer in self._carried.items() if key[1] == 1}
-
-
-def _wanted(name: str, results: dict[str, Buffer], stage: Any) -> bool:
-    return name in results or name not in ("top_values", "top_ids")
 
 
 class GpuDecoder:

@@ -20,7 +20,7 @@ import onnxruntime as ort
 from ppllava_edge.engines.bundle import Bundle
 from ppllava_edge.engines.engine import Engine, engine_folder, fingerprint, write_engine
 from ppllava_edge.engines.graph import Graph
-from ppllava_edge.engines.lower import lower
+from ppllava_edge.engines.lower import lower, without_small_attention
 from ppllava_edge.engines.profiles import limits, profiles
 from ppllava_edge.engines.tensorrt_target import decoder_pieces
 
@@ -260,7 +260,7 @@ def write_fake_engine(bundle: Bundle, target: str, piece_bytes: int = 1 << 60, c
     for file in bundle.manifest.required_files():
         if not file.endswith(".onnx"):
             continue
-        stage, g = file.removesuffix(".onnx"), Graph.read(bundle.file(file))
+        stage, g = file.removesuffix(".onnx"), without_small_attention(Graph.read(bundle.file(file)))
         if stage == "decoder":
             graphs = decoder_pieces(g, bundle, target, size.capacity, piece_bytes)
         else:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import assert_one_line_error, run_command
+from conftest import GOLDEN, assert_one_line_error, run_command
 from ppllava_edge.engines import tensorrt_target
 from ppllava_edge.engines.bundle import Bundle
 from ppllava_edge.engines.engine import find_engine
@@ -68,6 +68,19 @@ def test_it_builds_for_three_generations(model: str, precision: str, wide: Path,
     engine, why = find_engine(Bundle.open(output), "rtx", verify=True)
     assert engine is not None, why
     shutil.rmtree(output)
+
+
+FAMILIES = [("qwen_tiny", ()), ("pllava_tiny", ("--pooling", "avp")), ("vicuna_tiny_bt", ("--kernel", "2,2,2", "--stride", "1,2,2"))]
+
+
+@pytest.mark.parametrize("family, extra", FAMILIES)
+def test_other_families_build(family: str, extra: tuple[str, ...], tmp_path: Path) -> None:
+    """SigLIP and Qwen2, pooling without the question, overlapping windows; heads of 8, for which TensorRT has no attention kernel."""
+    run = run_command("ppllava-export", GOLDEN / family, "-o", tmp_path / "b", "--precision", "fp16", "--no-tokenizer", *extra)
+    assert run.returncode == 0, run.stderr
+    run = run_command("ppllava-build", tmp_path / "b", "--target", "rtx", "--capability", "8.9", "--json")
+    assert run.returncode == 0, run.stderr
+    assert {"trunk", "pooling", "decoder"} <= set(json.loads(run.stdout)["stages"])
 
 
 def test_the_same_bundle_gives_the_same_bytes(tmp_path: Path) -> None:
