@@ -114,12 +114,13 @@ def build(bundle: Bundle, target: str, options: Any = None, tell: Tell = lambda 
 @click.option("--capacity", type=click.IntRange(16), help="Positions of the KV cache in a TensorRT engine.  [default: the usual prompt and answer]")
 @click.option("--frames", type=click.IntRange(1), help="Usual length of a clip.  [default: the model's]")
 @click.option("--plugin", type=click.Choice(("auto", "none", "python", "aot")), default="auto", show_default=True, help="The pooling kernel in TensorRT.")
+@click.option("--profiles", type=click.IntRange(1, 2), default=2, show_default=True, help="Of a TensorRT decoder: prefill and one token, or one for both.")
 @click.option("--piece", metavar="SIZE", help="Most weights of a decoder in one TensorRT engine.  [default: 512MB]")
 @click.option("--workspace", metavar="SIZE", help="Most scratch memory of a TensorRT engine.")
 @click.option("--level", type=click.IntRange(0, 5), default=3, show_default=True, help="TensorRT's optimisation level.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON.")
 def main(
-    bundle: Path, target: str, force: bool, capability: str | None, capacity: int | None, frames: int | None, plugin: str, piece: str | None,
+    bundle: Path, target: str, force: bool, capability: str | None, capacity: int | None, frames: int | None, plugin: str, profiles: int, piece: str | None,
     workspace: str | None, level: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Write an engine for TARGET into BUNDLE. The runtime opens it where it fits, and the standard graphs everywhere else.
@@ -137,7 +138,7 @@ def main(
         fail("building needs the package onnx: pip install 'ppllava-edge[export]'")
     from .tensorrt_target import Options
 
-    options = Options(capacity=capacity, frames=frames, plugin=plugin, level=level)
+    options = Options(capacity=capacity, frames=frames, plugin=plugin, decoder_profiles=profiles, level=level)
     if capability:
         options = replace(options, capabilities=_capabilities(capability))
     if piece:

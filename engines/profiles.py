@@ -20,21 +20,23 @@ CAPACITY_STEP = 256
 
 @dataclass(frozen=True)
 class Limits:
-    """frames: of a clip. prefill: usual length of a prompt. capacity: positions of the KV cache."""
+    """frames: of a clip. prefill: usual length of a prompt. capacity: positions of the KV cache. decoder_profiles: 2, or 1 for both kinds of
+    pass: TensorRT-RTX holds float16 and INT8 weights once per profile (docs/measurements.md)."""
 
     frames: Range
     question: int
     prefill: int
     capacity: int
+    decoder_profiles: int = 2
 
 
-def limits(m: Manifest, capacity: int | None = None, frames: int | None = None) -> Limits:
+def limits(m: Manifest, capacity: int | None = None, frames: int | None = None, decoder_profiles: int = 2) -> Limits:
     """Those of a model: clips up to what its adapter knows, a cache for its usual prompt and answer."""
     v = m.vision
     most = v.max_frames or max(MOST_FRAMES, frames or 0)
     usual = min(frames or v.default_frames, most)
     capacity = min(capacity or usual_capacity(m), m.decoder.context)
-    return Limits((1, usual, most), m.question.length if m.question else 1, min(PREFILL, capacity), capacity)
+    return Limits((1, usual, most), m.question.length if m.question else 1, min(PREFILL, capacity), capacity, decoder_profiles)
 
 
 def usual_capacity(m: Manifest) -> int:
@@ -45,29 +47,33 @@ def usual_capacity(m: Manifest) -> int:
 
 
 def profiles(stage: str, inputs: Iterable[onnx.ValueInfoProto], m: Manifest, size: Limits) -> list[Profile]:
-    """One profile of a stage, two of the decoder: prefill, then one token at a time. Inputs of fixed shape are left out."""
+    """One profile of a stage; of the decoder two: prefill, then one token at a time (or one for both). Inputs of fixed shape are left out."""
     inputs = list(inputs)
     if stage == "decoder":
         prefill, decode = (1, size.prefill, size.capacity), (1, 1, 1)
         room = size.capacity - 1
+        if size.decoder_profiles == 1:
+            whole: Range = (0, 0, room)
+            return [_profile(inputs, {"s": prefill, "past": whole, "total": _sum(prefill, whole)})]
         past: list[Range] = [(0, 0, 0), (1, min(size.prefill, room), room)]  # of a cache that grows
         return [_profile(inputs, {"s": s, "past": before, "total": _sum(s, before)}) for s, before in zip((prefill, decode), past)]
     ranges: dict[str, Range] = {"b": TRUNK_FRAMES, "T": size.frames, "t": size.frames, "L": (1, min(32, size.question), size.question)}
     if stage == "pooling" and m.pooling.windowed:
-        usual, windows = size.frames[1], [_windows(w, m, size.frames[1]) for w in (m.pooling.video, m.pooling.image)]
-        least = min(w.least_frames() for w in (m.pooling.video, m.pooling.image))  # a clip has at least one window
+        kinds, usual = (m.pooling.video, m.pooling.image), size.frames[1]
+        least = min(w.least_frames() for w in kinds)  # a clip has at least one window
         ranges["t"] = least, max(least, usual), max(least, size.frames[2])
         found = _profile(inputs, ranges)
-        if "kernel" in {v.name for v in inputs}:  # values, not shapes: those of videos and of images
+        if "kernel" in {v.name for v in inputs}:  # values, not shapes: those of videos and of images, of the shortest clip and of the longest
+            windows = [_windows(w, m, frames) for w in kinds for frames in (usual, *ranges["t"])]
             for i, name in enumerate(("kernel", "stride")):
-                video, image = windows[0][i], windows[1][i]
-                found[name] = tuple(map(min, video, image)), video, tuple(map(max, video, image))
+                values = [pair[i] for pair in windows]
+                found[name] = tuple(map(min, *values)), values[0], tuple(map(max, *values))
         return [found]
     return [_profile(inputs, ranges)]
 
 
 def _windows(w: Windows, m: Manifest, frames: int) -> tuple[Triple, Triple]:
-    """Kernel and stride, for a clip of usual length."""
+    """Kernel and stride for a clip of so many frames (or of as many as fill a window)."""
     _, kernel, stride = w.resolve((max(frames, w.least_frames()), *m.vision.grid))
     return kernel, stride
 

@@ -48,12 +48,13 @@ Tell = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Options:
     """capabilities: for TensorRT-RTX. capacity: of the KV cache, frames: usual clip, None: the model's usual ones. plugin: none, python, aot or
-    auto. workspace: bytes, 0: the library's own limit."""
+    auto. decoder_profiles: 2 (prefill, one token) or 1. workspace: bytes, 0: the library's own limit."""
 
     capabilities: tuple[str, ...] = CAPABILITIES
     capacity: int | None = None
     frames: int | None = None
     plugin: str = "auto"
+    decoder_profiles: int = 2
     piece_bytes: int = PIECE_BYTES
     workspace: int = 0
     level: int = 3
@@ -124,9 +125,9 @@ def make_plan(bundle: Bundle, target: str, options: Options) -> Plan:
     library = "tensorrt_rtx" if target == "rtx" else "tensorrt"
     version = installed_version(library)
     check_possible(bundle.manifest, target, library, version)
-    size = limits(bundle.manifest, options.capacity, options.frames)
+    size = limits(bundle.manifest, options.capacity, options.frames, options.decoder_profiles)
     plugin = _plugin(options.plugin, target, library) if bundle.manifest.pooling.windowed else "none"
-    details: dict[str, Any] = {"capacity": size.capacity, "frames": list(size.frames), "plugin": plugin}
+    details: dict[str, Any] = {"capacity": size.capacity, "frames": list(size.frames), "plugin": plugin, "decoder_profiles": size.decoder_profiles}
     details |= {"capabilities": list(options.capabilities)} if target == "rtx" else _this_gpu()
     plan = Plan(bundle, target, library, version, size, options, plugin, engine_folder(bundle.path, f".{target}.building"), details)
     if plugin != "none":

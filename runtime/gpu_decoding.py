@@ -40,7 +40,8 @@ class GpuSequence:
     """One prompt and what follows it. Invariants as KVCache's: a step writes where it should and nowhere else; nothing is allocated after the
     first step of a length."""
 
-    def __init__(self, stages: list[Any], info: DecoderInfo, capacity: int, gpu: CudaDevice):
+    def __init__(self, stages: list[Any], info: DecoderInfo, capacity: int, gpu: CudaDevice, decode_profile: int = DECODE):
+        self.decode_profile = decode_profile
         self.stages, self.info, self.capacity, self.gpu, self.length = stages, info, capacity, gpu, 0
         shape = (1, info.kv_heads, capacity, info.head_size)
         dtype = next(stage.dtypes[name] for stage in stages for name in stage.dtypes if name.startswith("past."))
@@ -109,7 +110,7 @@ class GpuSequence:
             self.gpu.copy(source, into)
         rows = self.no_rows.reshape(LAST_POSITIONS, self.info.hidden_size).rows(0, 1).reshape(1, 1, self.info.hidden_size)
         is_text = self.is_text.reshape(LAST_POSITIONS).rows(0, 1).reshape(1, 1, 1)
-        self._queue(1, self.token, is_text, rows, self.position, self.write_index, DECODE)
+        self._queue(1, self.token, is_text, rows, self.position, self.write_index, self.decode_profile)
 
     def _run(self, count: int, ids: Buffer, is_text: Buffer, rows: Buffer, positions: Buffer, write_index: Buffer, profile: int) -> None:
         if count < 1 or self.length + count > self.capacity:
@@ -164,6 +165,7 @@ class GpuDecoder:
     def __init__(self, stages: list[Any], info: DecoderInfo, engine: Engine, gpu: CudaDevice, embed: Any = None):
         self.stages, self.info, self.gpu = stages, info, gpu
         self.fixed: int | None = engine.details.get("capacity")
+        self.decode_profile = DECODE if engine.details.get("decoder_profiles", 2) == 2 else PREFILL
         self._rebuild = f"ppllava-build {engine.folder.parent.parent} --target {engine.target} --capacity"
         self._idle: list[GpuSequence] = []
         self._lock = threading.Lock()
@@ -186,7 +188,7 @@ class GpuDecoder:
                     sequence.restart()
                     return sequence
             self._idle.clear()
-        return GpuSequence(self.stages, self.info, capacity, self.gpu)
+        return GpuSequence(self.stages, self.info, capacity, self.gpu, self.decode_profile)
 
     def too_long(self, length: int) -> PromptError:
         """What to say of a prompt that the engine's cache can't hold."""
@@ -317,7 +319,7 @@ class _Growing:
         results = {f"present.{name}": _filled(buffer, (*heads, total, info.head_size)) for name, buffer in present.items()} | {"logits": self.logits}
         for stage in stages:
             outputs = {name: results.get(name) or gpu.empty((1, count, info.hidden_size), dtype) for name, dtype in stage.outputs.items()}
-            stage.run({name: values[name] for name in stage.dtypes}, outputs, PREFILL if self.length == 0 else DECODE)
+            stage.run({name: values[name] for name in stage.dtypes}, outputs, PREFILL if self.length == 0 else self.decoder.decode_profile)
             values |= outputs
         self.sets.reverse()
         self.length = total

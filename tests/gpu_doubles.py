@@ -247,7 +247,7 @@ class _Context:
         return True
 
 
-def write_fake_engine(bundle: Bundle, target: str, piece_bytes: int = 1 << 60, capacity: int | None = None) -> Engine:
+def write_fake_engine(bundle: Bundle, target: str, piece_bytes: int = 1 << 60, capacity: int | None = None, decoder_profiles: int = 2) -> Engine:
     """engines/<target> as build_tensorrt lays it out, with graphs in the place of engines."""
     place = engine_folder(bundle.path, target)
     place.parent.mkdir(exist_ok=True)
@@ -255,7 +255,7 @@ def write_fake_engine(bundle: Bundle, target: str, piece_bytes: int = 1 << 60, c
     graphs_at = place.parent / f"{target}-graphs"
     shutil.rmtree(graphs_at, ignore_errors=True)
     graphs_at.mkdir()
-    size = limits(bundle.manifest, capacity)
+    size = limits(bundle.manifest, capacity, None, decoder_profiles)
     stages: dict[str, tuple[str, ...]] = {}
     for file in bundle.manifest.required_files():
         if not file.endswith(".onnx"):
@@ -273,6 +273,6 @@ def write_fake_engine(bundle: Bundle, target: str, piece_bytes: int = 1 << 60, c
         stages[stage] = tuple(f"{name}.engine" for name in names)
     library = "tensorrt_rtx" if target == "rtx" else "tensorrt"
     cache = "concatenated" if target == "orin-jp6" else "in place"
-    details = {"capacity": size.capacity, "plugin": "none"}
+    details = {"capacity": size.capacity, "plugin": "none", "decoder_profiles": decoder_profiles}
     engine = Engine(place, target, fingerprint(bundle.manifest), {}, bundle.manifest.decoder.kv_dtype, stages, {}, library, cache, details)
     return replace(write_engine(work, engine), folder=place)

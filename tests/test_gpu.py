@@ -90,6 +90,13 @@ def test_nano_answers_the_same(opened: Callable[..., Opened], target: str, want:
     assert [video.ask(question).text for question in QUESTIONS] == want
 
 
+@pytest.mark.parametrize("target", ["orin", "orin-jp6"])
+def test_one_profile_for_both_kinds_of_pass(opened: Callable[..., Opened], target: str, want: list[str]) -> None:
+    pipeline, *_ = opened(target, decoder_profiles=1)
+    video = asking(pipeline).open(SAMPLE)
+    assert [video.ask(question).text for question in QUESTIONS] == want
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_quantised_graphs_on_onnxruntime_cuda(tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch, want: list[str]) -> None:
     """MatMulNBits with float16 scales, activations left as floats."""
