@@ -82,6 +82,8 @@ def _answer(video: Video, question: str, arguments: dict[str, Any], as_json: boo
             sys.stdout.write(piece)
             sys.stdout.flush()
     print(json.dumps(stream.answer.as_dict()) if as_json else "", flush=True)
+    for note in stream.answer.notes[len(video.frames.notes) :]:  # those of the video were said when it was opened
+        click.echo(f"note: {note}", err=True)
     return stream.answer
 
 

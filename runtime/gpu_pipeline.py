@@ -223,7 +223,7 @@ class GpuPipeline(Pipeline):
 
     def generate(self, inputs_embeds: Any, max_new_tokens: int, stop_ids: Any = (), sampling: Any = None, lookup: Any = None) -> Any:
         """Yield token ids after the prompt; as Pipeline does."""
-        return self.decoder.generate(inputs_embeds, max_new_tokens, stop_ids, sampling, lookup)
+        return self.decoder.generate(inputs_embeds, max_new_tokens, stop_ids, sampling, self._allowed(lookup))
 
 
 FRAMES_PER_CALL = 8  # what TensorRT's profile allows at most

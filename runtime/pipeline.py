@@ -24,7 +24,7 @@ from ..engines.gpu_facts import load_driver
 from ..engines.ort import Stage, choose_device, has_cuda_provider
 from ..engines.select import ON_CPU, check_name, select
 from . import anyres
-from .lookup import Lookup
+from .lookup import LEFT_OUT, Lookup, rounds_activations
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -277,6 +277,13 @@ class Pipeline:
         """inputs_embeds (S,D) → logits (V,) float32 of the last position."""
         return self.decoder.prefill(np.asarray(inputs_embeds))
 
+    def _allowed(self, lookup: Lookup | None) -> Lookup | None:
+        """Drafts, unless they could change the answer; the lookup notes that."""
+        if lookup is not None and rounds_activations(self.manifest.precision["decoder"], self.engine_name):
+            lookup.note = LEFT_OUT
+            return None
+        return lookup
+
     def generate(
         self,
         inputs_embeds: np.ndarray,
@@ -293,6 +300,7 @@ class Pipeline:
         sampling = sampling or Sampling()
         if lookup is not None and sampling.temperature > 0:
             raise PromptError("looking ahead works with greedy answers only (temperature 0)")
+        lookup = self._allowed(lookup)
         return self.decoder.generate(np.asarray(inputs_embeds), max_new_tokens, self.embed_tokens, sampling.chooser(), stop_ids, lookup)
 
 

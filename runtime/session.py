@@ -254,12 +254,14 @@ class AnswerStream:
             new_ids.close()  # gives the cache back
             timings.setdefault("prefill", 0.0)
             timings.setdefault("first_token", 0.0)
+            if lookup is not None and lookup.note:
+                notes.append(lookup.note)
             _lap(timings, "generate", at)
             frames = video.frames
             self._answer = Answer(
                 self._question, text.rstrip(), qa.name, finish, list(frames.indices), [round(t, 3) for t in frames.times], len(visual),
                 len(before) + len(after), count, timings, notes, pipeline.engine_name,
-                {"passes": lookup.passes, "proposed": lookup.proposed, "accepted": lookup.accepted} if lookup else None,
+                {"passes": lookup.passes, "proposed": lookup.proposed, "accepted": lookup.accepted} if lookup and not lookup.note else None,
             )  # fmt: skip
 
 

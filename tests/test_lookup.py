@@ -19,7 +19,7 @@ from ppllava_edge.engines.errors import EngineError, PromptError
 from ppllava_edge.nano import bundle_path
 from ppllava_edge.nano.clips import spoken, write_clip
 from ppllava_edge.nano.world import ask, sample_scene
-from ppllava_edge.runtime.lookup import MOST_DRAFT, Lookup
+from ppllava_edge.runtime.lookup import MOST_DRAFT, Lookup, disagreement, rounds_activations
 from ppllava_edge.runtime.sampling import Sampling
 
 SAMPLE = bundle_path().parent / "sample" / "shapes.mp4"
@@ -72,6 +72,33 @@ def test_at_the_command_line(qa: VideoQA) -> None:
     assert_one_line_error(run_command("ppllava-run", SAMPLE, "Describe the video.", "--look-ahead"), "ppllava-build", "--target cpu")
     assert_one_line_error(run_command("ppllava-run", SAMPLE, "x", "--engine", "fast"), "'fast' is unknown", "onnxruntime", "orin-jp6")
     assert_one_line_error(run_command("ppllava-run", SAMPLE, "x", "--engine", "rtx", "--device", "cpu"), "doesn't run on the cpu")
+
+
+def test_an_engine_whose_passes_disagree_is_left_alone(qa: VideoQA, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INT4 decoders of a real width: a pass over several positions rounds activations differently from single steps."""
+    video, decoder = qa.open(SAMPLE), qa.pipeline.decoder
+    want = video.ask("Describe the video.")
+    assert decoder.disagreement(qa.pipeline.embed_tokens) < 1e-3
+    monkeypatch.setattr(decoder, "_disagreement", 0.06)
+    answer = video.ask("Describe the video.", look_ahead=True)
+    assert answer.text == want.text and answer.lookup is None and "looking ahead was left out" in answer.notes[-1]
+
+
+def test_where_activations_are_rounded_it_is_left_out(tmp_path: Path) -> None:
+    output = tmp_path / "b"
+    run = run_command("ppllava-export", bundle_path(), "-o", output, "--precision", "int4", "--weight-only")
+    assert run.returncode == 0, run.stderr
+    run = run_command("ppllava-run", SAMPLE, "Describe the video.", "--model", output, "--look-ahead", "--json")
+    told = json.loads(run.stdout)
+    assert told["lookup"] is None and "looking ahead was left out" in told["notes"][-1] and "note: looking ahead was left out" in run.stderr
+    assert rounds_activations("int8", "orin") and rounds_activations("int4", "cpu")
+    assert not rounds_activations("int4", "orin") and not rounds_activations("fp16", "cpu")
+
+
+def test_how_disagreement_is_measured() -> None:
+    rows = np.random.default_rng(0).standard_normal((8, 50))
+    assert disagreement(list(rows), rows) == 0
+    assert 0.09 < disagreement(list(rows), rows + np.eye(8, 50) * 0.1) < 0.12
 
 
 def test_what_it_does_not_go_with(qa: VideoQA) -> None:
