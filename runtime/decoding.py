@@ -11,7 +11,7 @@ import numpy as np
 from ..engines.bundle import DecoderInfo
 from ..engines.errors import EngineError, PromptError
 from ..engines.ort import Stage, first_line, import_onnxruntime
-from .lookup import LEFT_OUT, MOST_DISAGREEMENT, Lookup, disagreement
+from .lookup import LEFT_OUT, MOST_DISAGREEMENT, Lookup, accept, disagreement
 
 SMALL_STEP = 16  # positions; the buffers of such steps are kept
 LAST_POSITIONS = 8  # whose logits an engine gives (engines/decode_graph.py)
@@ -196,16 +196,14 @@ class Decoder:
         try:
             logits, draft = sequence.run(inputs_embeds)[-1:], list[int]()
             while True:
-                certain, accepted = sequence.length - len(draft), 0  # positions filled by what was chosen; by what was guessed right
-                for row, guess in zip(logits, [*draft, None]):  # row i follows draft[:i]
-                    token = choose(row, ids)
-                    ids.append(token)
-                    yield token
-                    if token in stops or len(ids) >= max_new_tokens or certain + accepted >= sequence.capacity:
-                        return
-                    if token != guess:
-                        break
-                    accepted += 1
+                certain = sequence.length - len(draft)  # positions filled by what was chosen
+
+                def ends(token: int, right: int, certain: int = certain) -> bool:
+                    return token in stops or len(ids) >= max_new_tokens or certain + right >= sequence.capacity
+
+                accepted, ended = yield from accept((choose(row, ids) for row in logits), draft, ids, ends)
+                if ended:
+                    return
                 if lookup is not None:
                     lookup.count(len(draft), accepted)
                 if accepted < len(draft):

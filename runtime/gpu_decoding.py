@@ -17,7 +17,7 @@ from ..engines.device import Buffer, CudaDevice
 from ..engines.engine import Engine
 from ..engines.errors import EngineError, PromptError
 from .decoding import CAPACITY_STEP, LAST_POSITIONS
-from .lookup import LEFT_OUT, MOST_DISAGREEMENT, Lookup, disagreement
+from .lookup import LEFT_OUT, MOST_DISAGREEMENT, Lookup, accept, disagreement
 from .sampling import Sampling
 
 PREFILL, DECODE = 0, 1  # the engine's profiles
@@ -245,15 +245,14 @@ class GpuDecoder:
             following, count = None, len(prompt)
             while True:
                 chosen = following if following is not None else [sequence.token_id() if greedy else choose(sequence.last_logits(count), ids)]
-                certain, accepted = sequence.length - len(draft), 0
-                for token, guess in zip(chosen, [*draft, None]):
-                    ids.append(token)
-                    yield token
-                    if token in stops or len(ids) >= max_new_tokens or certain + accepted >= sequence.capacity:
-                        return
-                    if token != guess:
-                        break
-                    accepted += 1
+                certain = sequence.length - len(draft)
+
+                def ends(token: int, right: int, certain: int = certain) -> bool:
+                    return token in stops or len(ids) >= max_new_tokens or certain + right >= sequence.capacity
+
+                accepted, ended = yield from accept(chosen, draft, ids, ends)
+                if ended:
+                    return
                 if lookup is not None:
                     lookup.count(len(draft), accepted)
                 if accepted < len(draft):

@@ -126,14 +126,9 @@ class GpuPipeline(Pipeline):
 
     def encode_question(self, ids: np.ndarray, mask: np.ndarray | None = None) -> Any:
         """ids (1,L) int64 → q (1,E) on the GPU."""
-        question = self.manifest.question
-        if question is None:
-            raise EngineError(f"this bundle pools without the question ({self.manifest.pooling.method}); it has no question tower")
-        ids = np.asarray(ids, np.int64)
-        if ids.ndim != 2 or ids.shape[0] != 1 or not 1 <= ids.shape[1] <= question.length:
-            raise PromptError(f"the question tower takes ids of shape (1, 1 to {question.length}), not {ids.shape}")
-        mask = np.ones_like(ids) if mask is None else np.asarray(mask, np.int64)
-        return self._run("question", {"ids": ids, "mask": mask}, {"q": (1, question.embedding_size)})[0]
+        ids, mask = self._question_inputs(ids, mask)
+        assert self.manifest.question is not None
+        return self._run("question", {"ids": ids, "mask": mask}, {"q": (1, self.manifest.question.embedding_size)})[0]
 
     def similarity(self, features: Any, q: Any) -> np.ndarray:
         """features, q → cosine (T,rows,columns) float32, on the host: people look at it."""

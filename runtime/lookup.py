@@ -10,7 +10,7 @@ engine is tried first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,3 +67,21 @@ class Lookup:
         self.passes += 1
         self.proposed += proposed
         self.accepted += accepted
+
+
+def accept(chosen: Iterable[int], draft: Sequence[int], ids: list[int], ends: Callable[[int, int], bool]) -> Generator[int, None, tuple[int, bool]]:
+    """Yield what was chosen, for as long as the draft foresaw it. Returns how many of the draft were right, and whether the answer ended.
+
+    chosen: what follows the tokens before the draft, then each of the draft's; consumed one by one, after ids has grown. ends: (token, drafts
+    that were right before it) → whether nothing follows it.
+    """
+    right = 0
+    for token, guess in zip(chosen, [*draft, None]):
+        ids.append(token)
+        yield token
+        if ends(token, right):
+            return right, True
+        if token != guess:
+            break
+        right += 1
+    return right, False

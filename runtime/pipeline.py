@@ -155,6 +155,12 @@ class Pipeline:
 
         SigLIP's tower wants its ids padded to the full length (upstream does so). Raises PromptError if L is too long.
         """
+        ids, mask = self._question_inputs(ids, mask)
+        stage = self.stage("question")
+        return stage(ids=ids, mask=mask)[0] if "mask" in stage.dtypes else stage(ids=ids)[0]
+
+    def _question_inputs(self, ids: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """ids and mask as the question tower takes them, or what is wrong with them."""
         question = self.manifest.question
         if question is None:
             raise EngineError(f"this bundle pools without the question ({self.manifest.pooling.method}); it has no question tower")
@@ -162,8 +168,7 @@ class Pipeline:
         if ids.ndim != 2 or ids.shape[0] != 1 or not 1 <= ids.shape[1] <= question.length:
             raise PromptError(f"the question tower takes ids of shape (1, 1 to {question.length}), not {ids.shape}")
         mask = np.ones_like(ids) if mask is None else np.asarray(mask, np.int64)
-        stage = self.stage("question")
-        return stage(ids=ids, mask=mask)[0] if "mask" in stage.dtypes else stage(ids=ids)[0]
+        return ids, mask
 
     def similarity(self, features: np.ndarray, q: np.ndarray) -> np.ndarray:
         """features (T,P,C), q (1,E) → cosine (T,rows,columns) float32 of every patch with the question."""

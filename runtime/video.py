@@ -118,11 +118,13 @@ def _read_video(path: Path, frames: int, start: float | None, end: float | None,
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its video stream. FFmpeg's errors become MediaErrors."""
-    import av
-    import av.logging
+    """The container and its video stream. FFmpeg's errors become MediaErrors.
 
-    av.logging.set_level(av.logging.PANIC)  # damaged files are reported by us, once
+    PyAV's log level is left alone: any level but its default makes decoding threads wait for the interpreter when they have something to say,
+    and freeing a decoder, which waits for its threads, then hangs now and then.
+    """
+    import av
+
     try:
         container = av.open(str(path), metadata_errors="replace")
     except (av.error.FFmpegError, ValueError) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -263,3 +265,10 @@ def test_arbitrary_bytes_as_a_video(tmp_path: Path, magic: bytes, rest: bytes) -
         read_frames(path, 3)
     except MediaError as error:
         assert "\n" not in str(error)
+
+
+def test_decoding_threads_never_need_the_interpreter(video_file: Path) -> None:
+    """A log level of ours made them call Python: a decoder that was freed while one of them did so hung for good."""
+    code = f"import av.logging; from ppllava_edge.runtime.video import read_frames; read_frames({str(video_file)!r}, 4); print(av.logging.get_level())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == "None" and not run.stderr, run.stderr
