@@ -246,7 +246,25 @@ def show(found: Any) -> None:
                  f"{r['torch_eager_ratio']:.1f}", f"{r['torch_compile_ratio']:.1f}") for r in found["roofline"]]  # fmt: skip
         table(f"{found['gpu']}, {found['checks']['cases']} random cases right, {REAL}, windows {WINDOW}", columns, rows)
     else:
-        print(json.dumps(found, indent=1))
+        show_answer(found, table)
+
+
+def show_answer(found: dict[str, Any], table: Callable[..., None]) -> None:
+    """Stages in milliseconds side by side; then tokens per second, and the share of the copy bandwidth that decoding reads its weights with."""
+    names, torch = ("fp16", "int4"), found.get("torch", {})
+    copy = torch.get("copy_gb_per_second")
+    theirs = {kind: torch[kind]["timings"] for kind in ("eager", "compiled") if kind in torch}
+    same = {"prefill": "prefill", "question": "question"}  # stages that both have under one name
+    rows = []
+    for stage in found["fp16"]["stages"]:
+        ours = [f"{1000 * found[name]['stages'][stage]['p50']:.1f}" for name in names]
+        rows.append((stage, *ours, *(f"{1000 * t[same[stage]]:.1f}" if stage in same else "" for t in theirs.values())))
+    first = [f"{1000 * sum(t[s] for s in ('vision', 'question', 'pooling', 'prefill')):.1f}" for t in theirs.values()]
+    rows.append(("first token, torch", "", "", *first))
+    rows.append(("tokens/s", *(f"{found[n]['tokens_per_second']:.1f}" for n in names), *(f"{torch[k]['tokens_per_second']:.1f}" for k in theirs)))
+    rates = [found[name]["decode_gb_per_second"] for name in names]
+    rows.append(("weights read, GB/s", *(f"{r:.0f}{f' = {100 * r / copy:.0f} % of a copy' if copy else ''}" for r in rates), *("" for _ in theirs)))
+    table("milliseconds unless said", ("stage", *names, *(f"torch {kind} fp16" for kind in theirs)), rows)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
     W8A8               → INT8 weights with float activations (the provider has no fused INT8 x INT8 product for these graphs)
     tower attention    → MultiHeadAttention (flash attention, no transposes)
     decoder attention  → GroupQueryAttention with rotary embedding inside, over the same in-place cache
+    other attention    → products and a softmax (the question tower's, which has a mask)
     RMSNormalization   → SimplifiedLayerNormalization, the name under which the provider has a kernel
     decoder            → fed by its own output (decode_graph.py)
     pooling            → what stands before the pooling kernel of our own, and what stands after it
@@ -19,6 +20,7 @@ from onnx import helper
 from .cpu import VENDOR, cached_attention, tower_attention, weight_only_products
 from .decode_graph import self_feeding
 from .graph import DOMAIN, ONNX_TYPE, Graph, Tensor
+from .lower import without_small_attention
 
 POOL = "PromptGuidedPool3d"
 
@@ -31,6 +33,7 @@ def for_cuda(g: Graph, table: Tensor | None = None) -> Graph:
     weight_only_products(g, g.dtype, accuracy=0)
     tower_attention(g)
     cached_attention(g)
+    g = without_small_attention(g, least=1 << 30)
     for node in g.nodes:
         if node.op_type == "RMSNormalization":
             node.op_type = "SimplifiedLayerNormalization"

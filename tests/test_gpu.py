@@ -109,7 +109,10 @@ def test_quantised_graphs_on_onnxruntime_cuda(tmp_path: Path, precision: str, mo
     pipeline, *_ = open_double(output, "cuda", monkeypatch)
     kinds = {node.op_type for node in Graph.read(output / "engines" / "cuda" / "decoder.onnx").nodes}
     assert {"MatMulNBits", "GroupQueryAttention", "SimplifiedLayerNormalization"} <= kinds
-    assert not kinds & {"DequantizeLinear", "QuantizeLinear", "TensorScatter", "Attention", "RMSNormalization"}
+    newest = {"TensorScatter", "Attention", "RMSNormalization", "RotaryEmbedding"}  # for which the provider may have no kernels
+    for file in (output / "engines" / "cuda").glob("*.onnx"):
+        kinds = {node.op_type for node in Graph.read(file).nodes}
+        assert not kinds & {"DequantizeLinear", "QuantizeLinear", *newest}, file.name
     video = asking(pipeline).open(SAMPLE)
     assert [video.ask(question).text for question in QUESTIONS] == want
 
