@@ -92,7 +92,8 @@ def _verdict(target: str, m: Machine) -> tuple[bool, bool, str]:
     if gpu is None:
         missing.append("no NVIDIA driver" if m.cuda is None and m.driver is None else "no GPU that the driver runs")
     if "cuda-core" not in has:
-        missing.append("pip install 'ppllava-edge[cuda]' (cuda-core)")
+        extra = "jetson" if m.jetpack else {"cuda": "cuda", "rtx": "rtx"}.get(target, "tensorrt")
+        missing.append(f"pip install 'ppllava-edge[{extra}]' (cuda-core)")
     if target == "cuda":
         if "onnxruntime-gpu" not in has:
             missing.append("pip uninstall onnxruntime, then pip install 'ppllava-edge[cuda]'")

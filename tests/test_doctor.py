@@ -60,6 +60,8 @@ def test_jetsons(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = replace(BARE, gpus=[ORIN], cuda="12.6", jetpack="6.2 (L4T 36.4.3)", packages={"onnx": "1.23", "cuda-core": "1.2"})
     six = verdicts(machine, monkeypatch, tensorrt="10.3.0")
     assert six["orin-jp6"].runs and not six["orin"].runs and "use orin-jp6" in six["orin"].missing
+    bare = verdicts(replace(machine, packages={"onnx": "1.23"}), monkeypatch, tensorrt="10.3.0")
+    assert not bare["orin-jp6"].runs and "'ppllava-edge[jetson]' (cuda-core)" in bare["orin-jp6"].missing
     seven = verdicts(machine, monkeypatch, tensorrt="10.16.1")
     assert seven["orin"].runs and seven["orin"].builds
     assert "for desktop cards" in verdicts(machine, monkeypatch, tensorrt_rtx="1.7.1")["rtx"].missing
