@@ -53,16 +53,14 @@ class Buffer:
 
 
 class _Memory:
-    """One allocation; given back when nothing refers to it."""
+    """One block of device memory. When nothing refers to it any more it is kept for the next one of its size: everything runs in one stream, in
+    order, so a block can be used again at once, while giving it back to the driver would wait for the GPU (and spoil a capture)."""
 
-    def __init__(self, device: CudaDevice, size: int):
-        self.device, self.address = device, device.call("cuMemAlloc", max(size, 1))
+    def __init__(self, returned: list[tuple[int, int]], size: int, address: int):
+        self.returned, self.size, self.address = returned, size, address
 
     def __del__(self) -> None:
-        try:
-            self.device.call("cuMemFree", self.address)
-        except Exception:  # the interpreter, or the context, is going away
-            return
+        self.returned.append((self.size, self.address))
 
 
 class CudaDevice:
@@ -83,6 +81,8 @@ class CudaDevice:
         self._stream = self.call("cuStreamCreate", 1)  # waits for no other stream
         self.stream = int(self._stream)
         self._pinned: list[_Pinned] = []
+        self._returned: list[tuple[int, int]] = []  # (size, address) of blocks that nothing refers to; filled by whoever drops the last reference
+        self._spare: dict[int, list[int]] = {}  # size → blocks that can be used again
 
     def call(self, name: str, *arguments: Any) -> Any:
         """One call of the driver. Raises EngineError if it fails."""
@@ -114,8 +114,25 @@ class CudaDevice:
         dtype = np.dtype(dtype)
         with self.work:
             self.enter()
-            memory = _Memory(self, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
-        return Buffer(int(memory.address), tuple(shape), dtype, memory, self)
+            memory = self._block(max(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, 1))
+        return Buffer(memory.address, tuple(shape), dtype, memory, self)
+
+    def _block(self, size: int) -> _Memory:
+        """One that was used before, else a new one; if there is no room, after giving all spare ones back."""
+        while self._returned:
+            known, address = self._returned.pop()
+            self._spare.setdefault(known, []).append(address)
+        if self._spare.get(size):
+            return _Memory(self._returned, size, self._spare[size].pop())
+        try:
+            return _Memory(self._returned, size, int(self.call("cuMemAlloc", size)))
+        except EngineError:
+            if not any(self._spare.values()):
+                raise
+        for address in (address for addresses in self._spare.values() for address in addresses):
+            self.call("cuMemFree", address)
+        self._spare.clear()
+        return _Memory(self._returned, size, int(self.call("cuMemAlloc", size)))
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Buffer:
         """Memory full of zeros."""

@@ -142,6 +142,26 @@ def test_a_step_is_captured_once_and_launched_again(opened: Callable[..., Opened
     assert driver.allocations - allocated < 10 + 2 * pieces < first.new_tokens * 2, "buffers of steps are not made again"
 
 
+def test_blocks_are_used_again_and_given_back_when_memory_is_short() -> None:
+    device = CudaDevice(FakeDriver(memory=1000))
+    first = device.empty((400,), np.uint8)
+    address = first.address
+    del first
+    again = device.empty((100,), np.float32)
+    assert again.address == address and device.driver.allocations == 1, "a block of the same size"
+    del again
+    assert device.driver.used == 400
+    large = device.empty((800,), np.uint8)  # fits only when the spare block goes
+    assert device.driver.used == 800 and large.nbytes == 800
+    with pytest.raises(EngineError, match="out of memory"):
+        device.empty((400,), np.uint8)
+    part = large.rows(100, 50)
+    del large
+    assert device.driver.used == 800 and part.nbytes == 50, "a part keeps the whole alive"
+    with pytest.raises(EngineError, match="out of memory"):
+        device.empty((400,), np.uint8)
+
+
 def test_memory_is_given_back(opened: Callable[..., Opened]) -> None:
     pipeline, driver, _ = opened("orin")
     qa = asking(pipeline)
