@@ -70,8 +70,8 @@ class Stage:
         try:
             self.session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            hint = "; it needs ONNX Runtime 1.24 or newer" if "opset" in str(error).lower() else ""
-            raise EngineError(f"ONNX Runtime {ort.__version__} can't open {path.name}: {first_line(error)}{hint}") from None
+            hint = "; it needs ONNX Runtime 1.24 or newer, or: ppllava-build BUNDLE --target lowered" if "opset" in str(error).lower() else ""
+            raise EngineError(f"ONNX Runtime {ort.__version__} can't open {path.name}{hint or ': ' + first_line(error)}") from None
         if device == "cuda" and "CUDAExecutionProvider" not in self.session.get_providers():
             raise EngineError("ONNX Runtime could not start its CUDA provider (driver, CUDA or cuDNN missing); use --device cpu")
         _let_go_of_mapped_weights(path)
