@@ -10,7 +10,7 @@ import numpy as np
 
 from .device import Buffer, CudaDevice
 from .errors import EngineError
-from .ort import _NUMPY_TYPE, first_line, import_onnxruntime
+from .ort import NUMPY_TYPE, first_line, import_onnxruntime
 
 Values = dict[str, "Buffer | np.ndarray"]  # host arrays are small integers that steer a graph
 
@@ -32,8 +32,8 @@ class OrtDeviceStage:
         if not on_cpu and "CUDAExecutionProvider" not in self.session.get_providers():
             raise EngineError("ONNX Runtime could not start its CUDA provider (driver, CUDA or cuDNN missing); ppllava-doctor says what; or use --device cpu")
         self.path, self.device, self.kind = path, device, "cpu" if on_cpu else "cuda"
-        self.dtypes = {i.name: np.dtype(_NUMPY_TYPE[i.type]) for i in self.session.get_inputs()}
-        self.outputs = {o.name: np.dtype(_NUMPY_TYPE[o.type]) for o in self.session.get_outputs()}
+        self.dtypes = {i.name: np.dtype(NUMPY_TYPE[i.type]) for i in self.session.get_inputs()}
+        self.outputs = {o.name: np.dtype(NUMPY_TYPE[o.type]) for o in self.session.get_outputs()}
 
     def run(self, inputs: Values, outputs: dict[str, Buffer], profile: int = 0) -> None:
         """One run. Outputs that nobody wants are left to the engine."""

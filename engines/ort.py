@@ -14,7 +14,7 @@ from .gpu_facts import load_driver
 
 LARGE_DATA = 64 << 20  # bytes of a graph's weights from which their mapping is worth releasing
 MADV_DONTNEED = 4
-_NUMPY_TYPE = {
+NUMPY_TYPE = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(int8)": np.int8,
     "tensor(bool)": np.bool_,
 }  # fmt: skip
@@ -76,7 +76,7 @@ class Stage:
             raise EngineError("ONNX Runtime could not start its CUDA provider (driver, CUDA or cuDNN missing); use --device cpu")
         _let_go_of_mapped_weights(path)
         self.path, self.device = path, device
-        self.dtypes = {i.name: _NUMPY_TYPE[i.type] for i in self.session.get_inputs()}
+        self.dtypes = {i.name: NUMPY_TYPE[i.type] for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
 
     def __call__(self, tidy: bool = False, **inputs: np.ndarray) -> list[np.ndarray]:

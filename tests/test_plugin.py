@@ -174,7 +174,7 @@ def test_the_embedded_kernel_is_launched_as_the_direct_one(fake: Any, host: Any,
     )  # fmt: skip
     kinds = SimpleNamespace(FLOAT="float", HALF="half", BF16="bf16")
     trt = SimpleNamespace(__name__="tensorrt double", DataType=kinds, NetworkDefinitionCreationFlag=SimpleNamespace(PREFER_AOT_PYTHON_PLUGINS=1))
-    monkeypatch.setattr(aot, "_registered", {})
+    monkeypatch.setattr(aot, "registered", {})
     monkeypatch.setattr(aot, "compile_kernels", lambda capability, form: SimpleNamespace(code=b"// ptx"))
     older = SimpleNamespace(**{**vars(trt), "NetworkDefinitionCreationFlag": SimpleNamespace()})
     assert aot.is_available(trt, trtp) and not aot.is_available(trt, None) and not aot.is_available(older, trtp)
@@ -195,7 +195,7 @@ def test_the_embedded_kernel_is_launched_as_the_direct_one(fake: Any, host: Any,
 
 
 def test_one_form_of_the_plugin_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aot, "_registered", {"x": object()})
+    monkeypatch.setattr(aot, "registered", {"x": object()})
     with pytest.raises(EngineError, match="another one"):
         aot.register_aot(SimpleNamespace(__name__="x"), SimpleNamespace(), (8, 9))
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ...errors import EngineError
 from .kernel import ITEMSIZE, SUFFIX, THREADS, compile_kernels
-from .tensorrt_plugin import NAME, NAMESPACE, _registered, _type_name
+from .tensorrt_plugin import NAME, NAMESPACE, registered, type_name
 
 PLUGIN = f"{NAMESPACE}::{NAME}"
 
@@ -28,14 +28,14 @@ def is_available(trt: Any, plugin: Any) -> bool:
 def register_aot(trt: Any, plugin: Any, capability: tuple[int, int]) -> None:
     """Make the plugin known, with a kernel for one compute capability. Doing so twice is harmless. Raises EngineError if it can't be."""
     key = f"{trt.__name__} aot"
-    if key in _registered:
+    if key in registered:
         return
-    if trt.__name__ in _registered:
+    if trt.__name__ in registered:
         raise EngineError("the pooling plugin is registered in Python already in this process; build engines that carry it in another one")
     describe, implement = _functions(trt, plugin, capability)
     plugin.register(PLUGIN)(describe)
     plugin.aot_impl(PLUGIN)(implement)
-    _registered[key] = (describe, implement)
+    registered[key] = (describe, implement)
 
 
 def _functions(trt: Any, trtp: Any, capability: tuple[int, int]) -> tuple[Any, Any]:
@@ -51,7 +51,7 @@ def _functions(trt: Any, trtp: Any, capability: tuple[int, int]) -> tuple[Any, A
         return result
 
     def implement(hidden: Any, weights: Any, kernel: Any, stride: Any, temperature: Any, gelu: Any, outputs: Any, tactic: Any) -> tuple:
-        dtype = _type_name(trt, hidden.dtype)
+        dtype = type_name(trt, hidden.dtype)
         channels, wide = hidden.shape_expr[3].constant_value(), 16 // ITEMSIZE[dtype]
         lanes = wide if channels % wide == 0 else 1  # engines align their tensors
         name = f"weighted_pool_{SUFFIX[dtype]}{'_gelu' if gelu else ''}{'' if lanes > 1 else '_single'}"

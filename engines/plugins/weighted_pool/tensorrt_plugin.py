@@ -15,17 +15,17 @@ from ...errors import EngineError
 from .kernel import Call, Launcher
 
 NAME, VERSION, NAMESPACE = "PromptGuidedPool3d", "1", "ppllava_edge"
-_registered: dict[str, Any] = {}  # library name → its creator, which must live as long as the registry
+registered: dict[str, Any] = {}  # library name → its creator, which must live as long as the registry
 
 
 def register(trt: Any) -> None:
     """Make the plugin known to a library: tensorrt or tensorrt_rtx. Doing so twice is harmless. Raises EngineError if it is refused."""
-    if trt.__name__ in _registered:
+    if trt.__name__ in registered:
         return
     creator = _classes(trt)()
     if not trt.get_plugin_registry().register_creator(creator, NAMESPACE):
         raise EngineError(f"{trt.__name__} {trt.__version__} refuses the pooling plugin; another one has its name")
-    _registered[trt.__name__] = creator
+    registered[trt.__name__] = creator
 
 
 @cache
@@ -33,7 +33,8 @@ def _launcher() -> Launcher:
     return Launcher()
 
 
-def _type_name(trt: Any, dtype: Any) -> str:
+def type_name(trt: Any, dtype: Any) -> str:
+    """A library's data type by its numpy name."""
     return {trt.DataType.FLOAT: "float32", trt.DataType.HALF: "float16", trt.DataType.BF16: "bfloat16"}[dtype]
 
 
@@ -104,7 +105,7 @@ def _classes(trt: Any) -> Any:
             t, h, w, channels = inputs[0].dims
             addresses = int(input_addresses[0]), int(input_addresses[1]), int(output_addresses[0])
             aligned = (addresses[0] | addresses[2]) % 16 == 0
-            call = Call((t, h, w), channels, self.windows, self.steps, self.temperature, _type_name(trt, inputs[0].type), self.gelu, aligned)
+            call = Call((t, h, w), channels, self.windows, self.steps, self.temperature, type_name(trt, inputs[0].type), self.gelu, aligned)
             _launcher().launch(call, *addresses, stream)
 
     class Creator(trt.IPluginCreatorV3One):
