@@ -117,6 +117,26 @@ def test_quantised_graphs_on_onnxruntime_cuda(tmp_path: Path, precision: str, mo
     assert [video.ask(question).text for question in QUESTIONS] == want
 
 
+def test_our_kernel_pools_between_two_graphs(opened: Callable[..., Opened], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, want: list[str]) -> None:
+    """engines/cuda with the pooling kernel, whose host build takes the GPU's place."""
+    from pool_host import FakeCudaCore, library
+    from ppllava_edge.engines.plugins.weighted_pool import kernel
+
+    fake = FakeCudaCore(library(tmp_path))
+    monkeypatch.setattr(kernel, "import_cuda_core", lambda: fake)
+    kernel.compile_kernels.cache_clear()
+    pipeline, *_ = opened("cuda")
+    video = asking(pipeline).open(SAMPLE)
+    assert [video.ask(question).text for question in QUESTIONS] == want
+    assert [name for name, _ in fake.launches] == ["weighted_pool_f16_gelu"] * len(QUESTIONS)
+    plain, *_ = opened("cuda")
+    plain._launcher = False
+    q = plain.encode_question(np.array([[1, 5, 9, 2]]))
+    got, direct = (np.asarray(p.visual_tokens(video.features, q), np.float32) for p in (pipeline, plain))
+    assert float((got * direct).sum() / np.linalg.norm(got) / np.linalg.norm(direct)) > 0.9999
+    kernel.compile_kernels.cache_clear()
+
+
 # -- resident ----------------------------------------------------------------------------------------------------------
 
 
