@@ -66,10 +66,10 @@ def _rewritten(bundle: Bundle, name: str, target: str) -> dict[str, list[Any]]:
     """Stage → graphs (pieces of a large decoder) of a target, from one of the bundle's."""
     from .cpu import for_cpu
     from .cuda import around_the_kernel, for_cuda
+    from .decode_graph import embedding_table
     from .graph import Graph
     from .lower import lower
     from .pieces import split
-    from .tensorrt_target import embedding_table
 
     g = Graph.read(bundle.file(f"{name}.onnx"))
     if target == "lowered":

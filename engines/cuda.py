@@ -21,8 +21,7 @@ from .cpu import VENDOR, cached_attention, tower_attention, weight_only_products
 from .decode_graph import self_feeding
 from .graph import DOMAIN, ONNX_TYPE, Graph, Tensor
 from .lower import without_small_attention
-
-POOL = "PromptGuidedPool3d"
+from .plugins.weighted_pool.tensorrt_plugin import NAME
 
 
 def for_cuda(g: Graph, table: Tensor | None = None) -> Graph:
@@ -45,7 +44,7 @@ def for_cuda(g: Graph, table: Tensor | None = None) -> Graph:
 
 def around_the_kernel(g: Graph) -> tuple[Graph, Graph] | None:
     """pooling.onnx → (features → hidden, before the GELU; pooled → visual_tokens), between which the kernel pools. None without guidance."""
-    node = next((n for n in g.nodes if n.op_type == POOL), None)
+    node = next((n for n in g.nodes if n.op_type == NAME), None)
     if node is None:
         return None
     producers = g.producers()

@@ -17,11 +17,12 @@ from itertools import pairwise
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
+from safetensors import safe_open
 
+from .bundle import Bundle
+from .engine import LAST_POSITIONS
 from .errors import EngineError
 from .graph import SCALE, Graph, Tensor, Weight
-
-LAST_POSITIONS = 8  # whose logits a pass gives: what speculation verifies at once; of a shorter pass, all
 
 TOP_K = 64  # candidates that sampling on the host gets
 HEAD_BYTES = 256 << 20  # of a piece of the head, in float16: one piece of 1 GB can't be allocated on a small board
@@ -88,6 +89,19 @@ def self_feeding(g: Graph, table: Tensor, capacity: int | None = None) -> Graph:
     g.outputs.append(helper.make_tensor_value_info("top_ids", TensorProto.INT64, [1, count]))
     g.prune()
     return g
+
+
+def embedding_table(bundle: Bundle, dtype: str) -> Tensor:
+    """(V, D) token embeddings in a floating type, restored where the bundle has them as INT8."""
+    d, path = bundle.manifest.decoder, bundle.file("embed_tokens.safetensors")
+
+    def load() -> np.ndarray:
+        with safe_open(path, "np") as file:
+            rows = file.get_tensor("embed_tokens").astype(dtype)
+            names = file.keys()
+            return rows * file.get_tensor("embed_tokens.scale").astype(dtype)[:, None] if "embed_tokens.scale" in names else rows
+
+    return Tensor(TABLE, (d.vocab, d.hidden_size), load)
 
 
 def fix_capacity(g: Graph, capacity: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,6 @@ class TensorRTStage:
         types = {name: np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(name))) for name in names}
         self.dtypes = {name: types[name] for name in names if is_input[name]}
         self.outputs = {name: types[name] for name in names if not is_input[name]}
-        self._on_host = {name for name in names if self.engine.get_tensor_location(name) == self.trt.TensorLocation.HOST}
         self._contexts: dict[int, Any] = {}
         self._unwanted: dict[str, Buffer] = {}
         self._host_values: dict[str, np.ndarray] = {}
@@ -121,7 +119,6 @@ class TensorRTStage:
         if not context.execute_async_v3(self.device.stream):
             raise EngineError(f"{self.path.name} failed on the GPU; see TensorRT's message above")
 
-
     def _unwanted_at(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
         """Memory for an output that nobody asked for: the engine writes it all the same."""
         size = int(np.prod([max(n, 1) for n in shape])) * dtype.itemsize
@@ -140,6 +137,6 @@ def plugins_of(library: str) -> Any:
     """Register the pooling plugin with a library, for engines that need it where they run."""
     from .plugins.weighted_pool import tensorrt_plugin
 
-    trt = importlib.import_module(library)
+    trt = _import(library)
     tensorrt_plugin.register(trt)
     return trt

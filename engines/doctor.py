@@ -19,6 +19,7 @@ import click
 from .engine import installed_version
 from .errors import EngineError
 from .gpu_facts import Gpu, driver_version, gpus, load_driver
+from .memory import system_memory
 from .select import LEAST_ONNXRUNTIME, NEWEST_OPERATORS, TARGETS
 from .terminal import Command, human_bytes, table
 
@@ -58,7 +59,7 @@ class Verdict:
 def look(root: Path = ROOT) -> Machine:
     """Everything that can be known without loading a GPU library. root: of the file system (tests)."""
     driver = load_driver()
-    memory = _memory(root)
+    memory = system_memory(root)
     packages = {}
     for name in PACKAGES:
         try:
@@ -134,11 +135,6 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def _memory(root: Path) -> dict[str, int]:
-    lines = re.findall(r"^(\w+):\s+(\d+) kB", _read(root / "proc/meminfo"), re.M)
-    return {name: int(value) * 1024 for name, value in lines}
 
 
 def free_blocks(root: Path = ROOT) -> tuple[int, int] | None:

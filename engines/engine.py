@@ -19,6 +19,11 @@ FORMAT = "ppllava-edge engine"
 LIBRARIES = ("onnxruntime", "tensorrt", "tensorrt_rtx")  # what opens an engine
 CACHES = ("in place", "concatenated")
 
+# What builders and the runtime agree on; here, because the runtime imports no builder.
+CAPACITY_STEP = 256  # attention's cost follows the cache's capacity, so it fits the generation, rounded up to this
+LAST_POSITIONS = 8  # whose logits a pass gives: what speculation verifies at once; of a shorter pass, all
+PLUGIN_STAGE = "pooling-plugin"  # pooling with the plugin, whose windows are fixed
+
 
 @dataclass(frozen=True)
 class Engine:

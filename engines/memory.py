@@ -1,7 +1,8 @@
-"""Peak memory of this process."""
+"""Memory of this process, and of the machine."""
 
 from __future__ import annotations
 
+import re
 import resource
 from pathlib import Path
 
@@ -17,3 +18,17 @@ def peak_memory() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def system_memory(root: Path = Path("/")) -> dict[str, int]:
+    """What the kernel says of this machine's memory, by its names (MemTotal, MemAvailable, …), bytes; {} where it doesn't. root: in tests."""
+    try:
+        text = (root / "proc/meminfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    return {name: int(value) * 1024 for name, value in re.findall(r"^(\w+):\s+(\d+) kB", text, re.M)}
+
+
+def available_memory() -> int | None:
+    """Bytes that this machine could give, None where nobody says."""
+    return system_memory().get("MemAvailable")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx
 
 from .bundle import Manifest
+from .engine import CAPACITY_STEP
 from .pooling import Triple, Windows
 
 Range = tuple[int, int, int]  # least, best, most
@@ -15,7 +16,6 @@ Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  #
 MOST_FRAMES = 64  # where no temporal adapter sets a limit
 TRUNK_FRAMES = (1, 4, 8)
 PREFILL = 1100
-CAPACITY_STEP = 256
 
 
 @dataclass(frozen=True)

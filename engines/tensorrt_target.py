@@ -20,14 +20,13 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from .bundle import Bundle, Manifest, hash_file
-from .decode_graph import TABLE, self_feeding, split_head
-from .engine import Engine, engine_folder, fingerprint, installed_version, write_engine
+from .decode_graph import TABLE, embedding_table, self_feeding, split_head
+from .engine import PLUGIN_STAGE, Engine, engine_folder, fingerprint, installed_version, write_engine
 from .errors import EngineError
-from .graph import Graph, Tensor
+from .graph import Graph
 from .lower import lower, without_small_attention
+from .memory import available_memory
 from .pieces import split
 from .plugin_node import with_plugin
 from .pooling import Triple
@@ -41,7 +40,6 @@ PIECE_BYTES = 512 << 20  # of a decoder's weights in one engine
 PEAK_BASE = 350e6  # resident memory of a build without weights; and for each byte of them, by what they are (docs/measurements.md):
 PEAK_PER_BYTE = {"table": 2.6, "decoder int4": 3.1, "decoder": 4.9, "other": 3.6}
 ADDR_NO_RANDOMIZE = 0x0040000  # Linux's personality(2)
-PLUGIN_STAGE = "pooling-plugin"  # the runtime asks for it by this name
 Tell = Callable[[str, int, int], None]
 
 
@@ -187,15 +185,6 @@ def _warn_of_memory(name: str, needed: int, note: Callable[[str], None]) -> None
         note(f"building {name} is expected to need {human_bytes(needed)}; {human_bytes(available)} are available, {missing} are missing: try --piece with less")
 
 
-def available_memory() -> int | None:
-    """Bytes that this machine could give, None where nobody says."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return None
-
-
 def predicted_peak(stage: str, g: Graph) -> int:
     """Resident memory of building an engine from a graph."""
     peak = PEAK_BASE
@@ -234,19 +223,6 @@ def decoder_pieces(g: Graph, bundle: Bundle, target: str, capacity: int, piece_b
     width = bundle.manifest.decoder.hidden_size
     carried = {"mask": (g.dtype, (1, 1, "s", capacity)), "": (g.dtype, (1, "s", width))}
     return [segment.graph for segment in split(split_head(g), budget=piece_bytes, carried=carried)]
-
-
-def embedding_table(bundle: Bundle, dtype: str) -> Tensor:
-    """(V, D) token embeddings in a floating type, restored where the bundle has them as INT8."""
-    d, path = bundle.manifest.decoder, bundle.file("embed_tokens.safetensors")
-
-    def load() -> Any:
-        with safe_open(path, "np") as file:
-            rows = file.get_tensor("embed_tokens").astype(dtype)
-            names = file.keys()
-            return rows * file.get_tensor("embed_tokens.scale").astype(dtype)[:, None] if "embed_tokens.scale" in names else rows
-
-    return Tensor(TABLE, (d.vocab, d.hidden_size), load)
 
 
 # -- processes -----------------------------------------------------------------------------------------------------------------------------

@@ -9,13 +9,30 @@ from typing import Any
 import numpy as np
 
 from ..engines.bundle import DecoderInfo
+from ..engines.engine import CAPACITY_STEP, LAST_POSITIONS
 from ..engines.errors import EngineError, PromptError
 from ..engines.ort import Stage, first_line, import_onnxruntime
 from .lookup import LEFT_OUT, MOST_DISAGREEMENT, Lookup, accept, disagreement
 
 SMALL_STEP = 16  # positions; the buffers of such steps are kept
-LAST_POSITIONS = 8  # whose logits an engine gives (engines/decode_graph.py)
-CAPACITY_STEP = 256  # attention's cost follows the cache's capacity, so it fits the generation, rounded up to this
+
+
+def check_context(length: int, context: int) -> None:
+    """Raise PromptError for a prompt that leaves the model no room to answer; says by how much it is too long."""
+    if length >= context:
+        raise PromptError(
+            f"the prompt has {length} tokens, {length - context + 1} too many: the model's context is {context}; ask a shorter question or use fewer frames"
+        )
+
+
+def fitting_capacity(positions: int, context: int) -> int:
+    """Of a cache for so many positions: whole steps, no more than the model's context."""
+    return min(-(-positions // CAPACITY_STEP) * CAPACITY_STEP, context)
+
+
+def no_room(length: int, capacity: int, count: int) -> EngineError:
+    """What to say when a cache is full."""
+    return EngineError(f"the cache holds {length} of {capacity} positions; {count} more don't fit")
 
 
 class KVCache:
@@ -58,7 +75,7 @@ class Sequence:
         of the last min(s, 8)."""
         cache, count = self.cache, len(inputs_embeds)
         if count < 1 or cache.length + count > cache.capacity:
-            raise EngineError(f"the cache holds {cache.length} of {cache.capacity} positions; {count} more don't fit")
+            raise no_room(cache.length, cache.capacity, count)
         if count not in self._steps:
             if count > SMALL_STEP:
                 self._steps.clear()  # buffers of a long step are large and not needed twice
@@ -88,7 +105,7 @@ class GrowingSequence:
         """Feed (s, D) embeddings after what the cache holds → logits (1, V) float32 of the last position."""
         count, total = len(inputs_embeds), self.length + len(inputs_embeds)
         if count < 1 or total > self.capacity:
-            raise EngineError(f"the cache holds {self.length} of {self.capacity} positions; {count} more don't fit")
+            raise no_room(self.length, self.capacity, count)
         positions = np.arange(self.length, total)
         hidden = -1e4 if self.pieces[0].dtypes["inputs_embeds"] == np.float16 else -np.inf
         mask = np.where(np.arange(total) <= positions[:, None], 0.0, hidden)[None, None]
@@ -141,13 +158,8 @@ class Decoder:
 
         Raises PromptError if the prompt alone is too long for the model's context, and says by how much.
         """
-        context = self.info.context
-        if length >= context:
-            raise PromptError(
-                f"the prompt has {length} tokens, {length - context + 1} too many: the model's context is {context}; "
-                "ask a shorter question or use fewer frames"
-            )
-        capacity = min(-(-min(length + new_tokens, context) // CAPACITY_STEP) * CAPACITY_STEP, context)
+        check_context(length, self.info.context)
+        capacity = fitting_capacity(length + new_tokens, self.info.context)
         if self.cache == "concatenated":
             return GrowingSequence(self.pieces, self.info, capacity)
         with self._lock:

@@ -14,9 +14,9 @@ import numpy as np
 
 from ..engines.bundle import DecoderInfo
 from ..engines.device import Buffer, CudaDevice
-from ..engines.engine import Engine
+from ..engines.engine import LAST_POSITIONS, Engine
 from ..engines.errors import EngineError, PromptError
-from .decoding import CAPACITY_STEP, LAST_POSITIONS
+from .decoding import check_context, fitting_capacity, no_room
 from .lookup import LEFT_OUT, MOST_DISAGREEMENT, Lookup, accept, disagreement
 from .sampling import Sampling
 
@@ -91,7 +91,7 @@ class GpuSequence:
     def step(self, token: int | None = None) -> None:
         """One token more: the one that was likeliest (it is on the GPU already), or this one."""
         if self.length + 1 > self.capacity:
-            raise EngineError(f"the cache holds {self.length} of {self.capacity} positions; 1 more doesn't fit")
+            raise no_room(self.length, self.capacity, 1)
         if token is not None:
             self.gpu.upload(np.array([[token]], np.int64), self.next_token)
         if self._step is not None:
@@ -114,7 +114,7 @@ class GpuSequence:
 
     def _run(self, count: int, ids: Buffer, is_text: Buffer, rows: Buffer, positions: Buffer, write_index: Buffer, profile: int) -> None:
         if count < 1 or self.length + count > self.capacity:
-            raise EngineError(f"the cache holds {self.length} of {self.capacity} positions; {count} more don't fit")
+            raise no_room(self.length, self.capacity, count)
         self._queue(count, ids, is_text, rows, positions, write_index, profile)
         self.length += count
 
@@ -189,15 +189,10 @@ class GpuDecoder:
 
     def start(self, length: int, new_tokens: int) -> GpuSequence:
         """A sequence with room for a prompt. Raises PromptError if the prompt is too long for the model, or for the engine."""
-        context = self.info.context
-        if length >= context:
-            raise PromptError(
-                f"the prompt has {length} tokens, {length - context + 1} too many: the model's context is {context}; "
-                "ask a shorter question or use fewer frames"
-            )
+        check_context(length, self.info.context)
         if self.fixed and length >= self.fixed:
             raise self.too_long(length)
-        capacity = self.fixed or min(-(-(length + new_tokens) // CAPACITY_STEP) * CAPACITY_STEP, context)
+        capacity = self.fixed or fitting_capacity(length + new_tokens, self.info.context)
         with self._lock:
             for sequence in self._idle:
                 if sequence.capacity == capacity:
@@ -279,7 +274,7 @@ class GrowingGpuDecoder(GpuDecoder):
 
     def prefill(self, prompt: Any) -> np.ndarray:
         """A prompt → logits (V,) of its last position."""
-        return _Growing(self, len(prompt), 1).run(self._rows(prompt))
+        return _Growing(self, len(prompt)).run(self._rows(prompt))
 
     def _rows(self, prompt: Any) -> np.ndarray:
         if not isinstance(prompt, GpuPrompt):
@@ -295,7 +290,7 @@ class GrowingGpuDecoder(GpuDecoder):
         if max_new_tokens < 1:
             return
         choose, stops, ids = (sampling or Sampling()).chooser(), set(stop_ids), list[int]()
-        growing = _Growing(self, len(prompt), max_new_tokens)
+        growing = _Growing(self, len(prompt))
         logits = growing.run(self._rows(prompt))
         while True:
             ids.append(choose(logits, ids))
@@ -308,7 +303,7 @@ class GrowingGpuDecoder(GpuDecoder):
 class _Growing:
     """One sequence of a growing cache."""
 
-    def __init__(self, decoder: GrowingGpuDecoder, length: int, new_tokens: int):
+    def __init__(self, decoder: GrowingGpuDecoder, length: int):
         self.decoder, self.length = decoder, 0
         self.capacity = min(decoder.fixed or decoder.info.context, decoder.info.context)
         if length >= self.capacity:
@@ -325,7 +320,7 @@ class _Growing:
         info, gpu, stages, count = self.decoder.info, self.decoder.gpu, self.decoder.stages, len(rows)
         total = self.length + count
         if total > self.capacity:
-            raise EngineError(f"the cache holds {self.length} of {self.capacity} positions; {count} more don't fit")
+            raise no_room(self.length, self.capacity, count)
         kind = stages[0].dtypes["inputs_embeds"]
         positions = np.arange(self.length, total, dtype=np.int64)
         mask = np.where(np.arange(total) <= positions[:, None], 0.0, -1e4 if kind == np.float16 else -np.inf)[None, None]

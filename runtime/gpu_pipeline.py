@@ -14,7 +14,7 @@ import numpy as np
 from ..engines.bundle import Bundle
 from ..engines.device import Buffer, CudaDevice
 from ..engines.device_stage import OrtDeviceStage, TensorRTStage, plugins_of
-from ..engines.engine import Engine
+from ..engines.engine import PLUGIN_STAGE, Engine
 from ..engines.errors import EngineError, MediaError, PromptError
 from .gpu_decoding import GpuDecoder, GpuPrompt, GrowingGpuDecoder
 from .pipeline import Clip, Pipeline, check_media
@@ -60,7 +60,7 @@ class GpuPipeline(Pipeline):
         assert self.engine is not None
         if self.engine.library == "onnxruntime":
             return OrtDeviceStage(path, self.gpu, self._on_cpu)
-        trt = plugins_of(self.engine.library) if name == "pooling-plugin" and self.engine.details.get("plugin") == "python" else None
+        trt = plugins_of(self.engine.library) if name == PLUGIN_STAGE and self.engine.details.get("plugin") == "python" else None
         return TensorRTStage(path, self.gpu, self.engine.library, trt)
 
     def _run(self, name: str, inputs: dict[str, Any], outputs: Mapping[str, tuple[int, ...]]) -> list[Buffer]:
@@ -154,8 +154,8 @@ class GpuPipeline(Pipeline):
         windows = int(np.prod([(n - k) // s + 1 for n, k, s in zip(size, kernel, stride)]))
         inputs, outputs = {"features": features, "weights": weights}, {"visual_tokens": (windows, width)}
         details = self.engine.details
-        if "pooling-plugin" in self.engine.stages and list(kernel) == details.get("kernel") and list(stride) == details.get("stride"):
-            return self._run("pooling-plugin", inputs, outputs)[0]
+        if PLUGIN_STAGE in self.engine.stages and list(kernel) == details.get("kernel") and list(stride) == details.get("stride"):
+            return self._run(PLUGIN_STAGE, inputs, outputs)[0]
         if "pooling-before" in self.engine.stages and self._kernel() is not None:
             hidden = self._run("pooling-before", {"features": features}, {"hidden": (len(features), v.patches, width)})[0]
             pooled = self.gpu.empty((windows, width), hidden.dtype)

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..engines.engine import LAST_POSITIONS
+
 LONGEST_MATCH, SHORTEST_MATCH = 3, 2  # tokens; a single one is followed by too many things
-MOST_DRAFT = 7  # with the token before them, as many positions as an engine gives logits of
+MOST_DRAFT = LAST_POSITIONS - 1  # the token before them is in the pass too
 
 
 MOST_DISAGREEMENT = 1e-3  # of the logits' standard deviation

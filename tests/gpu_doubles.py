@@ -137,7 +137,6 @@ class FakeTensorRT:
     """As much of TensorRT's runtime as TensorRTStage uses. An "engine" names a graph and its profiles."""
 
     TensorIOMode = SimpleNamespace(INPUT=0, OUTPUT=1)
-    TensorLocation = SimpleNamespace(HOST=0, DEVICE=1)
 
     def __init__(self, driver: FakeDriver):
         outer = self
@@ -183,9 +182,6 @@ class _Engine:
 
     def get_tensor_dtype(self, name: str) -> Any:
         return _TYPES[self.tensors[name].type]
-
-    def get_tensor_location(self, name: str) -> int:
-        return 0 if name in ("kernel", "stride") else 1
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> Any:
         return self.profiles[profile][name]

@@ -7,14 +7,13 @@ Not run on real hardware yet (docs/limitations.md).
 from __future__ import annotations
 
 import math
-import struct
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ...errors import EngineError
-from .kernel import ITEMSIZE, SUFFIX, THREADS, compile_kernels
+from .kernel import THREADS, compile_kernels, float_bits, kernel_name, lanes_of
 from .tensorrt_plugin import NAME, NAMESPACE, registered, type_name
 
 PLUGIN = f"{NAMESPACE}::{NAME}"
@@ -52,19 +51,17 @@ def _functions(trt: Any, trtp: Any, capability: tuple[int, int]) -> tuple[Any, A
 
     def implement(hidden: Any, weights: Any, kernel: Any, stride: Any, temperature: Any, gelu: Any, outputs: Any, tactic: Any) -> tuple:
         dtype = type_name(trt, hidden.dtype)
-        channels, wide = hidden.shape_expr[3].constant_value(), 16 // ITEMSIZE[dtype]
-        lanes = wide if channels % wide == 0 else 1  # engines align their tensors
-        name = f"weighted_pool_{SUFFIX[dtype]}{'_gelu' if gelu else ''}{'' if lanes > 1 else '_single'}"
+        channels = hidden.shape_expr[3].constant_value()
+        lanes = lanes_of(dtype, channels)  # engines align their tensors
         launch = trtp.KernelLaunchParams()
         launch.grid_x, launch.grid_y, launch.block_x = math.prod(counts(weights, kernel, stride), start=1), -(-channels // (THREADS * lanes)), THREADS
-        bits = struct.unpack("<i", struct.pack("<f", float(temperature)))[0]
-        fixed = [channels, *(int(v) for v in kernel), *(int(v) for v in stride), bits]
+        fixed = [channels, *(int(v) for v in kernel), *(int(v) for v in stride), float_bits(float(temperature))]
         extra = trtp.SymIntExprs(3 + len(fixed))
         for i in range(3):
             extra[i] = trtp.SymInt32(weights.shape_expr[i])
         for i, value in enumerate(fixed):
             extra[3 + i] = trtp.SymInt32(value)
-        return name, compile_kernels(capability, "ptx").code, launch, extra
+        return kernel_name(dtype, bool(gelu), lanes), compile_kernels(capability, "ptx").code, launch, extra
 
     triple = npt.NDArray[np.int32]
     describe.__annotations__ = {

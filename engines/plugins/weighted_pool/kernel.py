@@ -25,6 +25,22 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 LEAST_CAPABILITY = (7, 5)
 
 
+def lanes_of(dtype: str, channels: int, aligned: bool = True) -> int:
+    """Channels that a thread takes: 16 bytes of them, or one where rows don't start at multiples of 16 bytes."""
+    wide = 16 // ITEMSIZE[dtype]
+    return wide if aligned and channels % wide == 0 else 1
+
+
+def kernel_name(dtype: str, gelu: bool, lanes: int) -> str:
+    """As weighted_pool.cu names its variants."""
+    return f"weighted_pool_{SUFFIX[dtype]}{'_gelu' if gelu else ''}{'' if lanes > 1 else '_single'}"
+
+
+def float_bits(value: float) -> int:
+    """A float's bits as an integer: how the temperature travels to the kernel."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+
+
 @dataclass(frozen=True)
 class Call:
     """One pooling: hidden (T,H,W,C) of a dtype, weights (T,H,W) float32 → (N,C). gelu: applied to hidden as it is read."""
@@ -56,14 +72,13 @@ class Call:
 
     @property
     def lanes(self) -> int:
-        """Channels that a thread takes: 16 bytes of them, or one where rows don't start at multiples of 16 bytes."""
-        wide = 16 // ITEMSIZE[self.dtype]
-        return wide if self.aligned and self.channels % wide == 0 else 1
+        """Channels that a thread takes."""
+        return lanes_of(self.dtype, self.channels, self.aligned)
 
     @property
     def name(self) -> str:
         """Of the kernel that does it."""
-        return f"weighted_pool_{SUFFIX[self.dtype]}{'_gelu' if self.gelu else ''}{'' if self.lanes > 1 else '_single'}"
+        return kernel_name(self.dtype, self.gelu, self.lanes)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -72,8 +87,8 @@ class Call:
 
     @property
     def integers(self) -> tuple[int, ...]:
-        """The kernel's arguments between its inputs and its output. Temperature travels as the bits of a float."""
-        return (*self.size, self.channels, *self.kernel, *self.stride, struct.unpack("<i", struct.pack("<f", self.temperature))[0])
+        """The kernel's arguments between its inputs and its output."""
+        return (*self.size, self.channels, *self.kernel, *self.stride, float_bits(self.temperature))
 
 
 def import_cuda_core() -> Any:
