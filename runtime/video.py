@@ -1,29 +1,37 @@
-"""Decoding: any container and codec that FFmpeg opens, images, animations, and folders of images.
+"""Frames of files: any container and codec that FFmpeg opens, images, animations, and folders of images.
 
-Only the sampled frames are converted to RGB. Sizes are checked before anything large is allocated. Damaged files give the frames that can
-be decoded, and a note that says so.
+Only chosen frames are decoded as far as they must be, and converted to RGB. Sizes are checked before anything large is allocated. Damaged files
+give the frames that can be decoded, and a note that says so.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from ..engines.errors import MediaError
+from .container import check_size, opened, upright
 from .frames import WHOLE, check_range, sample_indices
+from .packet_index import index_packets
+from .pictures import Picture, animation_pictures, folder_pictures, open_picture
+from .seeking import CannotSeek, packets_to_decode, seek_frames
 
-SMALLEST_SIDE, LARGEST_SIDE, LARGEST_AREA = 8, 16384, 8192 * 8192  # pixels
 MOST_FRAMES = 4096  # that can be sampled at once
 MOST_ERRORS = 1000  # packets that may fail before a file is given up
-IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")  # none of which starts another program; FFmpeg opens more
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
+WORTH_SEEKING = 0.7  # of the packets of a sequential decode
+
+
+class Frame(NamedTuple):
+    """One frame. index: which of the video. image: RGB uint8 (H,W,3). seconds: when it is shown."""
+
+    index: int
+    image: np.ndarray
+    seconds: float
 
 
 @dataclass
@@ -43,6 +51,51 @@ class Frames:
     notes: list[str] = field(default_factory=list)
 
 
+class FrameReader:
+    """A source whose frames are chosen, then read one after another. count, fps, duration (seconds): of the whole source.
+
+    indices: the frames of the last choice that there are; notes: what people should know. Both are final when `frames` is exhausted.
+    """
+
+    kind = "video"
+
+    def __init__(self, what: str, count: int, fps: float, duration: float):
+        self.what, self.count, self.fps, self.duration = what, count, fps, duration
+        self.indices: list[int] = []
+        self.notes: list[str] = []
+
+    def choose(self, frames: int, start: float | None = None, end: float | None = None) -> list[int]:
+        """The middle frame of each of so many equal parts between start and end (seconds). Raises MediaError if no frame lies there."""
+        if not 1 <= frames <= MOST_FRAMES:
+            raise MediaError(f"--frames must be from 1 to {MOST_FRAMES}, not {frames}")
+        for name, value in (("--start", start), ("--end", end)):
+            if value is not None and not (0 <= value < 1e9):
+                raise MediaError(f"{name} must be 0 or more seconds, not {value:g}")
+        bound = None if start is None and end is None else (start or 0.0, WHOLE[1] if end is None else end)
+        check_range(self.count, self.fps, bound, self.what)
+        return sample_indices(self.count, self.fps, frames, bound)
+
+    def frames(self, choice: Callable[[FrameReader], Sequence[int]]) -> Iterator[Frame]:
+        """Yield every chosen frame once, ascending. If fewer can be decoded than the file promised, choice is asked again and all of the new choice
+        is yielded; `indices` tells in the end which frames count. Raises MediaError if there is none."""
+        raise NotImplementedError
+
+
+def open_reader(source: str | os.PathLike[str]) -> FrameReader:
+    """A reader for a video file, an image, an animation or a folder of images. Raises MediaError in one line for anything unusable."""
+    path = Path(source)
+    if path.is_dir():
+        return PictureReader(folder_pictures(path), f"the folder {path}")
+    if not path.exists():
+        raise MediaError(f"no such file: {source}")
+    if not path.is_file():
+        raise MediaError(f"{source} is not a regular file")
+    if path.stat().st_size == 0:
+        raise MediaError(f"{source} is empty (0 bytes)")
+    picture = open_picture(path)
+    return PictureReader(animation_pictures(picture), str(path)) if picture is not None else VideoReader(path)
+
+
 def read_frames(
     source: str | os.PathLike[str],
     frames: int,
@@ -52,259 +105,130 @@ def read_frames(
 ) -> Frames:
     """Sample `frames` frames between start and end (seconds) from a video file, an image, an animation or a folder of images.
 
-    progress: called with (frames seen, frames to go through). Raises MediaError in one line for anything unusable.
+    progress: called with (frames read, frames to read). Raises MediaError in one line for anything unusable.
     """
-    if not 1 <= frames <= MOST_FRAMES:
-        raise MediaError(f"--frames must be from 1 to {MOST_FRAMES}, not {frames}")
-    for name, value in (("--start", start), ("--end", end)):
-        if value is not None and not (0 <= value < 1e9):
-            raise MediaError(f"{name} must be 0 or more seconds, not {value:g}")
-    path = Path(source)
-    if path.is_dir():
-        return _read_pictures(_folder_pictures(path), f"the folder {path}", frames, start, end)
-    if not path.exists():
-        raise MediaError(f"no such file: {source}")
-    if not path.is_file():
-        raise MediaError(f"{source} is not a regular file")
-    if path.stat().st_size == 0:
-        raise MediaError(f"{source} is empty (0 bytes)")
-    picture = _open_picture(path)
-    if picture is not None:
-        with picture:
-            return _read_pictures(_animation_pictures(picture), str(path), frames, start, end)
-    return _read_video(path, frames, start, end, progress)
+    reader = open_reader(source)
+    found: dict[int, Frame] = {}
+    for frame in reader.frames(lambda r: r.choose(frames, start, end)):
+        found[frame.index] = frame
+        if progress:
+            progress(len(found), len(set(reader.indices)))
+    return Frames([found[i].image for i in reader.indices], reader.indices, [found[i].seconds for i in reader.indices],
+                  reader.count, reader.fps, reader.duration, reader.kind, reader.notes)  # fmt: skip
 
 
-# -- video files -----------------------------------------------------------------------------------------------------
+class VideoReader(FrameReader):
+    """A video file. seeking: may frames be found from key frames (the same frames come out either way)."""
 
+    def __init__(self, path: Path, seeking: bool = True):
+        self.path, self.seeking, self.index = path, seeking, index_packets(path)
+        super().__init__(str(path), self.index.count, self.index.fps, self.index.duration)
+        self._damaged = False
 
-@dataclass
-class _Index:
-    """What reading the packets (not decoding them) tells: frames in the file and how many it promised, their rate, the first one's time,
-    whether reading ended early or in an error."""
-
-    count: int
-    promised: int
-    fps: float
-    start: float
-    broken: bool
-
-
-def _read_video(path: Path, frames: int, start: float | None, end: float | None, progress: Callable[[int, int], None] | None) -> Frames:
-    index = _index_packets(path)
-    bound = _bound(start, end)
-    check_range(index.count, index.fps, bound, str(path))
-    indices = sample_indices(index.count, index.fps, frames, bound)
-    found, decoded, damaged = _decode(path, set(indices), index, progress)
-    notes = []
-    missing = [i for i in indices if i not in found]
-    if missing:  # fewer frames came out than packets went in: choose again among those that did
-        if decoded == 0:
-            raise MediaError(f"no frame of {path} could be decoded; the file is damaged")
-        check_range(decoded, index.fps, bound, str(path))
-        indices = sample_indices(decoded, index.fps, frames, bound)
-        found, _, damaged = _decode(path, set(indices), index, None)
-        indices = [i for i in indices if i in found]
-        if not indices:
-            raise MediaError(f"no frame of {path} could be decoded; the file is damaged")
-    count = decoded if missing else index.count
-    if count < index.promised:
-        notes.append(f"{path.name} is truncated or damaged: answering from the {count} of {index.promised} frames that could be decoded")
-    elif damaged or index.broken:
-        notes.append(f"{path.name} is damaged: some of its frames may not show what they should")
-    images, times = [found[i][0] for i in indices], [found[i][1] for i in indices]
-    return Frames(images, indices, times, count, index.fps, count / index.fps, notes=notes)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its video stream. FFmpeg's errors become MediaErrors.
-
-    PyAV's log level is left alone: any level but its default makes decoding threads wait for the interpreter when they have something to say,
-    and freeing a decoder, which waits for its threads, then hangs now and then.
-    """
-    import av
-
-    try:
-        container = av.open(str(path), metadata_errors="replace")
-    except (av.error.FFmpegError, ValueError) as error:
-        raise MediaError(f"{path} is not a video that can be read ({_reason(error)})") from None
-    with container:
-        streams = [s for s in container.streams.video if not _is_cover(s)]
-        if not streams:
-            what = "only sound" if container.streams.audio else "no video"
-            raise MediaError(f"{path} holds {what}; a video stream is needed")
-        stream = streams[0]
-        if stream.codec_context is None:
-            raise MediaError(f"{path} uses a video codec that this FFmpeg doesn't know")
-        check_size(stream.codec_context.width, stream.codec_context.height, str(path), unknown_allowed=True)
-        stream.thread_type = "AUTO"
-        yield container, stream
-
-
-def _is_cover(stream: Any) -> bool:
-    """Album art is a video stream of one picture."""
-    return bool(int(stream.disposition) & 0x400)
-
-
-def _index_packets(path: Path) -> _Index:
-    import av
-
-    count, broken, last, first = 0, False, None, None
-    with _opened(path) as (container, stream):
-        try:
-            for packet in container.demux(stream):
-                if packet.size and not packet.is_discard:
-                    count += 1
-                    if packet.pts is not None:
-                        first = packet.pts if first is None else min(first, packet.pts)
-                        last = packet.pts if last is None else max(last, packet.pts)
-                    broken = broken or packet.is_corrupt
-        except av.error.FFmpegError:
-            broken = True
-        fps = float(stream.average_rate or 0)
-        if not 0.001 < fps < 100000:
-            span = float((last - first) * stream.time_base) if first is not None and last is not None and last > first else 0.0
-            fps = (count - 1) / span if span else 25.0
-        origin = float(first * stream.time_base) if first is not None else 0.0
-        promised = int(stream.frames or 0)
-        broken = broken or count < promised
-    if count == 0:
-        raise MediaError(f"{path} has a video stream without a single frame")
-    return _Index(count, max(count, promised), fps, origin, broken)
-
-
-def _decode(
-    path: Path, wanted: set[int], index: _Index, progress: Callable[[int, int], None] | None
-) -> tuple[dict[int, tuple[np.ndarray, float]], int, bool]:
-    """Decode up to the last wanted frame. Returns {index: (RGB, seconds)}, how many frames came out, and whether any was damaged."""
-    import av
-
-    found: dict[int, tuple[np.ndarray, float]] = {}
-    at, last, damaged, errors = 0, max(wanted), False, 0
-    with _opened(path) as (container, stream):
-        packets = container.demux(stream)
-        while at <= last:
+    def frames(self, choice: Callable[[FrameReader], Sequence[int]]) -> Iterator[Frame]:
+        """As FrameReader says."""
+        self.indices = list(choice(self))
+        done = set[int]()
+        if self.seeking and self.index.seekable and packets_to_decode(self.index, self.indices) < WORTH_SEEKING * max(self.indices):
             try:
-                packet = next(packets, None)
-                decoded = packet.decode() if packet is not None else []
-            except av.error.FFmpegError:
-                damaged, errors = True, errors + 1
-                if errors > MOST_ERRORS:
+                yield from self._seek(done)
+                self._note()
+                return
+            except CannotSeek:
+                if self._index_again():
+                    self.indices, done = list(choice(self)), set()
+        came = yield from self._decode(set(self.indices) - done)
+        if not set(self.indices) <= done | came.found:  # fewer frames came out than packets went in: choose again among those that did
+            if came.decoded == 0:
+                raise MediaError(f"no frame of {self.path} could be decoded; the file is damaged")
+            self.count, self.duration = came.decoded, came.decoded / self.fps
+            self.indices = list(choice(self))
+            came = yield from self._decode(set(self.indices))
+            self.indices = [i for i in self.indices if i in came.found]
+            if not self.indices:
+                raise MediaError(f"no frame of {self.path} could be decoded; the file is damaged")
+        self._note()
+
+    def _seek(self, done: set[int]) -> Iterator[Frame]:
+        for index, image, seconds, damaged in seek_frames(self.path, self.indices, self.index):
+            self._damaged = self._damaged or damaged
+            done.add(index)
+            yield Frame(index, image, seconds)
+
+    def _index_again(self) -> bool:
+        """Read all packets instead of trusting the container's table. Returns whether it had said something else."""
+        if not self.index.from_table:
+            return False
+        said = self.index.count
+        self.index = index_packets(self.path, table=False)
+        self.count, self.fps, self.duration = self.index.count, self.index.fps, self.index.duration
+        return said != self.count
+
+    def _decode(self, wanted: set[int]) -> Generator[Frame, None, _Came]:
+        """Decode from the beginning up to the last wanted frame."""
+        import av
+
+        found, at, last, errors = set[int](), 0, max(wanted, default=-1), 0
+        with opened(self.path) as (container, stream):
+            packets = container.demux(stream)
+            while at <= last:
+                try:
+                    packet = next(packets, None)
+                    decoded = packet.decode() if packet is not None else []
+                except av.error.FFmpegError:
+                    self._damaged, errors = True, errors + 1
+                    if errors > MOST_ERRORS:
+                        break
+                    continue
+                if packet is None:
                     break
-                continue
-            if packet is None:
-                break
-            for frame in decoded:
-                damaged = damaged or bool(getattr(frame, "is_corrupt", False))
-                if at in wanted:
-                    check_size(frame.width, frame.height, str(path))
-                    seconds = float(frame.pts * frame.time_base) - index.start if frame.pts is not None and frame.time_base else at / index.fps
-                    found[at] = (_upright(frame), max(seconds, 0.0))
-                at += 1
-            if progress:
-                progress(min(at, last + 1), last + 1)
-    return found, at, damaged
+                for frame in decoded:
+                    self._damaged = self._damaged or bool(frame.is_corrupt)
+                    if at in wanted:
+                        check_size(frame.width, frame.height, self.what)
+                        found.add(at)
+                        yield Frame(at, upright(frame), self._seconds(frame, at))
+                    at += 1
+        return _Came(found, at)
+
+    def _seconds(self, frame: object, at: int) -> float:
+        pts, base = getattr(frame, "pts", None), getattr(frame, "time_base", None)
+        return max(float(pts * base) - self.index.origin * self.index.time_base, 0.0) if pts is not None and base else at / self.index.fps
+
+    def _note(self) -> None:
+        name, index = self.path.name, self.index
+        if self.count < index.promised:
+            self.notes = [f"{name} is truncated or damaged: answering from the {self.count} of {index.promised} frames that could be decoded"]
+        elif self._damaged or index.broken:
+            self.notes = [f"{name} is damaged: some of its frames may not show what they should"]
 
 
-def _upright(frame: Any) -> np.ndarray:
-    """A frame as RGB uint8 (H,W,3), turned as its rotation metadata asks (counter-clockwise degrees)."""
-    image = frame.to_ndarray(format="rgb24")
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4
-    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+class _Came(NamedTuple):
+    """What a sequential decode gave: which wanted frames, and how many frames there were."""
+
+    found: set[int]
+    decoded: int
 
 
-def check_size(width: int, height: int, what: str, unknown_allowed: bool = False) -> None:
-    """Refuse frames that are too small to show anything or too large to allocate. Raises MediaError."""
-    if unknown_allowed and not (width and height):
-        return
-    if min(width, height) < SMALLEST_SIDE:
-        raise MediaError(f"{what}: frames of {width}x{height} pixels are too small; {SMALLEST_SIDE}x{SMALLEST_SIDE} is the least")
-    if max(width, height) > LARGEST_SIDE or width * height > LARGEST_AREA:
-        raise MediaError(f"{what}: frames of {width}x{height} pixels are too large; scale the video down below {LARGEST_AREA // 10**6} megapixels")
+class PictureReader(FrameReader):
+    """An image, an animation, or a folder of images."""
+
+    def __init__(self, pictures: Sequence[Picture], what: str):
+        self.pictures = pictures
+        self.starts = np.concatenate([[0.0], np.cumsum([seconds for _, seconds in pictures])])
+        single = len(pictures) == 1
+        duration = 0.0 if single else float(self.starts[-1])
+        super().__init__(what, len(pictures), 1.0 if single else len(pictures) / duration, duration)
+        self.kind = "image" if single else "video"
+
+    def choose(self, frames: int, start: float | None = None, end: float | None = None) -> list[int]:
+        """As FrameReader says; a single picture is itself, whatever was asked for."""
+        return [0] if self.kind == "image" else super().choose(frames, start, end)
+
+    def frames(self, choice: Callable[[FrameReader], Sequence[int]]) -> Iterator[Frame]:
+        """As FrameReader says."""
+        self.indices = list(choice(self))
+        for i in sorted(set(self.indices)):
+            yield Frame(i, self.pictures[i][0](), float(self.starts[i]))
 
 
-def _bound(start: float | None, end: float | None) -> tuple[float, float] | None:
-    """The range in seconds, None for all."""
-    if start is None and end is None:
-        return None
-    return start or 0.0, WHOLE[1] if end is None else end
-
-
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error)
-    return text.splitlines()[0][:120] if text else type(error).__name__
-
-
-# -- images, animations, folders -------------------------------------------------------------------------------------
-
-Picture = tuple[Callable[[], np.ndarray], float]  # loads RGB; shown for so many seconds
-
-
-def _open_picture(path: Path) -> Any:
-    """A Pillow image if the file is one (told by its content), else None."""
-    from PIL import Image, UnidentifiedImageError
-
-    Image.MAX_IMAGE_PIXELS = None  # our own limit is checked instead, before anything is decoded
-    try:
-        picture = Image.open(path, formats=IMAGE_FORMATS)
-    except UnidentifiedImageError:
-        return None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(f"{path} is a damaged image ({_reason(error)})") from None
-    check_size(*picture.size, str(path))
-    return picture
-
-
-def _animation_pictures(picture: Any) -> list[Picture]:
-    from PIL import ImageOps
-
-    count = getattr(picture, "n_frames", 1) if picture.format in ("GIF", "PNG", "WEBP", "AVIF") else 1
-
-    def load(i: int) -> np.ndarray:
-        try:
-            if count > 1:
-                picture.seek(i)
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
-            raise MediaError(f"{picture.filename} is a damaged image ({_reason(error)})") from None
-
-    def seconds(i: int) -> float:
-        if count == 1:
-            return 0.0
-        with contextlib.suppress(OSError, ValueError, SyntaxError, EOFError):
-            picture.seek(i)
-            return float(picture.info.get("duration") or 100) / 1000
-        return 0.1
-
-    return [(lambda i=i: load(i), seconds(i)) for i in range(count)]  # type: ignore[misc]
-
-
-def _folder_pictures(folder: Path) -> list[Picture]:
-    """A folder's images in natural order (frame2 before frame10), one second each."""
-    names = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
-    if not names:
-        raise MediaError(f"the folder {folder} holds no images")
-    names.sort(key=lambda p: [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", p.name)])
-
-    def load(path: Path) -> np.ndarray:
-        picture = _open_picture(path)
-        if picture is None:
-            raise MediaError(f"{path} is not an image that can be read")
-        with picture:
-            return _animation_pictures(picture)[0][0]()
-
-    return [(lambda path=path: load(path), 1.0) for path in names]  # type: ignore[misc]
-
-
-def _read_pictures(pictures: Sequence[Picture], what: str, frames: int, start: float | None, end: float | None) -> Frames:
-    if len(pictures) == 1:
-        return Frames([pictures[0][0]()], [0], [0.0], 1, 1.0, 0.0, kind="image")
-    starts = np.concatenate([[0.0], np.cumsum([seconds for _, seconds in pictures])])
-    duration = float(starts[-1])
-    fps = len(pictures) / duration
-    bound = _bound(start, end)
-    check_range(len(pictures), fps, bound, what)
-    indices = sample_indices(len(pictures), fps, frames, bound)
-    loaded = {i: pictures[i][0]() for i in sorted(set(indices))}
-    return Frames([loaded[i] for i in indices], indices, [float(starts[i]) for i in indices], len(pictures), fps, duration)
