@@ -26,3 +26,7 @@ class PromptError(PPLLaVAError):
 
 class EngineError(PPLLaVAError):
     """No engine can run this bundle here."""
+
+
+class BusyError(PPLLaVAError):
+    """Too many questions wait already, or a place didn't come in time: try again later."""

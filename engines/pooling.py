@@ -91,6 +91,25 @@ class Windows:
         return Windows(*parts)
 
 
+def within_budget(windows: Windows, size: Triple, tokens: int) -> Windows:
+    """Windows over (T, rows, columns) that give at most `tokens` visual tokens, as many of them as can be: windows grow along time first, then
+    over the patches, so that a longer video costs no more than a short one. They don't overlap.
+
+    windows: the model's own; its rows and columns are kept where the budget allows. Raises PPLLaVAError for a budget below 1.
+    """
+    if tokens < 1:
+        raise PPLLaVAError(f"--tokens must be 1 or more, not {tokens}")
+    _, kernel, _ = windows.resolve(size)
+    frames, rows, columns = size
+    for grow in range(max(rows, columns)):  # each time a coarser grid of patches
+        high, wide = min(kernel[1] + grow, rows), min(kernel[2] + grow, columns)
+        each = (rows // high) * (columns // wide)
+        if each <= tokens:
+            window = (-(-frames // min(frames, tokens // each)), high, wide)
+            return Windows(window, window, None)
+    raise AssertionError("one window over all patches gives one token a frame")
+
+
 def _each(rule, *triples: Triple) -> Triple:
     a, b, c = (rule(*values) for values in zip(*triples))
     return a, b, c

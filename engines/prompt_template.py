@@ -52,6 +52,11 @@ class PromptTemplate:
         """The prompt for one question, with this template's own additions."""
         return self.render([(self.query(question, images, self.pre_query, self.post_query), self.answer_prefix)])
 
+    def follow_up(self, question: str) -> str:
+        """What a further question adds after an answer: the answer's end, the user's message without images, the assistant's role."""
+        parts = (part for part in (self.pre_query, question, self.post_query) if part is not None)
+        return self.separators[1] + self.roles[0] + " ".join(parts) + self.separators[0] + self.roles[1] + (self.answer_prefix or "")
+
     def as_json(self) -> dict[str, Any]:
         """The manifest's form."""
         return {**vars(self), "roles": list(self.roles), "separators": list(self.separators)}

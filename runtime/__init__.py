@@ -6,10 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
-    from .session import Answer, Video, VideoQA
+    from .answer import Answer, AnswerStream, Moment
+    from .feature_cache import FeatureCache
+    from .live import Live
+    from .session import Video, VideoQA
 
-_WHERE = {"Pipeline": "pipeline", "VideoQA": "session", "Video": "session", "Answer": "session"}
-__all__ = ["Answer", "Pipeline", "Video", "VideoQA"]
+_WHERE = {
+    "Pipeline": "pipeline", "VideoQA": "session", "Video": "session", "Answer": "answer", "AnswerStream": "answer", "Moment": "answer",
+    "FeatureCache": "feature_cache", "Live": "live",
+}  # fmt: skip
+__all__ = ["Answer", "AnswerStream", "FeatureCache", "Live", "Moment", "Pipeline", "Video", "VideoQA"]
 
 
 def __getattr__(name: str) -> Any:

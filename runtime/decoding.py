@@ -133,7 +133,7 @@ class Decoder:
     def __init__(self, pieces: list[Stage], info: DecoderInfo, cache: str = "in place"):
         self.pieces, self.info, self.cache = pieces, info, cache
         self._idle: list[KVCache] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an abandoned answer may be collected, and give its cache back, anywhere
         self._disagreement: float | None = None
 
     @property
@@ -191,11 +191,13 @@ class Decoder:
         choose: Callable[[np.ndarray, list[int]], int],
         stop_ids: Iterable[int] = (),
         lookup: Lookup | None = None,
+        sequence: Sequence | GrowingSequence | None = None,
     ) -> Generator[int, None, None]:
         """Yield token ids until a stop id (yielded too), max_new_tokens, or the end of the context.
 
         embed: token ids (k) → (k, D) embeddings. choose: (logits (V,), ids so far) → the next id. lookup: drafts that are verified several in
-        a pass; choose must give the same id every time then.
+        a pass; choose must give the same id every time then. sequence: to go on with, the caller's; None: one for this answer alone. The last id is
+        yielded before it is in the cache.
         """
         if max_new_tokens < 1:
             return
@@ -204,7 +206,8 @@ class Decoder:
             raise EngineError("looking ahead needs an engine that verifies several tokens at once: ppllava-build BUNDLE --target cpu")
         if lookup is not None and self.disagreement(embed) > MOST_DISAGREEMENT:
             lookup.note, lookup = LEFT_OUT, None
-        sequence = self.start(len(inputs_embeds), max_new_tokens)
+        own = sequence is None
+        sequence = sequence or self.start(len(inputs_embeds), max_new_tokens)
         try:
             logits, draft = sequence.run(inputs_embeds)[-1:], list[int]()
             while True:
@@ -224,7 +227,8 @@ class Decoder:
                 draft = lookup.draft(ids, most) if lookup is not None else []
                 logits = sequence.run(embed([ids[-1], *draft]))
         finally:
-            self.finish(sequence)
+            if own:
+                self.finish(sequence)
 
 
 class _Step:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..engines.errors import MediaError
 
+MOST_AUTO = 512  # frames that --frames auto takes at most
 WHOLE = (-100000.0, 100000.0)  # seconds: the bound of a whole video, upstream's
 
 
@@ -35,6 +36,16 @@ def check_range(count: int, fps: float, bound: tuple[float, float] | None, what:
 def _ends(count: int, fps: float, bound: tuple[float, float] | None, first: int) -> tuple[int, int]:
     start, end = bound or WHOLE
     return max(first, round(start * fps)), min(round(end * fps), count - 1)
+
+
+def frames_for_length(duration: float, default: int, limit: int | None, step: int = 1) -> int:
+    """How many frames a video of so many seconds gets from --frames auto: one every two seconds, from the model's default to 8 times that.
+
+    limit: what the temporal adapter knows at most. step: frames of a pooling window; the number is a multiple of it.
+    """
+    most = min(limit or 8 * default, MOST_AUTO)
+    wanted = min(max(round(duration / 2), default), most)
+    return max(wanted // step * step, min(step, most))
 
 
 def frames_for_duration(seconds_per_frame: float, duration: float) -> int:

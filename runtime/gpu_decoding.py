@@ -168,7 +168,7 @@ class GpuDecoder:
         self.decode_profile = DECODE if engine.details.get("decoder_profiles", 2) == 2 else PREFILL
         self._rebuild = f"ppllava-build {engine.folder.parent.parent} --target {engine.target} --capacity"
         self._idle: list[GpuSequence] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an abandoned answer may be collected, and give its cache back, anywhere
         self._disagreement: float | None = None
 
     def disagreement(self) -> float:
@@ -222,9 +222,18 @@ class GpuDecoder:
             self.finish(sequence)
 
     def generate(
-        self, prompt: Any, max_new_tokens: int, stop_ids: Iterable[int] = (), sampling: Sampling | None = None, lookup: Lookup | None = None
+        self,
+        prompt: Any,
+        max_new_tokens: int,
+        stop_ids: Iterable[int] = (),
+        sampling: Sampling | None = None,
+        lookup: Lookup | None = None,
+        sequence: Any = None,
     ) -> Generator[int, None, None]:
-        """Yield token ids until a stop id (yielded too), max_new_tokens, or the end of the context or of the engine's cache."""
+        """Yield token ids until a stop id (yielded too), max_new_tokens, or the end of the context or of the engine's cache.
+
+        sequence: to go on with, the caller's; None: one for this answer alone.
+        """
         if max_new_tokens < 1:
             return
         sampling = sampling or Sampling()
@@ -234,7 +243,8 @@ class GpuDecoder:
         if lookup is not None and self.disagreement() > MOST_DISAGREEMENT:
             lookup.note, lookup = LEFT_OUT, None
         choose, stops, ids, draft = sampling.chooser(), set(stop_ids), list[int](), list[int]()
-        sequence = self.start(len(prompt), max_new_tokens)
+        own = sequence is None
+        sequence = sequence or self.start(len(prompt), max_new_tokens)
         try:
             sequence.feed(prompt)
             following, count = None, len(prompt)
@@ -262,7 +272,8 @@ class GpuDecoder:
                     sequence.step(None if greedy and not wrong else ids[-1])
                     following, count = None, 1
         finally:
-            self.finish(sequence)
+            if own:
+                self.finish(sequence)
 
 
 class GrowingGpuDecoder(GpuDecoder):
@@ -281,8 +292,22 @@ class GrowingGpuDecoder(GpuDecoder):
             return np.asarray(prompt)
         return np.concatenate([self.embed(prompt.before), np.asarray(prompt.visual, np.float32), self.embed(prompt.after)])
 
+    def start(self, length: int, new_tokens: int) -> Any:
+        """A sequence with room for as much as the engine's cache holds."""
+        check_context(length, self.info.context)
+        return _Growing(self, length)
+
+    def finish(self, sequence: Any) -> None:
+        """The sequence is done with; its buffers go."""
+
     def generate(
-        self, prompt: Any, max_new_tokens: int, stop_ids: Iterable[int] = (), sampling: Sampling | None = None, lookup: Lookup | None = None
+        self,
+        prompt: Any,
+        max_new_tokens: int,
+        stop_ids: Iterable[int] = (),
+        sampling: Sampling | None = None,
+        lookup: Lookup | None = None,
+        sequence: Any = None,
     ) -> Generator[int, None, None]:
         """Yield token ids; without drafts: a lowered graph gives the last position's logits only."""
         if lookup is not None:
@@ -290,7 +315,7 @@ class GrowingGpuDecoder(GpuDecoder):
         if max_new_tokens < 1:
             return
         choose, stops, ids = (sampling or Sampling()).chooser(), set(stop_ids), list[int]()
-        growing = _Growing(self, len(prompt))
+        growing = sequence or _Growing(self, len(prompt))
         logits = growing.run(self._rows(prompt))
         while True:
             ids.append(choose(logits, ids))

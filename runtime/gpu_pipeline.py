@@ -6,7 +6,7 @@ provider, TensorRT, TensorRT-RTX.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from ..engines.device import Buffer, CudaDevice
 from ..engines.device_stage import OrtDeviceStage, TensorRTStage, plugins_of
 from ..engines.engine import PLUGIN_STAGE, Engine
 from ..engines.errors import EngineError, MediaError, PromptError
+from ..engines.pooling import Windows
 from .gpu_decoding import GpuDecoder, GpuPrompt, GrowingGpuDecoder
-from .pipeline import Clip, Pipeline, check_media
+from .pipeline import Pipeline, check_media
 
 DeviceStage = OrtDeviceStage | TensorRTStage
 
@@ -79,9 +80,18 @@ class GpuPipeline(Pipeline):
 
     # -- vision ----------------------------------------------------------------------------------------------------------------------------
 
-    def clip(self, count: int) -> Clip:
-        """A clip whose states stay on the GPU."""
-        return _GpuClip(self, count)
+    def rows(self, states: Any) -> list[Any]:
+        """states (k,S,P+1,C) on the GPU → k of (1,S,P+1,C), the same memory."""
+        return [states.rows(i, 1) for i in range(len(states))]
+
+    def join(self, states: Iterable[Any], count: int) -> Any:
+        """`count` frames' states, (1,S,P+1,C) each → (T,S,P+1,C) on the GPU."""
+        joined: Buffer | None = None
+        for i, state in enumerate(states):
+            if joined is None:
+                joined = self.gpu.empty((count, *state.shape[1:]), state.dtype)
+            self.gpu.copy(state, joined.rows(i, 1))
+        return joined
 
     def encode_trunk(self, pixels: np.ndarray, more: bool = False) -> Any:
         """pixels (T,3,H,W) float32 → states (T,S,P+1,C) on the GPU. Returns before it is done: frames are decoded meanwhile."""
@@ -183,11 +193,17 @@ class GpuPipeline(Pipeline):
         self._launcher.launch(call, hidden.address, weights.address, pooled.address, self.gpu.stream)
 
     def visual_tokens(
-        self, features: Any, q: Any, media: str = "video", image_size: tuple[int, int] | None = None, weights: Any = None
+        self,
+        features: Any,
+        q: Any,
+        media: str = "video",
+        image_size: tuple[int, int] | None = None,
+        weights: Any = None,
+        windows: Windows | None = None,
     ) -> Any:
         """features (T,P,C), q (1,E) → visual tokens (N,D), on the GPU for video; media as in Pipeline."""
         if self.manifest.pooling.windowed:
-            return super().visual_tokens(features, q, media, image_size, weights)
+            return super().visual_tokens(features, q, media, image_size, weights, windows)
         check_media(media, self.manifest.pooling.method)
         grid, width = self.manifest.vision.grid, self.manifest.decoder.hidden_size
         features = self._on_device(features, self.device_stages("pooling")[0].dtypes["features"])
@@ -216,23 +232,9 @@ class GpuPipeline(Pipeline):
         """inputs_embeds (S,D), or a prompt → logits (V,) float32 of the last position."""
         return self.decoder.prefill(inputs_embeds)
 
-    def generate(self, inputs_embeds: Any, max_new_tokens: int, stop_ids: Any = (), sampling: Any = None, lookup: Any = None) -> Any:
+    def generate(self, inputs_embeds: Any, max_new_tokens: int, stop_ids: Any = (), sampling: Any = None, lookup: Any = None, sequence: Any = None) -> Any:
         """Yield token ids after the prompt; as Pipeline does."""
-        return self.decoder.generate(inputs_embeds, max_new_tokens, stop_ids, sampling, self._allowed(lookup))
+        return self.decoder.generate(inputs_embeds, max_new_tokens, stop_ids, sampling, self._allowed(lookup), sequence)
 
 
 FRAMES_PER_CALL = 8  # what TensorRT's profile allows at most
-
-
-class _GpuClip(Clip):
-    """States are written where they belong, on the GPU."""
-
-    def add(self, pixels: np.ndarray, places: Sequence[Sequence[int]], more: bool = False) -> None:
-        pipeline = self.pipeline
-        assert isinstance(pipeline, GpuPipeline)
-        part = pipeline.encode_trunk(pixels)
-        if self._states is None:
-            self._states = pipeline.gpu.empty((self.count, *part.shape[1:]), part.dtype)  # type: ignore[assignment]
-        for k, where in enumerate(places):
-            for place in where:
-                pipeline.gpu.copy(part.rows(k, 1), self._states.rows(place, 1))  # type: ignore[union-attr]

@@ -22,6 +22,7 @@ from ..engines.engine import Engine
 from ..engines.errors import EngineError, MediaError, PromptError
 from ..engines.gpu_facts import load_driver
 from ..engines.ort import Stage, choose_device, has_cuda_provider
+from ..engines.pooling import Windows
 from ..engines.select import ON_CPU, check_name, select
 from . import anyres
 from .lookup import LEFT_OUT, Lookup, rounds_activations
@@ -125,9 +126,22 @@ class Pipeline:
         self.check_frames(len(states))
         return self.stage("temporal")(states=states, tidy=True)[0]
 
-    def clip(self, count: int) -> Clip:
-        """A clip of `count` frames, to be encoded as they come."""
-        return Clip(self, count)
+    def clip(self) -> Clip:
+        """A clip whose frames are encoded as they come."""
+        return Clip(self)
+
+    def rows(self, states: Any) -> list[Any]:
+        """states (k,S,P+1,C) → k of (1,S,P+1,C), without a copy."""
+        return [states[i : i + 1] for i in range(len(states))]
+
+    def join(self, states: Iterable[Any], count: int) -> Any:
+        """`count` frames' states, (1,S,P+1,C) each → (T,S,P+1,C), as branch takes them."""
+        joined: np.ndarray | None = None
+        for i, state in enumerate(states):
+            if joined is None:
+                joined = np.empty((count, *state.shape[1:]), state.dtype)
+            joined[i] = state[0]
+        return joined
 
     def check_frames(self, count: int) -> None:
         """Raise MediaError if a clip of `count` frames is longer than the temporal adapter knows."""
@@ -191,11 +205,12 @@ class Pipeline:
         media: str = "video",
         image_size: tuple[int, int] | None = None,
         weights: np.ndarray | None = None,
+        windows: Windows | None = None,
     ) -> np.ndarray:
         """Pool features (T,P,C) under the guidance of q (1,E) → visual tokens (N,D) float32, as spliced into the text.
 
         media "image": tile 0 is the whole image, the others are crops; image_size (height, width) of the original is needed for crops.
-        weights (T,rows,columns) take the place of the question's, for experiments.
+        weights (T,rows,columns): the question's, if they are known already, or others, for experiments. windows: instead of the model's.
         Raises MediaError if the clip is too short for the pooling windows.
         """
         pooling = self.manifest.pooling
@@ -208,7 +223,7 @@ class Pipeline:
                 return self._assemble_image(tiles, self.manifest.vision.grid, image_size)
             return self.stage("pooling")(features=features)[0].astype(np.float32, copy=False)
         assert weights is not None
-        windows = pooling.video if media == "video" else pooling.image
+        windows = windows or (pooling.video if media == "video" else pooling.image)
         size = (len(features), *self.manifest.vision.grid)
         output, kernel, stride = windows.resolve(size)
         tokens = self._pool(features, weights, output[0], kernel, stride)
@@ -296,9 +311,11 @@ class Pipeline:
         stop_ids: Iterable[int] = (),
         sampling: Sampling | None = None,
         lookup: Lookup | None = None,
+        sequence: Any = None,
     ) -> Generator[int, None, None]:
         """Yield token ids after the prompt (S,D), a stop id included; greedy unless sampling says otherwise.
 
+        sequence: of decoder.start, to go on with and to keep.
         lookup: guess tokens from what was said before and verify several in a pass; greedy answers stay the same. Raises PromptError with
         random sampling, EngineError where the engine can't verify.
         """
@@ -306,7 +323,7 @@ class Pipeline:
         if lookup is not None and sampling.temperature > 0:
             raise PromptError("looking ahead works with greedy answers only (temperature 0)")
         lookup = self._allowed(lookup)
-        return self.decoder.generate(np.asarray(inputs_embeds), max_new_tokens, self.embed_tokens, sampling.chooser(), stop_ids, lookup)
+        return self.decoder.generate(np.asarray(inputs_embeds), max_new_tokens, self.embed_tokens, sampling.chooser(), stop_ids, lookup, sequence)
 
 
 def open_pipeline(bundle: Bundle, device: str = "cpu", threads: int | None = None, engine: str = "auto") -> Pipeline:
@@ -325,24 +342,21 @@ def open_pipeline(bundle: Bundle, device: str = "cpu", threads: int | None = Non
 
 
 class Clip:
-    """A clip that is being encoded: frames come in any order and grouping, the features at the end."""
+    """Frames that are being encoded: they come in any order and grouping, each under a name (its number, say)."""
 
-    def __init__(self, pipeline: Pipeline, count: int):
-        self.pipeline, self.count = pipeline, count
-        self._states: np.ndarray | None = None
+    def __init__(self, pipeline: Pipeline):
+        self.pipeline = pipeline
+        self.states: dict[int, Any] = {}
 
-    def add(self, pixels: np.ndarray, places: Sequence[Sequence[int]], more: bool = False) -> None:
-        """Encode frames: pixels (k,3,H,W); places: for each of the k frames, where in the clip it stands (short videos repeat frames)."""
-        part = self.pipeline.encode_trunk(pixels, more=more)
-        if self._states is None:
-            self._states = np.empty((self.count, *part.shape[1:]), part.dtype)
-        for state, where in zip(part, places):
-            self._states[list(where)] = state
+    def add(self, pixels: np.ndarray, names: Sequence[int], more: bool = False) -> None:
+        """Encode frames: pixels (k,3,H,W). more: others follow soon."""
+        self.states |= zip(names, self.pipeline.rows(self.pipeline.encode_trunk(pixels, more=more)))
 
-    def features(self) -> np.ndarray:
-        """(T,P,C), when every frame was added."""
-        assert self._states is not None
-        return self.pipeline.branch(self._states)
+    def features(self, order: Sequence[int]) -> Any:
+        """(T,P,C) of the frames with these names, which may repeat; the states are let go of on the way. Call it once."""
+        last = {name: at for at, name in enumerate(order)}
+        states = (self.states.pop(name) if last[name] == at else self.states[name] for at, name in enumerate(order))
+        return self.pipeline.branch(self.pipeline.join(states, len(order)))
 
 
 def check_media(media: str, pooling: str) -> None:

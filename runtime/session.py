@@ -6,63 +6,36 @@ question tower, pooling and the decoder.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..engines.errors import EngineError, MediaError, PromptError
+from ..engines.errors import EngineError, MediaError
 from ..engines.prompt_template import PromptTemplate
+from .answer import Answer, AnswerStream, Asking, Moment, Prepared, attended_moments, lap
+from .asynchronous import finished
+from .conversation import Conversation
+from .feature_cache import CachedVideo, FeatureCache, bundle_hash, content_hash
+from .looking import DEFAULT_CANDIDATES, Look, Looked, Progress, look_at, reader_of
 from .lookup import Lookup
 from .pipeline import Pipeline
-from .preprocess import preprocess_image, preprocess_video
 from .sampling import Sampling
-from .text import Detokenizer, TextSide, clean_question, stream_text
-from .video import Frames, check_size, read_frames
+from .scheduling import Turns
+from .selection import Candidates
+from .text import TextSide, clean_question
+from .video import Frames, open_reader
 
-Progress = Callable[[str, int, int], None]  # what ("decode" or "vision"), done, of how many
+if TYPE_CHECKING:
+    from .live import Live
 
-
-@dataclass
-class Answer:
-    """An answer and what it took.
-
-    text: the answer. finish: "stop" (the model ended it), "length" (max_new_tokens or the context's end) or "stop string".
-    frame_indices, frame_times (seconds): the frames that were looked at. visual_tokens, text_tokens, new_tokens: counts.
-    timings: seconds for video_decode, vision, question, pooling, prefill, first_token (all before the first token, together), generate
-    (after it); video_decode and vision are 0 for every question after a video's first. notes: what people should know. engine: which of the
-    bundle's ran. lookup: passes of the decoder after the first, tokens proposed and accepted, if it looked ahead.
-    """
-
-    question: str
-    text: str
-    model: str
-    finish: str
-    frame_indices: list[int]
-    frame_times: list[float]
-    visual_tokens: int
-    text_tokens: int
-    new_tokens: int
-    timings: dict[str, float]
-    notes: list[str] = field(default_factory=list)
-    engine: str = "standard"
-    lookup: dict[str, int] | None = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens per second, the first (it belongs to prefill) left out; 0 if there was only one."""
-        return (self.new_tokens - 1) / self.timings["generate"] if self.new_tokens > 1 and self.timings["generate"] > 0 else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**vars(self), "tokens_per_second": self.tokens_per_second}
-
-    def __str__(self) -> str:
-        return self.text
+log = logging.getLogger(__name__)
+KEEP = ("features", "tokens", "prefix")
+Metrics = Callable[[str, dict[str, Any]], None]  # what happened ("open", "answer", "frame", "live"), figures; seconds where not said otherwise
 
 
 class VideoQA:
@@ -70,8 +43,10 @@ class VideoQA:
 
     bundle: a directory that ppllava-export wrote; None: the packed demonstration model, nano. device: auto | cpu | cuda. threads: of the
     engine. template: a prompt template's name instead of the bundle's own. engine: auto (the fastest that is built and fits), onnxruntime,
-    tensorrt, rtx, standard, or a target that ppllava-build built.
-    Raises BundleError or EngineError in one line. Safe to use from several threads: every answer has a cache of its own.
+    tensorrt, rtx, standard, or a target that ppllava-build built. cache: keeps encoded videos on disk: True, a folder, or a FeatureCache.
+    parallel: answers under way at once, each with a KV cache of its own; queue: how many more may wait (the next raises BusyError).
+    metrics: called with ("open" | "answer" | "frame" | "live", figures) from whichever thread it happened in; keep it short.
+    Raises BundleError or EngineError in one line. Safe to use from several threads.
     """
 
     def __init__(
@@ -81,13 +56,22 @@ class VideoQA:
         threads: int | None = None,
         template: str | PromptTemplate | None = None,
         engine: str = "auto",
+        cache: bool | str | os.PathLike[str] | FeatureCache = False,
+        parallel: int = 4,
+        queue: int = 64,
+        metrics: Metrics | None = None,
     ):
         if bundle is None:
             from ..nano import bundle_path
 
             bundle = bundle_path()
+        if parallel < 1 or queue < 0:
+            raise EngineError(f"parallel must be 1 or more and queue 0 or more, not {parallel} and {queue}")
         self.pipeline = Pipeline.open(bundle, device, threads, engine)
         self.text = TextSide(self.pipeline.bundle, template)
+        self.cache = cache if isinstance(cache, FeatureCache) else FeatureCache(None if cache is True else cache) if cache else None
+        self.places, self.turns = Turns(parallel, queue, "questions", own_first=True), Turns()
+        self._metrics = metrics
 
     @property
     def name(self) -> str:
@@ -102,186 +86,258 @@ class VideoQA:
     def open(
         self,
         source: str | os.PathLike[str] | Sequence[np.ndarray],
-        frames: int | None = None,
+        frames: int | str | None = None,
         start: float | None = None,
         end: float | None = None,
         progress: Progress | None = None,
+        *,
+        tokens: int | None = None,
+        select: str = "uniform",
+        candidates: int = DEFAULT_CANDIDATES,
+        keep: str = "features",
     ) -> Video:
         """Decode and encode a video once.
 
         source: a video file, an image, an animation, a folder of images, or a sequence of RGB uint8 frames (H,W,3), all of which are used
-        (frames must be None then). frames: how many to sample, default the model's. start, end: seconds.
-        Raises MediaError in one line.
+        (frames must be None then). frames: how many the model sees, default the model's; "auto": more for longer videos. start, end: seconds.
+        tokens: most visual tokens. select: "uniform", or "guided": of `candidates` frames the question picks those that are pooled.
+        keep: "features": every question pools anew; "tokens": a chat, further questions reuse the first one's visual tokens and KV cache;
+        "prefix": the same, but the model doesn't see the turns before.
+        progress: called with ("decode" | "vision", done, of how many). Raises MediaError in one line.
         """
-        started = time.perf_counter()
-        if isinstance(source, (str, os.PathLike)):
-            count = self.pipeline.manifest.vision.default_frames if frames is None else frames
-            self.pipeline.check_frames(count)
-            read = read_frames(source, count, start, end, None if progress is None else lambda done, of: progress("decode", done, of))
-        else:
-            read = _given_frames(source, frames)
-            self.pipeline.check_frames(len(read.images))
-        decoded = time.perf_counter()
-        media = "video" if read.kind == "video" or self.pipeline.manifest.pooling.method.startswith("pllava") else "image"
-        features, size = self._encode(read, media, progress)
-        self.pipeline.wait()
-        timings = {"video_decode": decoded - started, "vision": time.perf_counter() - decoded}
-        return Video(self, read, features, media, size, timings)
+        look = Look(frames, start, end, tokens, select, candidates)
+        if keep not in KEEP:
+            raise MediaError(f"keep must be {', '.join(KEEP)}, not {keep!r}")
+        key = self._cache_key(source, look)
+        looked, cached = self._cached(key, source), True
+        if looked is None:
+            looked, cached = look_at(self.pipeline, self.turns, reader_of(source, look), look, progress), False
+            self._remember(key, looked)
+        self.report("open", {"video_decode": looked.video_decode, "vision": looked.vision, "frames": len(looked.indices), "cached": cached})
+        return Video(self, looked, keep)
 
-    def _encode(self, read: Frames, media: str, progress: Progress | None) -> tuple[np.ndarray, tuple[int, int] | None]:
+    def live(self, source: Any = None, fps: float = 2.0, window: int = 64, **options: Any) -> Live:
+        """Watch a camera, a stream or frames that the app pushes; ask at any moment. See Live for the options."""
+        from .live import Live
+
+        return Live(self, source, fps, window, **options)
+
+    def report(self, event: str, figures: dict[str, Any]) -> None:
+        """Tell the app's metrics callback and the log. A callback that fails is logged, not raised."""
+        log.debug("%s %s", event, figures)
+        if self._metrics is not None:
+            try:
+                self._metrics(event, figures)
+            except Exception:
+                log.exception("the metrics callback failed")
+
+    # -- cached features -------------------------------------------------------------------------------------------------------------------
+
+    def _cache_key(self, source: Any, look: Look) -> tuple[object, ...] | None:
+        if self.cache is None or not isinstance(source, (str, os.PathLike)):
+            return None
         p = self.pipeline
-        if media == "image":
-            image = read.images[0]
-            tiles = preprocess_image(image, p.manifest.preprocessing)
-            return p.encode_frames(tiles, media="image"), (image.shape[0], image.shape[1])
-        clip, step = p.clip(len(read.indices)), 4
-        distinct = list(dict.fromkeys(read.indices))  # short videos repeat frames: encode each once
-        places = {index: [at for at, wanted in enumerate(read.indices) if wanted == index] for index in distinct}
-        for i in range(0, len(distinct), step):
-            batch = distinct[i : i + step]
-            pixels = preprocess_video([read.images[places[index][0]] for index in batch], p.manifest.preprocessing)
-            clip.add(pixels, [places[index] for index in batch], more=i + step < len(distinct))
-            if progress:
-                progress("vision", min(i + step, len(distinct)), len(distinct))
-        return clip.features(), None
+        return content_hash(source), bundle_hash(p.bundle), p.engine_name, repr(p.engine.made_by if p.engine else ""), repr(look)
+
+    def _cached(self, key: tuple[object, ...] | None, source: Any) -> Looked | None:
+        started = time.perf_counter()
+        found = self.cache.load(*key) if self.cache is not None and key is not None else None
+        if found is None:
+            return None
+        try:
+            looked = Looked(**found.facts)
+            if "states" in found.arrays:
+                looked.candidates = Candidates(self.pipeline, found.arrays["states"], found.arrays["features"])
+            else:
+                looked.features = found.arrays["features"]
+        except (TypeError, KeyError):  # written by another version
+            return None
+        looked.windows = _windows(found.facts.get("windows"))
+        looked.image_size = (looked.image_size[0], looked.image_size[1]) if looked.image_size else None
+        looked.read_again = lambda indices: _read_again(source, indices)
+        log.info("features of %s came from the cache in %.3f s", source, time.perf_counter() - started)
+        return looked
+
+    def _remember(self, key: tuple[object, ...] | None, looked: Looked) -> None:
+        if self.cache is None or key is None:
+            return
+        arrays = {"features": np.asarray(looked.features)} if looked.candidates is None else {}
+        if looked.candidates is not None:
+            arrays = {"states": looked.candidates.states, "features": looked.candidates.features}
+        names = ("kind", "media", "indices", "times", "fps", "duration", "source_frames", "count", "image_size", "notes")
+        facts = {name: getattr(looked, name) for name in names} | {"windows": looked.windows.as_json() if looked.windows else None}
+        self.cache.store(CachedVideo(arrays, facts), *key)
+
+
+def _windows(value: Any) -> Any:
+    from ..engines.pooling import Windows
+
+    return Windows.from_json(value) if value else None
+
+
+def _read_again(source: Any, indices: Sequence[int]) -> dict[int, np.ndarray]:
+    from .looking import small_picture
+
+    return {frame.index: small_picture(frame.image) for frame in open_reader(source).frames(lambda r: sorted(indices))}
 
 
 class Video:
-    """An encoded video. features (T,P,C): what the model saw, before any question."""
+    """An encoded video, before any question.
 
-    def __init__(self, qa: VideoQA, read: Frames, features: np.ndarray, media: str, image_size: tuple[int, int] | None, timings: dict[str, float]):
-        self.qa, self.frames, self.features, self.media, self.image_size = qa, read, features, media, image_size
-        self._unspent, self._lock = timings, threading.Lock()
+    media: "video" or "image". features (T,P,C): what the model saw; None if the question is to pick the frames. keep: as in VideoQA.open.
+    """
+
+    def __init__(self, qa: VideoQA, looked: Looked, keep: str = "features"):
+        self.qa, self.looked, self.keep = qa, looked, keep
+        self.features, self.media = looked.features, looked.media
+        self._unspent = {"video_decode": looked.video_decode, "vision": looked.vision}
+        self._lock = threading.Lock()
+        self._conversation = Conversation(qa.pipeline, qa.text, keep == "tokens") if keep != "features" else None
+
+    @property
+    def frames(self) -> Frames:
+        """The frames that were looked at (or are to be chosen from): indices, times (seconds), notes, and small pictures as far as they are kept."""
+        seen = self.looked
+        images = [seen.pictures[i] for i in seen.indices if i in seen.pictures]
+        return Frames(images, list(seen.indices), list(seen.times), seen.source_frames, seen.fps, seen.duration, seen.kind, list(seen.notes))
+
+    def pictures(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """Frames as RGB uint8 (H,W,3), at most 448 pixels a side, by their index. Reads the source again if they weren't kept; raises MediaError."""
+        return self.looked.pictures_of(indices)
 
     def ask(
-        self, question: str, max_new_tokens: int = 256, sampling: Sampling | None = None, stop: Sequence[str] = (), look_ahead: bool = False
+        self,
+        question: str,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        look_ahead: bool = False,
+        timeout: float | None = None,
     ) -> Answer:
-        """Answer one question. stop: texts that end the answer. look_ahead: verify several guessed tokens in a pass (runtime/lookup.py).
+        """Answer one question. stop: texts that end the answer. look_ahead: verify several guessed tokens in a pass (runtime/lookup.py). timeout: seconds
+        after which the answer ends as it is.
 
-        Raises PromptError for an empty question or one too long, EngineError if the engine can't look ahead.
+        Raises PromptError for an empty question or one too long, EngineError if the engine can't look ahead, BusyError if too many wait.
         """
-        stream = self.stream(question, max_new_tokens, sampling, stop, look_ahead)
+        stream = self.stream(question, max_new_tokens, sampling, stop, look_ahead, timeout)
         for _ in stream:
             pass
         return stream.answer
 
+    async def ask_async(
+        self, question: str, max_new_tokens: int = 256, sampling: Sampling | None = None, stop: Sequence[str] = (), timeout: float | None = None
+    ) -> Answer:
+        """The same for asyncio: the loop goes on meanwhile. Cancelling the task ends the answer within one token."""
+        return await finished(self.stream(question, max_new_tokens, sampling, stop, timeout=timeout))
+
     def stream(
-        self, question: str, max_new_tokens: int = 256, sampling: Sampling | None = None, stop: Sequence[str] = (), look_ahead: bool = False
+        self,
+        question: str,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        look_ahead: bool = False,
+        timeout: float | None = None,
     ) -> AnswerStream:
-        """The same, as an iterator of pieces of text; its .answer is there when it is exhausted."""
-        return AnswerStream(self, clean_question(question), max_new_tokens, sampling or Sampling(), stop, look_ahead)
+        """The same, as an iterator of pieces of text; its .answer is there when it is exhausted or closed."""
+        return AnswerStream(self, clean_question(question), Asking(max_new_tokens, sampling or Sampling(), tuple(stop), look_ahead, timeout))
 
     def similarity(self, question: str) -> np.ndarray:
         """Cosine (T,rows,columns) float32 of every patch with the question. Raises EngineError if the model pools without the question."""
+        return self.attention(question)[0]
+
+    def attention(self, question: str) -> tuple[np.ndarray, np.ndarray, list[int], list[float]]:
+        """What a question looks at: cosine and pooling weights (T,rows,columns) of every patch, the frames' indices and times (seconds)."""
         pipeline = self.qa.pipeline
         if not pipeline.manifest.pooling.guided:
             raise EngineError(f"{self.qa.name} pools without the question ({pipeline.manifest.pooling.method}): it has no similarity")
         ids, _ = self.qa.text.question_ids(clean_question(question))
-        return pipeline.similarity(self.features, pipeline.encode_question(ids))
+        with self.qa.turns:
+            q = pipeline.encode_question(ids)
+            features, indices, times = self._view(q)
+            return pipeline.similarity(features, q), np.asarray(pipeline.window_weights(features, q)), indices, times
+
+    # -- what an answer is made of (runtime/answer.py) -----------------------------------------------------------------------------------------
+
+    def _view(self, q: Any) -> tuple[Any, list[int], list[float]]:
+        """Features, indices and times of the frames that this question is answered from."""
+        seen = self.looked
+        if seen.candidates is None:
+            return seen.features, seen.indices, seen.times
+        pooling = self.qa.pipeline.manifest.pooling
+        features, chosen = seen.candidates.choose(q, seen.count, pooling.video.kernel[0] if pooling.video.kernel else 1)
+        return features, [seen.indices[i] for i in chosen], [seen.times[i] for i in chosen]
+
+    def prepare(self, question: str, asking: Asking, timings: dict[str, float]) -> Prepared:
+        """Question tower, choice of frames and pooling; notes their seconds. Raises PromptError for a prompt that is too long."""
+        if self._conversation is not None:
+            return self._prepare_turn(self._conversation, question, asking, timings)
+        pipeline = self.qa.pipeline
+        prepared, visual = self._pool(question, timings)
+        before, after = self.qa.text.prompt_pieces(question)
+
+        def generate(lookup: Lookup | None) -> Generator[int, None, None]:
+            embeds = pipeline.prompt(before, visual, after)
+            return pipeline.generate(embeds, asking.max_new_tokens, pipeline.manifest.stop_ids, asking.sampling, lookup)
+
+        prepared.text_ids, prepared.generate = [*before, *after], generate
+        return prepared
+
+    def _pool(self, question: str, timings: dict[str, float]) -> tuple[Prepared, Any]:
+        qa, seen, q, weights = self.qa, self.looked, None, None
+        pipeline, notes = qa.pipeline, list(seen.notes)
+        with qa.turns:
+            at = time.perf_counter()
+            if pipeline.manifest.pooling.guided:
+                ids, cut = qa.text.question_ids(question)
+                q = pipeline.encode_question(ids)
+                if cut:
+                    notes.append("the question is longer than the question tower reads; its end did not guide the pooling")
+            at = lap(timings, "question", at)
+            features, indices, times = self._view(q)
+            at = lap(timings, "select", at)
+            if seen.media == "video" and q is not None:
+                weights = pipeline.window_weights(features, q)
+            visual = pipeline.visual_tokens(features, q, seen.media, seen.image_size, weights, seen.windows)
+            lap(timings, "pooling", at)
+
+        def moments() -> list[Moment]:  # asked for after the last token: on a GPU the weights have to come to the host
+            return attended_moments(np.asarray(weights), times) if weights is not None and len(times) > 1 else []
+
+        return Prepared([], len(visual), indices, times, moments, notes, lambda lookup: (_ for _ in ())), visual
+
+    def _prepare_turn(self, conversation: Conversation, question: str, asking: Asking, timings: dict[str, float]) -> Prepared:
+        """A turn of a chat: the first is pooled, the others go on from the cache."""
+        if asking.look_ahead:
+            raise EngineError('looking ahead and keep="tokens" or "prefix" don\'t go together')
+        if not conversation.turn.acquire(timeout=-1 if asking.timeout is None else asking.timeout):
+            raise MediaError(f"the chat's last question was still being answered after {asking.timeout:g} s")
+        try:
+            if conversation.begun:
+                new_ids = conversation.next_ids(question)
+                timings |= {"question": 0.0, "select": 0.0, "pooling": 0.0}
+                prepared = conversation.first
+                prepared = Prepared(new_ids, prepared.visual_tokens, prepared.indices, prepared.times, list, list(prepared.notes), prepared.generate)
+            else:
+                prepared, visual = self._pool(question, timings)
+                before, new_ids = self.qa.text.prompt_pieces(question)
+                conversation.begin(visual, before, prepared)
+                prepared.text_ids = [*before, *new_ids]
+        except BaseException:
+            conversation.turn.release()
+            raise
+        stop_ids = self.qa.pipeline.manifest.stop_ids
+        prepared.generate = lambda lookup: conversation.generate(new_ids, asking, stop_ids)
+        prepared.finished = lambda answer: conversation.turn.release()
+        return prepared
+
+    def empty_answer(self, question: str, finish: str) -> Answer:
+        """What a question gets that was given up while it waited."""
+        timings = dict.fromkeys(("queue", "video_decode", "vision", "question", "select", "pooling", "prefill", "first_token", "generate"), 0.0)
+        return Answer(question, "", self.qa.name, finish, [], [], 0, 0, 0, timings, list(self.looked.notes), self.qa.pipeline.engine_name)
 
     def take_unspent(self) -> dict[str, float]:
         """Seconds of decoding and encoding, for whoever asks first; zeros afterwards."""
         with self._lock:
             unspent, self._unspent = self._unspent, {"video_decode": 0.0, "vision": 0.0}
         return unspent
-
-
-class AnswerStream:
-    """Pieces of an answer as they come. close() ends it early; `answer` holds what there is by then."""
-
-    def __init__(self, video: Video, question: str, max_new_tokens: int, sampling: Sampling, stop: Sequence[str], look_ahead: bool = False):
-        if max_new_tokens < 1:
-            raise PromptError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
-        self._video, self._question, self._most = video, question, max_new_tokens
-        self._sampling, self._stop, self._look_ahead = sampling, stop, look_ahead
-        self._answer: Answer | None = None
-        self._run: Generator[str, None, None] = self._generate()
-
-    def __iter__(self) -> Iterator[str]:
-        return self._run
-
-    def __next__(self) -> str:
-        return next(self._run)
-
-    def close(self) -> None:
-        """Stop generating."""
-        self._run.close()
-
-    @property
-    def answer(self) -> Answer:
-        """The finished answer. Raises PromptError while it is being generated."""
-        if self._answer is None:
-            raise PromptError("the answer is not finished: exhaust the stream, or close it, first")
-        return self._answer
-
-    def _generate(self) -> Generator[str, None, None]:
-        video, qa = self._video, self._video.qa
-        pipeline, started = qa.pipeline, time.perf_counter()
-        unspent = video.take_unspent()
-        timings, notes = dict(unspent), list(video.frames.notes)
-        q = None
-        if pipeline.manifest.pooling.guided:
-            ids, cut = qa.text.question_ids(self._question)
-            q = pipeline.encode_question(ids)
-            if cut:
-                notes.append("the question is longer than the question tower reads; its end did not guide the pooling")
-        at = _lap(timings, "question", started)
-        visual = pipeline.visual_tokens(video.features, q, video.media, video.image_size)
-        at = _lap(timings, "pooling", at)
-        before, after = qa.text.prompt_pieces(self._question)
-        embeds = pipeline.prompt(before, visual, after)
-        stop_ids = pipeline.manifest.stop_ids
-        lookup = Lookup([*before, *after]) if self._look_ahead else None
-        new_ids = pipeline.generate(embeds, self._most, stop_ids, self._sampling, lookup)
-        detokenizer = Detokenizer(lambda tokens: qa.text.tokenizer.decode(tokens, skip_special_tokens=True), self._stop)
-        count, text, finish = 0, "", "length"
-        try:
-            for token, piece in stream_text(new_ids, detokenizer, stop_ids):
-                if token >= 0:
-                    count += 1
-                    if count == 1:
-                        at = _lap(timings, "prefill", at)
-                        timings["first_token"] = sum(unspent.values()) + at - started
-                    if token in stop_ids:
-                        finish = "stop"
-                piece = piece if text else piece.lstrip()
-                if piece:
-                    text += piece
-                    yield piece
-            if detokenizer.stopped:
-                finish = "stop string"
-        finally:
-            new_ids.close()  # gives the cache back
-            timings.setdefault("prefill", 0.0)
-            timings.setdefault("first_token", 0.0)
-            if lookup is not None and lookup.note:
-                notes.append(lookup.note)
-            _lap(timings, "generate", at)
-            frames = video.frames
-            self._answer = Answer(
-                self._question, text.rstrip(), qa.name, finish, list(frames.indices), [round(t, 3) for t in frames.times], len(visual),
-                len(before) + len(after), count, timings, notes, pipeline.engine_name,
-                {"passes": lookup.passes, "proposed": lookup.proposed, "accepted": lookup.accepted} if lookup and not lookup.note else None,
-            )  # fmt: skip
-
-
-def _lap(timings: dict[str, float], name: str, since: float) -> float:
-    now = time.perf_counter()
-    timings[name] = now - since
-    return now
-
-
-def _given_frames(images: Sequence[np.ndarray], frames: int | None) -> Frames:
-    if frames is not None:
-        raise MediaError("frames and a sequence of images don't go together: all images that are given are used")
-    checked = []
-    for i, image in enumerate(images):
-        image = np.asarray(image)
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise MediaError(f"frame {i} must be RGB uint8 (height, width, 3), not {image.dtype} {image.shape}")
-        check_size(image.shape[1], image.shape[0], f"frame {i}")
-        checked.append(image)
-    if not checked:
-        raise MediaError("there are no frames")
-    count = len(checked)
-    return Frames(checked, list(range(count)), [float(i) for i in range(count)], count, 1.0, float(count))

@@ -66,6 +66,14 @@ class TextSide:
         return pieces
 
 
+    def follow_up_ids(self, question: str) -> list[int]:
+        """Token ids that a further question adds to a conversation. Raises BundleError if they hold an image place."""
+        ids: list[int] = self.tokenizer.encode(self.template.follow_up(question), add_special_tokens=False).ids
+        if self.manifest.image_token in ids:
+            raise BundleError(f"the tokenizer of {self.bundle.path} gives an image place for a question without one; export it again")
+        return ids
+
+
 def clean_question(question: str) -> str:
     """A question without image tags and outer white space. Raises PromptError if nothing is left."""
     question = question.replace(IMAGE, " ").strip()

@@ -141,10 +141,11 @@ def test_our_kernel_pools_between_two_graphs(opened: Callable[..., Opened], tmp_
 
 
 def test_only_token_ids_come_back(opened: Callable[..., Opened], want: list[str]) -> None:
+    """And, after the last of them, the weights of 8 frames of 9x9 patches, to say where the question looked."""
     pipeline, driver, _ = opened("orin")
     video = asking(pipeline).open(SAMPLE)
     answer = video.ask(QUESTIONS[1])
-    assert answer.text == want[1] and driver.to_host == [8] * answer.new_tokens
+    assert answer.text == want[1] and driver.to_host == [8] * answer.new_tokens + [4 * 8 * 81]
 
 
 def test_a_step_is_captured_once_and_launched_again(opened: Callable[..., Opened], want: list[str]) -> None:
