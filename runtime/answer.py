@@ -62,10 +62,17 @@ class Answer:
         """Generated tokens per second, the first (it belongs to prefill) left out; 0 if there was only one."""
         return (self.new_tokens - 1) / self.timings["generate"] if self.new_tokens > 1 and self.timings["generate"] > 0 else 0.0
 
+    @property
+    def time_to_first_token(self) -> dict[str, float | None]:
+        """Seconds. first_ask: decoding and encoding the video included, None if this wasn't its first question; next_ask: without them."""
+        once = self.timings["video_decode"] + self.timings["vision"]
+        first = self.timings["first_token"]
+        return {"first_ask": first if once else None, "next_ask": first - once}
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         moments = [{"seconds": round(m.seconds, 3), "share": round(m.share, 4)} for m in self.moments]
-        return {**vars(self), "moments": moments, "tokens_per_second": self.tokens_per_second}
+        return {**vars(self), "moments": moments, "tokens_per_second": self.tokens_per_second, "time_to_first_token": self.time_to_first_token}
 
     def __str__(self) -> str:
         return self.text

@@ -29,7 +29,7 @@ class PacketIndex:
 
     keys: positions (in decoding order, discarded packets counted) of key frames; starts: frames shown before each; seek_to: what each is
     sought by; names: what tells it when it comes (a decoding time from a table, a presentation time from a pass). pts: presentation times in
-    decoding order, None where only the table was read. shown: False for packets that an edit list discards. seekable: frames can be found by time.
+    decoding order, None where only the table was read. shown: False for packets that an edit list discards. seekable: frames can be found by time. codec: FFmpeg's name.
     """
 
     count: int
@@ -40,6 +40,7 @@ class PacketIndex:
     broken: bool = False
     seekable: bool = False
     from_table: bool = False
+    codec: str = ""
     packets: int = 0
     keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -96,7 +97,7 @@ def _from_table(container: Any, stream: Any, path: Path) -> PacketIndex | None:
     if not first:
         return None
     return PacketIndex(
-        count, max(count, promised), rate, min(first), float(stream.time_base), seekable=_climb(names), from_table=True, packets=packets,
+        count, max(count, promised), rate, min(first), float(stream.time_base), seekable=_climb(names), from_table=True, packets=packets, codec=stream.codec_context.name,
         keys=np.array(keys), starts=np.array(starts), names=np.array(names),
     )  # fmt: skip
 
@@ -148,7 +149,7 @@ def _from_packets(container: Any, stream: Any, path: Path) -> PacketIndex:
     if not 0.001 < fps < 100000:
         span = float(seen.max() - seen.min()) * base if not timeless else 0.0
         fps = (count - 1) / span if span else FALLBACK_FPS
-    found = PacketIndex(count, max(count, promised), fps, int(seen.min()) if not timeless else 0, base, broken or count < promised, packets=len(times),
+    found = PacketIndex(count, max(count, promised), fps, int(seen.min()) if not timeless else 0, base, broken or count < promised, packets=len(times), codec=stream.codec_context.name,
                         keys=first, starts=np.concatenate([[0], np.cumsum(visible)])[first], pts=times, shown=visible)  # fmt: skip
     if not timeless and len(first) and first[0] == 0 and base:
         found.names, found.seekable = times[first], _in_groups(times, first)

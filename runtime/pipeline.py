@@ -126,6 +126,14 @@ class Pipeline:
         self.check_frames(len(states))
         return self.stage("temporal")(states=states, tidy=True)[0]
 
+    def takes_device_frames(self, frame: Any) -> bool:
+        """Whether a frame that lies in GPU memory can stay there. On the CPU none can."""
+        return False
+
+    def prepare_frame(self, frame: Any) -> Any:
+        """A frame in GPU memory → pixels (1,3,size,size), as encode_trunk takes them."""
+        raise EngineError("this engine runs on the CPU; give frames in host memory")
+
     def clip(self) -> Clip:
         """A clip whose frames are encoded as they come."""
         return Clip(self)

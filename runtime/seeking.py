@@ -17,6 +17,9 @@ from .container import check_size, opened, upright
 from .packet_index import PacketIndex
 
 SKIPPABLE = {"h264", "mpeg2video"}  # codecs in which a frame marked so is referred to by nothing at all
+SKIPPED = 0.6  # of the time that decoding takes, where such frames are left out
+WORTH_SEEKING = 0.7  # of the work of a sequential decode
+FEW = 100  # frames, decoded sooner than thought about
 STEPS_BACK = (0, 1, 2, 8)  # key frames before the nearest from which a frame is tried
 ERRORS_ALLOWED = 50  # packets that may fail on the way to one frame
 
@@ -31,6 +34,12 @@ def seek_frames(path: Path, wanted: Sequence[int], index: PacketIndex) -> Iterat
         reader = _Seeker(container, stream, index, path)
         for group, frames in groupby(sorted(set(wanted)), index.group_of):
             yield from reader.read(group, list(frames))
+
+
+def is_worthwhile(index: PacketIndex, wanted: Sequence[int]) -> bool:
+    """Whether seeking to these frames is much less work than decoding everything before the last."""
+    cost = packets_to_decode(index, wanted) * (SKIPPED if index.codec in SKIPPABLE else 1.0)
+    return max(wanted) >= FEW and cost < WORTH_SEEKING * max(wanted)
 
 
 def packets_to_decode(index: PacketIndex, wanted: Sequence[int]) -> int:

@@ -19,11 +19,10 @@ from .container import check_size, opened, upright
 from .frames import WHOLE, check_range, sample_indices
 from .packet_index import index_packets
 from .pictures import Picture, animation_pictures, folder_pictures, open_picture
-from .seeking import CannotSeek, packets_to_decode, seek_frames
+from .seeking import CannotSeek, is_worthwhile, seek_frames
 
 MOST_FRAMES = 4096  # that can be sampled at once
 MOST_ERRORS = 1000  # packets that may fail before a file is given up
-WORTH_SEEKING = 0.7  # of the packets of a sequential decode
 
 
 class Frame(NamedTuple):
@@ -129,7 +128,7 @@ class VideoReader(FrameReader):
         """As FrameReader says."""
         self.indices = list(choice(self))
         done = set[int]()
-        if self.seeking and self.index.seekable and packets_to_decode(self.index, self.indices) < WORTH_SEEKING * max(self.indices):
+        if self.seeking and self.index.seekable and is_worthwhile(self.index, self.indices):
             try:
                 yield from self._seek(done)
                 self._note()
