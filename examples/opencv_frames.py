@@ -1,0 +1,35 @@
+"""Frames from OpenCV (a capture, a simulator, your own pipeline) into a live view.
+
+    python examples/opencv_frames.py nano/sample/shapes.mp4 "What color is the circle?"
+
+OpenCV's pictures are BGR; the model wants RGB.
+"""
+
+import sys
+
+import cv2
+from ppllava_edge import PPLLaVAError, VideoQA
+
+
+def main(source: str, question: str) -> None:
+    capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
+    rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
+    qa, number = VideoQA(), 0
+    with qa.live(fps=4, window=16) as live:
+        while True:
+            there, picture = capture.read()
+            if not there:
+                break
+            live.push(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), t=number / rate, wait=True)  # a file: take every frame that is due
+            number += 1
+        capture.release()
+        if not live.wait_for(1, timeout=10):
+            sys.exit(f"error: {source} gave no frames")
+        print(live.ask(question).text)
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:3])
+    except PPLLaVAError as error:
+        sys.exit(f"error: {error}")
