@@ -4,6 +4,7 @@ from setuptools import setup
 
 FOLDERS = {
     "": "api", ".engines": "engines", ".engines.plugins": "engines/plugins", ".engines.plugins.weighted_pool": "engines/plugins/weighted_pool",
+    ".engines.plugins.prepare_frame": "engines/plugins/prepare_frame",
     ".export": "export", ".calibration": "calibration", ".runtime": "runtime", ".bench": "bench", ".nano": "nano",
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from ..engines.device import Buffer, CudaDevice
 from ..engines.device_stage import OrtDeviceStage, TensorRTStage, plugins_of
 from ..engines.engine import PLUGIN_STAGE, Engine
 from ..engines.errors import EngineError, MediaError, PromptError
+from ..engines.plugins.prepare_frame.kernel import FramePreparer, is_device_frame
 from ..engines.pooling import Windows
 from .gpu_decoding import GpuDecoder, GpuPrompt, GrowingGpuDecoder
 from .pipeline import Pipeline, check_media
@@ -32,6 +33,7 @@ class GpuPipeline(Pipeline):
         self.gpu = gpu or CudaDevice()
         self._on_cpu, self._device_stages = on_cpu, dict[str, list[DeviceStage]]()
         self._launcher: Any = None
+        self._preparer: FramePreparer | None = None
 
     def load(self) -> None:
         """Open every stage now, so that the first question finds them ready."""
@@ -80,6 +82,16 @@ class GpuPipeline(Pipeline):
 
     # -- vision ----------------------------------------------------------------------------------------------------------------------------
 
+    def takes_device_frames(self, frame: Any) -> bool:
+        """Whether a frame lies in GPU memory; it stays there."""
+        return is_device_frame(frame)
+
+    def prepare_frame(self, frame: Any) -> tuple[Any, Any]:
+        """A frame in GPU memory → pixels (1,3,size,size) and the resized picture (size,size,3), both there. Raises MediaError."""
+        if self._preparer is None:
+            self._preparer = FramePreparer(self.gpu, self.manifest.preprocessing, self.device_stages("trunk")[0].dtypes["pixels"])
+        return self._preparer.prepare(frame)
+
     def rows(self, states: Any) -> list[Any]:
         """states (k,S,P+1,C) on the GPU → k of (1,S,P+1,C), the same memory."""
         return [states.rows(i, 1) for i in range(len(states))]
@@ -93,18 +105,18 @@ class GpuPipeline(Pipeline):
             self.gpu.copy(state, joined.rows(i, 1))
         return joined
 
-    def encode_trunk(self, pixels: np.ndarray, more: bool = False) -> Any:
-        """pixels (T,3,H,W) float32 → states (T,S,P+1,C) on the GPU. Returns before it is done: frames are decoded meanwhile."""
+    def encode_trunk(self, pixels: Any, more: bool = False) -> Any:
+        """pixels (T,3,H,W) float32, on the host or the GPU → states (T,S,P+1,C) on the GPU. Returns before it is done: frames are decoded meanwhile."""
         v = self.manifest.vision
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, v.image_size, v.image_size):
+        if len(pixels.shape) != 4 or pixels.shape[1:] != (3, v.image_size, v.image_size):
             raise MediaError(f"pixels must be (T, 3, {v.image_size}, {v.image_size}), not {pixels.shape}")
         if not len(pixels):
             raise MediaError("there are no frames to encode")
         stage = self.device_stages("trunk")[0]
         states = self.gpu.empty((len(pixels), v.states, v.patches + v.class_token, v.hidden_size), stage.outputs["states"])
         for i in range(0, len(pixels), FRAMES_PER_CALL):
-            part = pixels[i : i + FRAMES_PER_CALL]
-            stage.run({"pixels": self.gpu.upload(part, dtype=stage.dtypes["pixels"])}, {"states": states.rows(i, len(part))})
+            part = pixels.rows(i, min(FRAMES_PER_CALL, len(pixels) - i)) if isinstance(pixels, Buffer) else pixels[i : i + FRAMES_PER_CALL]
+            stage.run({"pixels": self._on_device(part, stage.dtypes["pixels"])}, {"states": states.rows(i, len(part))})
         return states
 
     def branch(self, states: Any) -> Any:

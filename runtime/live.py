@@ -147,11 +147,12 @@ class Live:
             image, t, arrived = item
             try:
                 started = time.perf_counter()
-                pixels = pipeline.prepare_frame(image) if not isinstance(image, np.ndarray) else preprocess_video([image], pipeline.manifest.preprocessing)
+                on_host = isinstance(image, np.ndarray)
+                pixels, picture = (preprocess_video([image], pipeline.manifest.preprocessing), image) if on_host else pipeline.prepare_frame(image)
                 with self.qa.turns:
                     (states,) = pipeline.rows(pipeline.encode_trunk(pixels))
                     pipeline.wait()
-                picture = small_picture(np.asarray(image))
+                picture = small_picture(np.asarray(picture))
             except Exception as error:
                 log.exception("a live frame could not be encoded")
                 self._failed += 1

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..engines.errors import MediaError
+from ..engines.plugins.prepare_frame.kernel import is_device_frame
 from ..engines.pooling import Windows, within_budget
 from .container import check_size
 from .frames import frames_for_length
@@ -140,6 +141,8 @@ class GivenFrames(FrameReader):
 
 def rgb_frame(image: Any, what: str) -> np.ndarray:
     """A frame from the app as RGB uint8 (H,W,3): numpy, or anything that exports DLPack from host memory. Raises MediaError."""
+    if is_device_frame(image):
+        raise MediaError(f"{what} lies in GPU memory; engines on the CPU, and VideoQA.open, take frames in host memory")
     if not isinstance(image, np.ndarray) and hasattr(image, "__dlpack__"):
         try:
             image = np.from_dlpack(image)

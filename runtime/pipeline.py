@@ -130,8 +130,8 @@ class Pipeline:
         """Whether a frame that lies in GPU memory can stay there. On the CPU none can."""
         return False
 
-    def prepare_frame(self, frame: Any) -> Any:
-        """A frame in GPU memory → pixels (1,3,size,size), as encode_trunk takes them."""
+    def prepare_frame(self, frame: Any) -> tuple[Any, Any]:
+        """A frame in GPU memory → pixels (1,3,size,size), as encode_trunk takes them, and the resized picture (size,size,3)."""
         raise EngineError("this engine runs on the CPU; give frames in host memory")
 
     def clip(self) -> Clip:

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("api", "engines", "engines/plugins", "engines/plugins/weighted_pool", "export", "calibration", "runtime", "bench", "nano")
+FOLDERS = ("api", "engines", "engines/plugins", "engines/plugins/weighted_pool", "engines/plugins/prepare_frame", "export", "calibration", "runtime", "bench", "nano")
 
 
 def main() -> int:

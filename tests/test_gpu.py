@@ -369,3 +369,29 @@ def test_an_engine_of_another_gpu_is_refused(opened: Callable[..., Opened], nano
     description.write_text(json.dumps(told))
     with pytest.raises(EngineError, match=r"needs tensorrt 10\.3\.0, which is not installed"):
         select.select(Bundle.open(nano), "cuda", "tensorrt")
+
+
+def test_frames_that_lie_on_the_gpu_stay_there(opened: Callable[..., Opened], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A camera pipeline on the GPU pushes its frames: nothing of them crosses to the host but a small picture, and the answer is that of host frames."""
+    import av
+    from pool_host import FakeCudaCore, library
+    from ppllava_edge.engines.plugins.prepare_frame import kernel
+    from test_prepare_frame import OnGpu
+
+    monkeypatch.setattr(kernel, "import_cuda_core", lambda: FakeCudaCore(library(tmp_path, kernel.FOLDER)))
+    kernel.compile_kernels.cache_clear()
+    with av.open(str(SAMPLE)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)][::5]
+    pipeline, driver, _ = opened("orin")
+    features = []
+    for wrap in (OnGpu, np.asarray):
+        with asking(pipeline).live(fps=4, window=16) as live:
+            for i, frame in enumerate(frames):
+                live.push(wrap(frame), i / 4, wait=True)
+            assert live.wait_for(8, 30)
+            if wrap is OnGpu:
+                assert set(driver.to_host) == {108 * 108 * 3}
+            features.append(np.asarray(live.video().features))
+            assert live.ask("What color is the circle?").text == "red"
+    np.testing.assert_array_equal(*features)
+    kernel.compile_kernels.cache_clear()

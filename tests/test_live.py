@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -20,6 +23,7 @@ from ppllava_edge.runtime.live_window import Newest, Seen, Window, spread
 from stream_server import StreamServer, forever, wait_until
 
 SAMPLE = Path(__file__).parent.parent / "nano" / "sample" / "shapes.mp4"
+RTSP_SERVER = Path(__file__).parent / "rtsp_server.py"
 QUESTION, ANSWER = "What color is the circle?", "red"
 
 
@@ -170,6 +174,44 @@ def test_a_broken_file_ends(qa: VideoQA, tmp_path: Path) -> None:
     with qa.live(tmp_path / "junk.mp4") as live:
         assert wait_until(lambda: live.status.state == "ended") and "can't be opened" in live.status.why
         assert not live.wait_for(1, 5)
+
+
+def system_python() -> str:
+    """A Python with GStreamer's RTSP server; skips the test where there is none."""
+    python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
+    if python is None or subprocess.run([python, RTSP_SERVER], capture_output=True).returncode:
+        pytest.skip("no GStreamer RTSP server here (Debian: gir1.2-gst-rtsp-server-1.0 python3-gi gstreamer1.0-plugins-good gstreamer1.0-plugins-bad)")
+    return python
+
+
+def test_an_rtsp_stream_that_is_cut_off_and_brought_back(qa: VideoQA, frames: np.ndarray, tmp_path: Path) -> None:
+    from ppllava_edge.nano.clips import write_video
+
+    python, clip = system_python(), write_video(tmp_path / "clip.mp4", np.concatenate([frames] * 20), options={"g": "10", "preset": "veryfast"})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def serve() -> subprocess.Popen[str]:
+        process = subprocess.Popen([python, str(RTSP_SERVER), str(clip), str(port)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        return process
+
+    server = serve()
+    try:
+        with qa.live(f"rtsp://127.0.0.1:{port}/stream", fps=10, timeout=3) as live:
+            assert live.wait_for(10, 30), live.status
+            assert live.ask(QUESTION, last=2).text == ANSWER
+            server.kill()
+            server.wait()
+            assert wait_until(lambda: live.status.state == "reconnecting", 20), live.status
+            before = live.status.encoded
+            server = serve()
+            assert wait_until(lambda: live.status.encoded >= before + 8, 30), live.status
+            assert live.ask(QUESTION, last=0.7).text == ANSWER
+    finally:
+        server.kill()
+        server.wait()
 
 
 # -- newest wins, memory stays ----------------------------------------------------------------------------------------------------------
