@@ -36,8 +36,8 @@ def measure(bundle: str | None, video: str, frames: int | None, question: str, r
         restarted = _ask(VideoQA(bundle, device, engine=engine, cache=folder), video, frames, question, load=True)
         stored = sum(path.stat().st_size for path in Path(folder).glob("*.features"))
     visual = [sum(timings[stage] for stage in (*ONCE, *EACH)) for timings in (first, following)]
-    return {"model": qa.name, "engine": qa.pipeline.engine_name, "first": first, "next": following, "restarted": restarted, "visual_ratio": visual[1] / visual[0],
-            "cached_bytes": stored}  # fmt: skip
+    return {"model": qa.name, "engine": qa.pipeline.engine_name, "first": first, "next": following, "restarted": restarted,
+            "visual_ratio": visual[1] / visual[0], "cached_bytes": stored}  # fmt: skip
 
 
 def _ask(qa: Any, video: str, frames: int | None, question: str, load: bool = False) -> dict[str, float]:

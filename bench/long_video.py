@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +61,13 @@ def repeat(minute: Path, target: Path, seconds: float) -> None:
         offset = 0
         for _ in range(max(1, round(seconds / MINUTE))):
             with av.open(str(minute)) as source:
-                stream = source.streams.video[0]
+                stream: Any = source.streams.video[0]
                 out = out or container.add_stream_from_template(stream)
                 length = round(MINUTE / float(stream.time_base or 1))
                 for packet in source.demux(stream):
-                    if packet.size and packet.pts is not None and packet.dts is not None and (seconds >= MINUTE or packet.pts * stream.time_base < seconds):
+                    if not packet.size or packet.pts is None or packet.dts is None:
+                        continue
+                    if seconds >= MINUTE or float(packet.pts * stream.time_base) < seconds:
                         packet.pts, packet.dts, packet.stream = packet.pts + offset, packet.dts + offset, out
                         container.mux(packet)
                 offset += length
@@ -198,10 +199,15 @@ def main(folder: Path, frames: int, minutes: int, rounds: int, as_json: bool) ->
         click.echo(json.dumps({"file": str(long), "bytes": long.stat().st_size, "readers": found, "peak_by_seconds": memory}))
         return
     mine = found["ours"]["seconds"]
-    rows = [(name, "-", r, "", "") if isinstance(r, str) else
-            (name, f"{r['seconds']:.2f}", f"{r['seconds'] / mine:.2f}", f"{r['same']} of {frames}" + (", bit for bit" if r["equal"] else ""), human_bytes(r["peak"]))
-            for name, r in found.items()]  # fmt: skip
-    table(f"{frames} frames of {minutes} minutes ({human_bytes(long.stat().st_size)})", ("reader", "seconds", "times ours", "the frames of a full decode", "peak"), rows)
+
+    def row(name: str, r: Any) -> tuple[str, ...]:
+        if isinstance(r, str):
+            return name, "-", r, "", ""
+        frames_of_a_full_decode = f"{r['same']} of {frames}" + (", bit for bit" if r["equal"] else "")
+        return name, f"{r['seconds']:.2f}", f"{r['seconds'] / mine:.2f}", frames_of_a_full_decode, human_bytes(r["peak"])
+
+    title = f"{frames} frames of {minutes} minutes ({human_bytes(long.stat().st_size)})"
+    table(title, ("reader", "seconds", "times ours", "the frames of a full decode", "peak"), [row(name, r) for name, r in found.items()])
     table("peak memory of the runtime's reader", ("video", "peak"), [(f"{seconds} s", human_bytes(peak)) for seconds, peak in memory.items()])
 
 

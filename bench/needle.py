@@ -44,7 +44,8 @@ def write_needle(path: Path, scene: Scene, needle: int, rng: np.random.Generator
     import av
 
     begin, end = float(scene.appears[needle]), float(scene.vanishes[needle])
-    without, with_needle = (draw(scene, np.array([t]), rng, FILE_SIDE, noise=0)[0][0].astype(np.int16) for t in (max(begin - 1, 0) if begin > 0 else end + 1, begin))
+    other_time = max(begin - 1, 0) if begin > 0 else end + 1
+    without, with_needle = (draw(scene, np.array([t]), rng, FILE_SIDE, noise=0)[0][0].astype(np.int16) for t in (other_time, begin))
     noise = rng.normal(0, 2, (16, FILE_SIDE, FILE_SIDE, 1)).round().astype(np.int16)
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("libx264", rate=FPS, options={"crf": "20", "preset": "veryfast"})

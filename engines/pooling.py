@@ -5,6 +5,7 @@ Any two of the three give the third; upstream's rules (`get_size`) decide how, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .errors import PPLLaVAError
@@ -110,6 +111,6 @@ def within_budget(windows: Windows, size: Triple, tokens: int) -> Windows:
     raise AssertionError("one window over all patches gives one token a frame")
 
 
-def _each(rule, *triples: Triple) -> Triple:
+def _each(rule: Callable[..., int], *triples: Triple) -> Triple:
     a, b, c = (rule(*values) for values in zip(*triples))
     return a, b, c

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .pipeline import Pipeline
     from .answer import Answer, AnswerStream, Moment
     from .feature_cache import FeatureCache
     from .live import Live
+    from .pipeline import Pipeline
     from .session import Video, VideoQA
 
 _WHERE = {

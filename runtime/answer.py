@@ -36,10 +36,10 @@ class Answer:
 
     text: the answer. finish: "stop" (the model ended it), "length" (max_new_tokens or the context's end), "stop string", "cancelled" or "timeout".
     frame_indices, frame_times (seconds): the frames that were looked at. moments: those of them that the question attended to most, by share; empty
-    where pooling isn't guided, and of answers that were closed early. visual_tokens, text_tokens, new_tokens: counts. timings: seconds for queue, video_decode, vision, question, select,
-    pooling, prefill, first_token (all before the first token, together), generate (after it); video_decode and vision are 0 for every question after
-    a video's first. notes: what people should know. engine: which of the bundle's ran. lookup: passes of the decoder after the first, tokens proposed
-    and accepted, if it looked ahead.
+    where pooling isn't guided, and of answers that were closed early. visual_tokens, text_tokens, new_tokens: counts.
+    timings: seconds for queue, video_decode, vision, question, select, pooling, prefill, first_token (all before the first token, together), generate
+    (after it); video_decode and vision are 0 for every question after a video's first. notes: what people should know. engine: which of the bundle's
+    ran. lookup: passes of the decoder after the first, tokens proposed and accepted, if it looked ahead.
     """
 
     question: str
@@ -84,7 +84,7 @@ class Asking:
     timeout: seconds after which the answer ends as it is ("timeout"); a question that is still waiting for its turn then raises BusyError."""
 
     max_new_tokens: int = 256
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stop: Sequence[str] = ()
     look_ahead: bool = False
     timeout: float | None = None

@@ -31,7 +31,7 @@ class FrameCount(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         if value == "auto" or isinstance(value, int):
-            return value
+            return value  # type: ignore[no-any-return]
         try:
             return int(value)
         except ValueError:
@@ -49,7 +49,7 @@ class FrameCount(click.ParamType):
 @click.option("--select", type=click.Choice(["uniform", "guided"]), default="uniform", show_default=True, help="guided: the question picks the frames.")
 @click.option("--candidates", type=int, default=256, show_default=True, help="Frames that --select guided encodes to pick from.")
 @click.option("--keep", type=click.Choice(["features", "tokens", "prefix"]), default="features", show_default=True,
-              help="In a chat: features pool anew for every question; tokens go on from the first question's tokens and cache; prefix: without the turns before.")
+              help="In a chat: features pool anew for each question; tokens go on from the first one's tokens and cache; prefix: without the turns before.")
 @click.option("--cache", is_flag=True, help="Keep encoded videos on disk, so that asking again later doesn't decode.")
 @click.option("--cache-folder", metavar="FOLDER", help="Where; implies --cache.  [default: ~/.cache/ppllava-edge/features]")
 @click.option("--live", is_flag=True, help="VIDEO is watched as it happens: a camera (/dev/video0), an rtsp:// or http:// stream, or a file in real time.")

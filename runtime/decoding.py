@@ -140,7 +140,7 @@ class Decoder:
     def verifies(self) -> bool:
         """Whether a pass gives the logits of several positions, so that drafts can be verified."""
         outputs = next(piece for piece in self.pieces if "logits" in piece.outputs).session.get_outputs()
-        return next(o.shape[0] for o in outputs if o.name == "logits") != 1
+        return bool(next(o.shape[0] for o in outputs if o.name == "logits") != 1)
 
     def disagreement(self, embed: Callable[[list[int]], np.ndarray]) -> float:
         """How far a pass over 8 positions lies from 8 single steps, in standard deviations of the logits. Measured once."""
@@ -179,7 +179,8 @@ class Decoder:
         """A prompt (S, D) → logits (V,) of its last position."""
         sequence = self.start(len(inputs_embeds), 1)
         try:
-            return sequence.run(inputs_embeds)[-1]
+            logits: np.ndarray = sequence.run(inputs_embeds)[-1]
+            return logits
         finally:
             self.finish(sequence)
 
@@ -288,7 +289,8 @@ class _Step:
             raise EngineError(f"the decoder failed: {first_line(error)}") from None
         if self.device == "cpu":
             return self.logits.copy()
-        return dict(zip(self.pieces[0].outputs, self.bindings[0].get_outputs()))["logits"].numpy()
+        logits: np.ndarray = dict(zip(self.pieces[0].outputs, self.bindings[0].get_outputs()))["logits"].numpy()
+        return logits
 
     def hide_from(self, length: int) -> None:
         """Positions were taken back: a mask that only uncovers must cover them again."""

@@ -152,7 +152,8 @@ class GpuSequence:
 
     def last_logits(self, count: int) -> np.ndarray:
         """(V,) float32 of the last position of a pass over count positions."""
-        return self.gpu.download(self.logits.rows(min(count, LAST_POSITIONS) - 1, 1))[0]
+        row: np.ndarray = self.gpu.download(self.logits.rows(min(count, LAST_POSITIONS) - 1, 1))[0]
+        return row
 
     def restart(self) -> None:
         """For the next prompt."""
@@ -361,7 +362,8 @@ class _Growing:
             values |= outputs
         self.sets.reverse()
         self.length = total
-        return gpu.download(self.logits)[0]
+        row: np.ndarray = gpu.download(self.logits)[0]
+        return row
 
 
 def _filled(buffer: Buffer, shape: tuple[int, ...]) -> Buffer:

@@ -242,7 +242,8 @@ class GpuPipeline(Pipeline):
 
     def prefill(self, inputs_embeds: Any) -> np.ndarray:
         """inputs_embeds (S,D), or a prompt → logits (V,) float32 of the last position."""
-        return self.decoder.prefill(inputs_embeds)
+        logits: np.ndarray = self.decoder.prefill(inputs_embeds)
+        return logits
 
     def generate(self, inputs_embeds: Any, max_new_tokens: int, stop_ids: Any = (), sampling: Any = None, lookup: Any = None, sequence: Any = None) -> Any:
         """Yield token ids after the prompt; as Pipeline does."""

@@ -148,11 +148,11 @@ def rgb_frame(image: Any, what: str) -> np.ndarray:
             image = np.from_dlpack(image)
         except (RuntimeError, TypeError, ValueError, BufferError) as error:
             raise MediaError(f"{what} can't be taken through DLPack: {str(error).splitlines()[0]}") from None
-    image = np.asarray(image)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise MediaError(f"{what} must be RGB uint8 (height, width, 3), not {image.dtype} {image.shape}")
-    check_size(image.shape[1], image.shape[0], what)
-    return image
+    array: np.ndarray = np.asarray(image)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        raise MediaError(f"{what} must be RGB uint8 (height, width, 3), not {array.dtype} {array.shape}")
+    check_size(array.shape[1], array.shape[0], what)
+    return array
 
 
 def reader_of(source: str | os.PathLike[str] | Sequence[np.ndarray], look: Look) -> FrameReader:
@@ -236,7 +236,7 @@ def _encode(
 
     def prepared() -> Iterator[tuple[int, float, np.ndarray, np.ndarray]]:
         for frame in reader.frames(choice):
-            yield frame.index, frame.seconds, preprocess_video([frame.image], preprocessing)[0], small_picture(frame.image)
+            yield frame.number, frame.seconds, preprocess_video([frame.image], preprocessing)[0], small_picture(frame.image)
 
     frames, batch, done, more = ahead(prepared(), 2 * BATCH), list[tuple[int, np.ndarray]](), 0, True
     try:
@@ -283,7 +283,7 @@ def _look_at_image(pipeline: Pipeline, turns: Turns, reader: FrameReader, starte
 
 
 def _again(reader: FrameReader) -> Callable[[Sequence[int]], dict[int, np.ndarray]]:
-    return lambda indices: {frame.index: small_picture(frame.image) for frame in reader.frames(lambda r: sorted(indices))}
+    return lambda indices: {frame.number: small_picture(frame.image) for frame in reader.frames(lambda r: sorted(indices))}
 
 
 def small_picture(image: np.ndarray) -> np.ndarray:

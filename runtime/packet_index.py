@@ -27,9 +27,9 @@ class PacketIndex:
     """count: frames in the file; promised: how many it says it has. fps: their rate. origin: presentation time of the first, in units of
     time_base (seconds). broken: reading ended early or in an error.
 
-    keys: positions (in decoding order, discarded packets counted) of key frames; starts: frames shown before each; seek_to: what each is
-    sought by; names: what tells it when it comes (a decoding time from a table, a presentation time from a pass). pts: presentation times in
-    decoding order, None where only the table was read. shown: False for packets that an edit list discards. seekable: frames can be found by time. codec: FFmpeg's name.
+    keys: positions (in decoding order, discarded packets counted) of key frames; starts: frames shown before each; names: what each is sought by
+    and told by when it comes (a decoding time from a table, a presentation time from a pass). pts: presentation times in decoding order, None
+    where only the table was read. shown: False for packets that an edit list discards. seekable: frames can be found by time. codec: FFmpeg's name.
     """
 
     count: int
@@ -97,8 +97,8 @@ def _from_table(container: Any, stream: Any, path: Path) -> PacketIndex | None:
     if not first:
         return None
     return PacketIndex(
-        count, max(count, promised), rate, min(first), float(stream.time_base), seekable=_climb(names), from_table=True, packets=packets, codec=stream.codec_context.name,
-        keys=np.array(keys), starts=np.array(starts), names=np.array(names),
+        count, max(count, promised), rate, min(first), float(stream.time_base), seekable=_climb(names), from_table=True,
+        codec=stream.codec_context.name, packets=packets, keys=np.array(keys), starts=np.array(starts), names=np.array(names),
     )  # fmt: skip
 
 
@@ -149,8 +149,10 @@ def _from_packets(container: Any, stream: Any, path: Path) -> PacketIndex:
     if not 0.001 < fps < 100000:
         span = float(seen.max() - seen.min()) * base if not timeless else 0.0
         fps = (count - 1) / span if span else FALLBACK_FPS
-    found = PacketIndex(count, max(count, promised), fps, int(seen.min()) if not timeless else 0, base, broken or count < promised, packets=len(times), codec=stream.codec_context.name,
-                        keys=first, starts=np.concatenate([[0], np.cumsum(visible)])[first], pts=times, shown=visible)  # fmt: skip
+    origin = int(seen.min()) if not timeless else 0
+    found = PacketIndex(count, max(count, promised), fps, origin, base, broken or count < promised,
+                        codec=stream.codec_context.name, packets=len(times), keys=first, starts=np.concatenate([[0], np.cumsum(visible)])[first],
+                        pts=times, shown=visible)  # fmt: skip
     if not timeless and len(first) and first[0] == 0 and base:
         found.names, found.seekable = times[first], _in_groups(times, first)
     return found

@@ -58,7 +58,7 @@ def probabilities(logits: np.ndarray, temperature: float, top_k: int = 0, top_p:
     scaled = logits.astype(np.float64) / temperature
     if 0 < top_k < len(scaled):
         scaled[scaled < np.partition(scaled, -top_k)[-top_k]] = -np.inf
-    p = np.exp(scaled - scaled.max())
+    p: np.ndarray = np.exp(scaled - scaled.max())
     p /= p.sum()
     if top_p < 1:
         order = np.argsort(-scaled, kind="stable")

@@ -95,8 +95,8 @@ class _Seeker:
         """Presentation times of a group's frames, in decoding order."""
         key, length = int(self.index.keys[group]), self.index.length(group)
         if self.index.pts is not None and self.index.shown is not None:
-            times = self.index.pts[key : key + length]
-            return times[self.index.shown[key : key + length]]
+            times: np.ndarray = self.index.pts[key : key + length][self.index.shown[key : key + length]]
+            return times
         self._go_to(group)
         found = []
         for _ in range(length):

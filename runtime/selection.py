@@ -22,7 +22,8 @@ BEST_PATCHES = 0.02  # of a frame: their mean similarity is the frame's
 def frame_scores(cosine: np.ndarray) -> np.ndarray:
     """cosine (T,rows,columns) → (T,): how much of what the question names a frame shows, the mean over its most similar patches."""
     flat = np.sort(cosine.reshape(len(cosine), -1), axis=1)
-    return flat[:, -max(1, round(BEST_PATCHES * flat.shape[1])) :].mean(1)
+    scores: np.ndarray = flat[:, -max(1, round(BEST_PATCHES * flat.shape[1])) :].mean(1)
+    return scores
 
 
 def choose_moments(scores: np.ndarray, count: int, window: int = 1) -> list[int]:

@@ -178,7 +178,7 @@ def _windows(value: Any) -> Any:
 def _read_again(source: Any, indices: Sequence[int]) -> dict[int, np.ndarray]:
     from .looking import small_picture
 
-    return {frame.index: small_picture(frame.image) for frame in open_reader(source).frames(lambda r: sorted(indices))}
+    return {frame.number: small_picture(frame.image) for frame in open_reader(source).frames(lambda r: sorted(indices))}
 
 
 class Video:

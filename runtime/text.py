@@ -32,12 +32,14 @@ class TextSide:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The decoder's tokenizer."""
-        return _load(self.bundle, "tokenizer.json")
+        tokenizer: Tokenizer = _load(self.bundle, "tokenizer.json")
+        return tokenizer
 
     @cached_property
     def question_tokenizer(self) -> Tokenizer:
         """The question tower's tokenizer."""
-        return _load(self.bundle, "question_tokenizer.json")
+        tokenizer: Tokenizer = _load(self.bundle, "question_tokenizer.json")
+        return tokenizer
 
     def question_ids(self, question: str) -> tuple[np.ndarray, bool]:
         """ids (1,L) int64 for the question tower, as upstream makes them, and whether the question had to be cut."""

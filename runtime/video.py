@@ -26,9 +26,9 @@ MOST_ERRORS = 1000  # packets that may fail before a file is given up
 
 
 class Frame(NamedTuple):
-    """One frame. index: which of the video. image: RGB uint8 (H,W,3). seconds: when it is shown."""
+    """One frame. number: which of the video. image: RGB uint8 (H,W,3). seconds: when it is shown."""
 
-    index: int
+    number: int
     image: np.ndarray
     seconds: float
 
@@ -109,7 +109,7 @@ def read_frames(
     reader = open_reader(source)
     found: dict[int, Frame] = {}
     for frame in reader.frames(lambda r: r.choose(frames, start, end)):
-        found[frame.index] = frame
+        found[frame.number] = frame
         if progress:
             progress(len(found), len(set(reader.indices)))
     return Frames([found[i].image for i in reader.indices], reader.indices, [found[i].seconds for i in reader.indices],

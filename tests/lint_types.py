@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("api", "engines", "engines/plugins", "engines/plugins/weighted_pool", "engines/plugins/prepare_frame", "export", "calibration", "runtime", "bench", "nano")
+PLUGINS = ("engines/plugins", "engines/plugins/weighted_pool", "engines/plugins/prepare_frame")
+FOLDERS = ("api", "engines", *PLUGINS, "export", "calibration", "runtime", "bench", "nano")
 
 
 def main() -> int:

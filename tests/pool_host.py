@@ -23,7 +23,8 @@ def library(folder: Path, sources: Path = FOLDER) -> ctypes.CDLL:
     if not compiler:
         pytest.skip("no C++ compiler on this machine: the kernel's host build can't be made")
     built = folder / f"{sources.name}.so"
-    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC", str(sources / "host.cpp"), "-o", str(built)]
+    options = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
+    command = [compiler, *options, str(sources / "host.cpp"), "-o", str(built)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return ctypes.CDLL(str(built))

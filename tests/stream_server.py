@@ -106,8 +106,8 @@ class StreamServer:
                 out.write(data)
                 return len(data)
 
-        sent, stream, container = 0, None, None
-        for image in self.frames():
+        stream, container = None, None
+        for sent, image in enumerate(self.frames(), 1):
             if stream is None or (stream.height, stream.width) != image.shape[:2]:  # a camera that was set to another size starts its encoder anew
                 container = av.open(Writer(), "w", format="mpegts", options={"flush_packets": "1", "muxdelay": "0"})
                 stream = container.add_stream(self.codec, rate=round(self.fps))
@@ -115,7 +115,6 @@ class StreamServer:
                 stream.options = {"tune": "zerolatency", "g": "5", "crf": "18", "preset": "veryfast"} if self.codec == "libx264" else {"g": "5", "b": "2M"}
             for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")):
                 container.mux(packet)
-            sent += 1
             if self.kind == "stalls" and sent > 30:
                 time.sleep(60)
             time.sleep(1 / self.fps)

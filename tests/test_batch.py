@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_whole_lines(folder: Path, tmp_path: Path, monkeypatc
         sync(descriptor)
 
     monkeypatch.setattr(batch.os, "fsync", full)
-    with pytest.raises(PPLLaVAError, match="No space left.*go on from here"):
+    with pytest.raises(PPLLaVAError, match=r"No space left.*go on from here"):
         run_batch(VideoQA(device="cpu"), folder, QUESTIONS, output)
     assert len(pairs(output)) == 2
     run_batch(VideoQA(device="cpu"), folder, QUESTIONS, output)

@@ -32,10 +32,11 @@ def test_json_says_everything() -> None:
     assert answer["text"] == ANSWER and answer["model"] == "nano" and answer["finish"] == "stop"
     assert len(answer["frame_indices"]) == len(answer["frame_times"]) == 6
     assert answer["visual_tokens"] == 27 and answer["new_tokens"] == 2 and answer["text_tokens"] > 4
-    assert set(answer["timings"]) == {"video_decode", "vision", "question", "pooling", "prefill", "first_token", "generate"}
+    stages = ("queue", "video_decode", "vision", "question", "select", "pooling", "prefill")
+    assert set(answer["timings"]) == {*stages, "first_token", "generate"}
     assert all(seconds >= 0 for seconds in answer["timings"].values())
     t = answer["timings"]
-    parts = sum(t[name] for name in ("video_decode", "vision", "question", "pooling", "prefill"))
+    parts = sum(t[name] for name in stages)
     assert t["first_token"] == pytest.approx(parts, abs=1e-6)
 
 

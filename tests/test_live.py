@@ -58,7 +58,8 @@ def test_file_live_and_pushed_frames_give_the_same_features(qa: VideoQA, frames:
     opened = qa.open([frames[5 * i] for i in range(8)])
     np.testing.assert_allclose(opened.features, first.features, atol=2e-3)
     assert np.corrcoef(opened.features.ravel(), first.features.ravel())[0, 1] > 0.999999
-    assert {video.ask("Describe the video.").text for video in (first, second, opened)} == {"a red circle moves right . a blue square stays still . a yellow cross appears briefly ."}
+    want = "a red circle moves right . a blue square stays still . a yellow cross appears briefly ."
+    assert {video.ask("Describe the video.").text for video in (first, second, opened)} == {want}
 
 
 def test_frames_from_other_libraries(qa: VideoQA, frames: np.ndarray) -> None:

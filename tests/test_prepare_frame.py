@@ -1,8 +1,7 @@
-"""Frames that lie on the GPU: prepared there as Pillow prepares them on the host, bit for bit (the kernels' host build, over doubles of driver and cuda-core)."""
+"""Frames that lie on the GPU: prepared there as Pillow does on the host, bit for bit (the kernels' host build, over doubles of driver and cuda-core)."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,7 +98,8 @@ def test_what_is_no_frame() -> None:
     with pytest.raises(MediaError, match="can't be taken from the GPU"):
         preparer.prepare(SimpleNamespace(in_device_memory="nothing"))
     assert kernel.is_device_frame(OnGpu(np.zeros((9, 9, 3), np.uint8))) and not kernel.is_device_frame(np.zeros((9, 9, 3), np.uint8))
-    assert kernel.is_device_frame(SimpleNamespace(__dlpack_device__=lambda: (2, 0))) and not kernel.is_device_frame(SimpleNamespace(__dlpack_device__=lambda: (1, 0)))
+    there, here = (SimpleNamespace(__dlpack_device__=lambda kind=kind: (kind, 0)) for kind in (2, 1))
+    assert kernel.is_device_frame(there) and not kernel.is_device_frame(here)
 
 
 def test_an_engine_on_the_cpu_says_so() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ def test_two_streams_take_turns_token_by_token(qa: VideoQA) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    changes = sum(a != b for a, b in zip(order, order[1:]))
+    changes = sum(a != b for a, b in pairwise(order))
     assert changes > len(order) // 4, order
 
 

@@ -121,7 +121,7 @@ class FramePreparer:
             else:
                 canvas = self._fit(address, shape, strides, side)
             pixels = self.gpu.empty((1, 3, side, side), self.dtype)
-            constants = [ctypes.c_float(np.float32(value)) for value in (*p.mean, *p.std)]
+            constants = [ctypes.c_float(value) for value in (*p.mean, *p.std)]
             self._launch(f"normalise_frame_f{8 * self.dtype.itemsize}", 3 * side * side, _pointer(canvas), ctypes.c_int32(side), *constants, _pointer(pixels))
         return pixels, canvas
 
