@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -76,6 +76,16 @@ class Answer:
 
     def __str__(self) -> str:
         return self.text
+
+
+class AskOptions(TypedDict, total=False):
+    """What Video.ask takes beside the question, for calls that hand it on."""
+
+    max_new_tokens: int
+    sampling: Sampling | None
+    stop: Sequence[str]
+    look_ahead: bool
+    timeout: float | None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..engines.errors import MediaError, PPLLaVAError
-from .answer import Answer, AnswerStream
+from .answer import Answer, AnswerStream, AskOptions
 from .asynchronous import finished
 from .live_source import CLOSED, CONNECTING, ENDED, PLAYING, StreamReader
 from .live_window import Newest, Seen, Window, spread
@@ -27,6 +27,8 @@ from .looking import Looked, rgb_frame, small_picture
 from .preprocess import preprocess_video
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from .session import Video, VideoQA
 
 log = logging.getLogger(__name__)
@@ -246,13 +248,13 @@ class Live:
 
     # -- questions -------------------------------------------------------------------------------------------------------------------------
 
-    def stream(self, question: str, last: float | None = None, frames: int | None = None, wait: float = 0.0, **asking: Any) -> AnswerStream:
+    def stream(self, question: str, last: float | None = None, frames: int | None = None, wait: float = 0.0, **asking: Unpack[AskOptions]) -> AnswerStream:
         """Answer from what is remembered now, piece by piece. wait: seconds to wait for a first frame. asking: as Video.stream."""
         if wait and not len(self.window):
             self.wait_for(1, wait)
         return self.video(last, frames).stream(question, **asking)
 
-    def ask(self, question: str, last: float | None = None, frames: int | None = None, wait: float = 0.0, **asking: Any) -> Answer:
+    def ask(self, question: str, last: float | None = None, frames: int | None = None, wait: float = 0.0, **asking: Unpack[AskOptions]) -> Answer:
         """Answer from what is remembered now. last: only the last so many seconds. wait: seconds to wait for a first frame. asking: as Video.ask.
 
         Raises MediaError if nothing was seen yet.
@@ -262,7 +264,7 @@ class Live:
             pass
         return stream.answer
 
-    async def ask_async(self, question: str, last: float | None = None, frames: int | None = None, wait: float = 0.0, **asking: Any) -> Answer:
+    async def ask_async(self, question: str, last: float | None = None, frames: int | None = None, wait: float = 0.0, **asking: Unpack[AskOptions]) -> Answer:
         """The same for asyncio. Cancelling the task ends the answer within one token."""
         stream = await asyncio.to_thread(self.stream, question, last, frames, wait, **asking)
         return await finished(stream)
@@ -276,7 +278,7 @@ class Live:
         last: float | None = None,
         changes_only: bool = False,
         on_error: Callable[[PPLLaVAError], None] | None = None,
-        **asking: Any,
+        **asking: Unpack[AskOptions],
     ) -> Watch:
         """Ask the same question every so many seconds, in a thread, until the watch is stopped or the view closed.
 
@@ -292,7 +294,7 @@ class Live:
         return watch
 
     async def watch_async(
-        self, question: str, every: float = 5.0, *, last: float | None = None, changes_only: bool = False, **asking: Any
+        self, question: str, every: float = 5.0, *, last: float | None = None, changes_only: bool = False, **asking: Unpack[AskOptions]
     ) -> AsyncIterator[Answer]:
         """The same for asyncio: `async for answer in live.watch_async(…)`. Ends when the view is closed."""
         before: str | None = None
@@ -341,7 +343,7 @@ class Watch:
         last: float | None,
         changes_only: bool,
         on_error: Callable[[PPLLaVAError], None] | None,
-        asking: dict[str, Any],
+        asking: AskOptions,
     ):
         self.live, self.question, self.every, self.answers, self.errors = live, question, every, 0, 0
         self._on_answer, self._last, self._changes_only, self._on_error, self._asking = on_answer, last, changes_only, on_error, asking

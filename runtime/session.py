@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -116,11 +116,25 @@ class VideoQA:
         self.report("open", {"video_decode": looked.video_decode, "vision": looked.vision, "frames": len(looked.indices), "cached": cached})
         return Video(self, looked, keep)
 
-    def live(self, source: Any = None, fps: float = 2.0, window: int = 64, **options: Any) -> Live:
-        """Watch a camera, a stream or frames that the app pushes; ask at any moment. See Live for the options."""
+    def live(
+        self,
+        source: str | os.PathLike[str] | None = None,
+        fps: float = 2.0,
+        window: int = 64,
+        *,
+        history: float | None = 3600.0,
+        realtime: bool = True,
+        reconnect: bool = True,
+        timeout: float = 10.0,
+        format: str | None = None,
+        options: Mapping[str, str] | None = None,
+        on_state: Callable[[str, str], None] | None = None,
+    ) -> Live:
+        """Watch a camera, a stream, a file in real time, or (source None) frames that the app pushes; ask at any moment. Arguments: see Live."""
         from .live import Live
 
-        return Live(self, source, fps, window, **options)
+        return Live(self, source, fps, window, history=history, realtime=realtime, reconnect=reconnect, timeout=timeout, format=format,
+                    options=options, on_state=on_state)  # fmt: skip
 
     def report(self, event: str, figures: dict[str, Any]) -> None:
         """Tell the app's metrics callback and the log. A callback that fails is logged, not raised."""
