@@ -50,7 +50,8 @@ class Window:
         return found if last is None or not found else [f for f in found if f.seconds > found[-1].seconds - last]
 
     def __len__(self) -> int:
-        return len(self._frames)
+        with self._lock:
+            return len(self._frames)
 
 
 def least_missed(times: Sequence[float]) -> int:

@@ -237,6 +237,17 @@ def test_a_slow_encoder_passes_frames_over_and_never_lags(qa: VideoQA, frames: n
         assert wait_until(lambda: live.window.frames()[-1].seconds >= newest)
 
 
+def test_an_hour_of_frames_at_speed_leaves_memory_flat() -> None:
+    from ppllava_edge.bench.live_soak import soak
+
+    found = soak(frames=3600 * 30, fps=2, rate=30, window=32, model=None, ask_every=20_000)
+    samples = found["samples"]
+    early, late = (float(np.mean([s["memory"] for s in part])) for part in (samples[len(samples) // 4 : len(samples) // 2], samples[-len(samples) // 4 :]))
+    assert late - early < 30e6, (early, late)
+    assert found["encoded"] + found["dropped"] <= 7201 and found["asked"] == found["right"] == 5
+    assert max(s["kept"] for s in samples) <= 32 and samples[-1]["lag"] < 2
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 40), st.lists(st.floats(0.01, 5), min_size=1, max_size=300))
 def test_the_window_keeps_its_size_the_newest_and_thins_with_age(capacity: int, steps: list[float]) -> None:
