@@ -46,14 +46,15 @@ def find_package() -> None:
 
 def compile_table() -> list[dict[str, Any]]:
     """ptxas' report of every kernel on every target."""
+    from ppllava_edge.engines.plugins.prepare_frame.kernel import FOLDER
     from ppllava_edge.engines.plugins.weighted_pool.kernel import SOURCE
 
     if not shutil.which("nvcc"):
         sys.exit("error: nvcc is not installed: it comes with the CUDA toolkit")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for target in TARGETS:
-            command = ["nvcc", "-std=c++17", "-cubin", f"-arch=sm_{target}", "-Xptxas", "-v", str(SOURCE), "-o", f"{scratch}/k.cubin"]
+        for target, source in ((target, source) for target in TARGETS for source in (SOURCE, FOLDER / "prepare_frame.cu")):
+            command = ["nvcc", "-std=c++17", "-cubin", f"-arch=sm_{target}", "-Xptxas", "-v", str(source), "-o", f"{scratch}/k.cubin"]
             run = subprocess.run(command, capture_output=True, text=True)
             if run.returncode:
                 sys.exit(f"error: nvcc for sm_{target}: {run.stderr.strip().splitlines()[-1]}")
@@ -166,7 +167,36 @@ def kernel_report() -> dict[str, Any]:
 
     launcher = Launcher()
     checks = kernel_checks(torch, launcher, stream=_stream(torch, launcher))
-    return {"gpu": torch.cuda.get_device_name(), "checks": checks, "roofline": kernel_roofline(torch, launcher)}
+    frames = frame_checks(lambda image: torch.from_numpy(image).cuda())
+    return {"gpu": torch.cuda.get_device_name(), "checks": checks, "frames": frames, "roofline": kernel_roofline(torch, launcher)}
+
+
+def frame_checks(to_device: Callable[[Any], Any], gpu: Any = None, runs: int = 100) -> dict[str, Any]:
+    """Frames in GPU memory, prepared there, against Pillow (rows first): how many differ at all, and microseconds for one of 1080p."""
+    import numpy as np
+    from PIL import Image
+    from ppllava_edge.engines.bundle import Preprocessing
+    from ppllava_edge.engines.device import CudaDevice
+    from ppllava_edge.engines.plugins.prepare_frame.kernel import FramePreparer
+
+    mean, std, side = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), 336
+    gpu, rng, wrong = gpu or CudaDevice(), np.random.default_rng(0), 0
+    preparer, shapes = FramePreparer(gpu, Preprocessing("squash", side, mean, std, ())), ((1080, 1920), (720, 1280), (336, 336), (480, 640), (100, 77))
+    for height, width in shapes:
+        image = rng.integers(0, 256, (height, width, 3), np.uint8)
+        rows = Image.fromarray(image).resize((side, height), Image.Resampling.BICUBIC)
+        scaled = np.asarray(rows.resize((side, side), Image.Resampling.BICUBIC)).astype(np.float32) * np.float32(1 / 255)
+        want = ((scaled - np.array(mean, np.float32)) / np.array(std, np.float32)).transpose(2, 0, 1)[None]
+        pixels, _ = preparer.prepare(to_device(image))
+        wrong += not np.array_equal(np.asarray(pixels), want)
+    frame = to_device(rng.integers(0, 256, (1080, 1920, 3), np.uint8))
+    preparer.prepare(frame)
+    gpu.synchronize()
+    started = time.perf_counter()
+    for _ in range(runs):
+        preparer.prepare(frame)
+    gpu.synchronize()
+    return {"shapes": len(shapes), "shapes_that_differ": wrong, "microseconds_1080p": (time.perf_counter() - started) / runs * 1e6}
 
 
 # -- answer --------------------------------------------------------------------------------------------------------------------------------
@@ -244,6 +274,8 @@ def show(found: Any) -> None:
         columns = ("dtype", "gelu", "us", "GB/s", "of copy", "x torch eager", "x torch.compile")
         rows = [(r["dtype"], r["gelu"], f"{r['microseconds']:.1f}", f"{r['gb_per_second']:.0f}", f"{100 * r['share_of_copy']:.0f} %",
                  f"{r['torch_eager_ratio']:.1f}", f"{r['torch_compile_ratio']:.1f}") for r in found["roofline"]]  # fmt: skip
+        f = found["frames"]
+        print(f"frames: {f['shapes'] - f['shapes_that_differ']} of {f['shapes']} shapes bit for bit, {f['microseconds_1080p']:.0f} us for one of 1080p")
         table(f"{found['gpu']}, {found['checks']['cases']} random cases right, {REAL}, windows {WINDOW}", columns, rows)
     else:
         show_answer(found, table)

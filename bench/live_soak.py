@@ -1,6 +1,6 @@
-"""A live view for a long time: frames pushed as fast as the app can, memory and lag all along.
+"""A live view for a long time: frames pushed faster than they can be encoded, memory and lag all along.
 
-    python -m ppllava_edge.bench.live_soak --frames 100000 --plot soak.png
+    python -m ppllava_edge.bench.live_soak --frames 100000 --fps 20 --pace 500 --plot soak.png
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def resident() -> int:
     raise PPLLaVAError("this system has no /proc/self/status")
 
 
-def soak(frames: int, fps: float, rate: float, window: int, model: str | None, ask_every: int) -> dict[str, Any]:
-    """Push `frames` frames with the times of a camera of `rate` frames a second, `fps` of which are due; ask now and then. Samples: pushed, seconds,
-    memory (bytes), lag (seconds), kept."""
+def soak(frames: int, fps: float, rate: float, window: int, model: str | None, ask_every: int, pace: float = 0) -> dict[str, Any]:
+    """Push `frames` frames with the times of a camera of `rate` frames a second, `fps` of which are due; ask now and then. pace: frames pushed
+    a second of real time; 0: as many as can be. Samples: pushed, seconds, memory (bytes), lag (seconds), kept."""
     from ..nano.clips import clip_frames, sample_scene_for_the_readme
     from ..runtime.session import VideoQA
 
@@ -39,10 +39,12 @@ def soak(frames: int, fps: float, rate: float, window: int, model: str | None, a
             pushing = time.perf_counter()
             live.push(pictures[i % len(pictures)], i / rate)
             slowest = max(slowest, time.perf_counter() - pushing)
-            if i % 250 == 249:
+            if pace:
+                time.sleep(max(began + i / pace - time.perf_counter(), 0))
+            elif i % 250 == 249:
                 time.sleep(0.001)  # lets other threads of this process in, as a camera's pauses would
             if i % ask_every == ask_every - 1:
-                right, asked = right + (live.ask("What color is the circle?", last=2.0).text == "red"), asked + 1
+                right, asked = right + (live.ask("What color is the circle?", last=2.0, wait=30).text == "red"), asked + 1
             if i % max(1, frames // 400) == 0:
                 s = live.status
                 samples.append({"pushed": i, "seconds": time.perf_counter() - began, "memory": resident(), "lag": s.lag, "kept": s.kept})
@@ -81,12 +83,13 @@ def draw(found: dict[str, Any], path: Path) -> None:
 @click.option("--rate", type=float, default=20.0, show_default=True, help="Frames a second of the camera's time.")
 @click.option("--window", type=int, default=64, show_default=True)
 @click.option("--ask-every", type=click.IntRange(1), default=2000, show_default=True, help="Frames between questions.")
+@click.option("--pace", type=float, default=0.0, help="Frames pushed a second of real time.  [default: as many as can be]")
 @click.option("--model", metavar="BUNDLE")
 @click.option("--plot", metavar="PNG")
 @click.option("--json", "as_json", is_flag=True)
-def main(frames: int, fps: float, rate: float, window: int, ask_every: int, model: str | None, plot: str | None, as_json: bool) -> None:
+def main(frames: int, fps: float, rate: float, window: int, ask_every: int, pace: float, model: str | None, plot: str | None, as_json: bool) -> None:
     """Push frames, watch memory and lag."""
-    found = soak(frames, fps, rate, window, model, ask_every)
+    found = soak(frames, fps, rate, window, model, ask_every, pace)
     if plot:
         draw(found, Path(plot))
     if as_json:

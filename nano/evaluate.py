@@ -23,10 +23,13 @@ from .clips import spoken, write_clip
 from .world import KINDS, ask, sample_scene
 
 
-def evaluate(model: str | Path | None, questions: int, seed: int, uniform: bool = False, progress: Any = None) -> list[dict[str, str]]:
+def evaluate(
+    model: str | Path | None, questions: int, seed: int, uniform: bool = False, progress: Any = None, opening: dict[str, Any] | None = None
+) -> list[dict[str, str]]:
     """Ask `questions` questions about freshly drawn clips, every kind that a clip allows once. Returns kind, question, expected, answer.
 
     model: a bundle; None: the packed one. uniform: replace the question's pooling weights by equal ones, to see what guidance does.
+    opening: arguments of VideoQA.open.
     """
     from ..runtime.session import VideoQA
 
@@ -39,7 +42,7 @@ def evaluate(model: str | Path | None, questions: int, seed: int, uniform: bool 
     with tempfile.TemporaryDirectory() as folder:
         while len(answers) < questions:
             scene = sample_scene(rng)
-            video = qa.open(write_clip(Path(folder) / "clip.mp4", scene, rng))
+            video = qa.open(write_clip(Path(folder) / "clip.mp4", scene, rng), **(opening or {}))
             for kind in KINDS:
                 asked = ask(scene, kind, rng)
                 if asked is None or len(answers) >= questions:
@@ -87,22 +90,26 @@ def bundle_at(precision: str, folder: Path) -> Path:
 @click.option("--model", metavar="BUNDLE", help="A bundle instead of the packed one.")
 @click.option("--precision", help="fp32, fp16, int8, int4, or per part: the packed weights at that precision, made for this.")
 @click.option("--uniform", is_flag=True, help="Equal pooling weights instead of the question's: accuracy must collapse.")
+@click.option("--select", type=click.Choice(["uniform", "guided"]), default="uniform", show_default=True, help="Which frames are looked at.")
+@click.option("--candidates", type=int, default=40, show_default=True, help="With --select guided.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, every answer included.")
-def main(questions: int, seed: int, model: str | None, precision: str | None, uniform: bool, as_json: bool) -> None:
+def main(
+    questions: int, seed: int, model: str | None, precision: str | None, uniform: bool, select: str, candidates: int, as_json: bool
+) -> None:
     """Measure exact answers on held-out clips, through encoded files and the real runtime."""
     if model and precision:
         raise PPLLaVAError("--model names a bundle that has its precision; leave out --precision")
     with tempfile.TemporaryDirectory() as folder:
-        _measure(questions, seed, str(bundle_at(precision, Path(folder))) if precision else model, uniform, as_json)
+        _measure(questions, seed, str(bundle_at(precision, Path(folder))) if precision else model, uniform, as_json, {"select": select, "candidates": candidates})
 
 
-def _measure(questions: int, seed: int, model: str | None, uniform: bool, as_json: bool) -> None:
+def _measure(questions: int, seed: int, model: str | None, uniform: bool, as_json: bool, opening: dict[str, Any]) -> None:
     started = time.perf_counter()
     if sys.stderr.isatty():
         with click.progressbar(length=questions, label="asking", file=sys.stderr) as bar:
-            answers = evaluate(model, questions, seed, uniform, lambda done: bar.update(done - bar.pos))
+            answers = evaluate(model, questions, seed, uniform, lambda done: bar.update(done - bar.pos), opening)
     else:
-        answers = evaluate(model, questions, seed, uniform)
+        answers = evaluate(model, questions, seed, uniform, opening=opening)
     seconds, found = time.perf_counter() - started, summary(answers)
     bundle = Bundle.open(model or bundle_path())
     if as_json:

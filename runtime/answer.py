@@ -120,7 +120,7 @@ def attended_moments(weights: np.ndarray, times: Sequence[float]) -> list[Moment
 class AnswerStream:
     """Pieces of an answer as they come. close() ends it early, from any thread, within one token; `answer` holds what there is by then."""
 
-    def __init__(self, video: Video, question: str, asking: Asking, first_timings: dict[str, float] | None = None):
+    def __init__(self, video: Video, question: str, asking: Asking):
         self._video, self._question, self._asking = video, question, asking
         self._answer: Answer | None = None
         self._closed = threading.Event()
@@ -173,6 +173,7 @@ class AnswerStream:
         unspent = video.take_unspent()
         timings = {"queue": queued, **unspent}
         prepared = video.prepare(self._question, asking, timings)
+        pooled = prepared.pooled
         stop_ids = pipeline.manifest.stop_ids
         lookup = Lookup(prepared.text_ids) if asking.look_ahead else None
         at = time.perf_counter()
@@ -196,18 +197,18 @@ class AnswerStream:
             if detokenizer.stopped:
                 finish = "stop string"
             with qa.turns:
-                moments = prepared.moments()
+                moments = pooled.moments()
         finally:
             finish = self._over() if finish == "length" and count < asking.max_new_tokens and self._over() else finish
             new_ids.close()  # gives the cache back; takes no turn: an abandoned stream is collected anywhere, also by who has the turn
             timings.setdefault("prefill", 0.0)
             timings.setdefault("first_token", 0.0)
-            notes = list(prepared.notes)
+            notes = list(pooled.notes)
             if lookup is not None and lookup.note:
                 notes.append(lookup.note)
             lap(timings, "generate", at)
             self._answer = Answer(
-                self._question, text.rstrip(), qa.name, finish, list(prepared.indices), [round(t, 3) for t in prepared.times], prepared.visual_tokens,
+                self._question, text.rstrip(), qa.name, finish, list(pooled.indices), [round(t, 3) for t in pooled.times], len(pooled.visual),
                 len(prepared.text_ids), count, timings, notes, pipeline.engine_name,
                 {"passes": lookup.passes, "proposed": lookup.proposed, "accepted": lookup.accepted} if lookup and not lookup.note else None,
                 moments,
@@ -216,16 +217,25 @@ class AnswerStream:
             qa.report("answer", {"finish": finish, "new_tokens": count, **timings})
 
 
-@dataclass
-class Prepared:
-    """A question, ready to be generated. text_ids: of the prompt, beside the visual tokens. generate: with drafts or None → new token ids."""
+@dataclass(frozen=True)
+class Pooled:
+    """A video, pooled for a question. visual (N,D): its visual tokens. indices, times (seconds): of the frames. moments: asked for after the last
+    token, because on a GPU the weights have to come to the host."""
 
-    text_ids: list[int]
-    visual_tokens: int
+    visual: Any
     indices: list[int]
     times: list[float]
     moments: Callable[[], list[Moment]]
     notes: list[str]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A question, ready to be answered. text_ids: of the prompt, beside the visual tokens. generate: drafts or None → new token ids. finished: called
+    with the answer."""
+
+    pooled: Pooled
+    text_ids: list[int]
     generate: Callable[[Lookup | None], Generator[int, None, None]]
     finished: Callable[[Answer], None] = lambda answer: None
 

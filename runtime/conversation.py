@@ -5,6 +5,7 @@ The model sees the turns before. What it costs: the video stays pooled for the f
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..engines.errors import PromptError
-from .answer import Asking, Prepared
+from .answer import Asking, Pooled
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -27,21 +28,16 @@ class Conversation:
 
     def __init__(self, pipeline: Pipeline, text: TextSide, history: bool = True):
         self.pipeline, self.text, self.history = pipeline, text, history
+        self.pooled: Pooled | None = None
         self.visual: Any = None
-        self.first: Prepared
         self.before: list[int] = []
         self.after: list[int] = []  # everything that follows the visual tokens: questions and answers
         self.sequence: Any = None
         self.turn = threading.Lock()  # one question at a time
 
-    @property
-    def begun(self) -> bool:
-        """Whether there was a first question."""
-        return self.visual is not None
-
-    def begin(self, visual: Any, before: Sequence[int], first: Prepared) -> None:
-        """The first question's visual tokens, the ids before them, and what else was found out about it."""
-        self.visual, self.before, self.first = visual, list(before), first
+    def begin(self, pooled: Pooled, before: Sequence[int]) -> None:
+        """The video as it was pooled for the first question, and the token ids before it."""
+        self.pooled, self.visual, self.before = pooled, pooled.visual, list(before)
 
     def next_ids(self, question: str) -> list[int]:
         """What a further question adds to the prompt: the end of the last answer, the roles, the question. Without history: what follows the visual
@@ -55,17 +51,16 @@ class Conversation:
 
     def generate(self, new_ids: Sequence[int], asking: Asking, stop_ids: Sequence[int]) -> Generator[int, None, None]:
         """Read what is new (the first question's ids, or next_ids), yield the answer's token ids, remember them."""
-        stops, heard = set(stop_ids), list[int]()
-        earlier = list(self.after)
+        stops, heard, earlier = set(stop_ids), list[int](), list(self.after)
         self.after += new_ids
-        prompt = self._unread(asking.max_new_tokens)
-        ids = self.pipeline.generate(prompt, asking.max_new_tokens, stop_ids, asking.sampling, None, self.sequence)
         try:
-            for token in ids:
-                heard.append(token)
-                yield token
+            prompt = self._unread(asking.max_new_tokens)
+            ids = self.pipeline.generate(prompt, asking.max_new_tokens, stop_ids, asking.sampling, None, self.sequence)
+            with contextlib.closing(ids):
+                for token in ids:
+                    heard.append(token)
+                    yield token
         finally:
-            ids.close()
             if not heard:  # nothing was read, or not all of it: as if it hadn't been asked
                 self.after = earlier
                 self._drop()

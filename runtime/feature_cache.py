@@ -92,7 +92,7 @@ class FeatureCache:
             with safe_open(path, "np") as file:
                 facts = json.loads(file.metadata()["facts"])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-                if json.loads(file.metadata()["checksums"]) != {name: _checksum(array) for name, array in arrays.items()}:
+                if json.loads(file.metadata()["checksums"]) != _checksums(file.metadata()["facts"], arrays):
                     raise ValueError("its checksum is wrong")
         except FileNotFoundError:
             return None
@@ -118,8 +118,8 @@ class FeatureCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(size)
             arrays = {name: np.ascontiguousarray(array) for name, array in video.arrays.items()}
-            facts = {"facts": json.dumps(video.facts), "checksums": json.dumps({name: _checksum(array) for name, array in arrays.items()})}
-            save_file(arrays, part, metadata=facts)
+            facts = json.dumps(video.facts)
+            save_file(arrays, part, metadata={"facts": facts, "checksums": json.dumps(_checksums(facts, arrays))})
             part.replace(path)
         except Exception as error:  # safetensors reports a full disk with an exception of its own
             log.warning("features could not be cached in %s: %s", self.folder, error)
@@ -148,8 +148,9 @@ class FeatureCache:
                 yield path, path.stat()
 
 
-def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+def _checksums(facts: str, arrays: dict[str, np.ndarray]) -> dict[str, int]:
+    found = {name: zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data) for name, array in arrays.items()}
+    return {**found, "": zlib.crc32(facts.encode())}
 
 
 def _remove(path: Path) -> None:

@@ -159,6 +159,8 @@ class Live:
                 log.exception("a live frame could not be encoded")
                 self._failed += 1
                 self._changed(self._state, f"a frame could not be encoded: {error}")
+                with self._arrived:
+                    self._arrived.notify_all()
                 continue
             if t <= last_time:  # times began again: what is kept stays in order
                 t = last_time + time.monotonic() - self._last
@@ -198,16 +200,13 @@ class Live:
 
     def wait_for(self, frames: int = 1, timeout: float | None = None) -> bool:
         """Wait until so many frames were encoded, or nothing more can come. Returns whether they were."""
-        with self._arrived:
-            self._arrived.wait_for(lambda: self._encoded >= frames or self._state in (ENDED, CLOSED), timeout)
-        if self._state == ENDED:  # the last frames may still be on their way through the encoder
-            end = time.monotonic() + (5.0 if timeout is None else timeout)
-            while self._encoded < frames and self._newest_waits() and time.monotonic() < end:
-                time.sleep(0.005)
-        return self._encoded >= frames
 
-    def _newest_waits(self) -> bool:
-        return bool(self._newest._item)
+        def no_more() -> bool:  # those on their way through the encoder still come
+            return self._state == CLOSED or (self._state == ENDED and self._newest.put_in == self._newest.dropped + self._encoded + self._failed)
+
+        with self._arrived:
+            self._arrived.wait_for(lambda: self._encoded >= frames or no_more(), timeout)
+        return self._encoded >= frames
 
     def video(self, last: float | None = None, frames: int | None = None) -> Video:
         """What is remembered now, as a Video that can be asked again and again.

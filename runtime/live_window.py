@@ -73,10 +73,11 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 class Newest(Generic[T]):
-    """Room for one item: who puts never waits (unless told to), who takes gets the newest. dropped: items that were replaced before anybody took them."""
+    """Room for one item: who puts never waits (unless told to), who takes gets the newest. put_in, dropped: items so far, and those of
+    them that were replaced before anybody took them."""
 
     def __init__(self) -> None:
-        self.dropped = 0
+        self.put_in = self.dropped = 0
         self._item: deque[T] = deque(maxlen=1)
         self._changed = threading.Condition()
         self._closed = False
@@ -86,6 +87,7 @@ class Newest(Generic[T]):
         with self._changed:
             while wait and self._item and not self._closed:
                 self._changed.wait()
+            self.put_in += 1
             self.dropped += len(self._item)
             self._item.append(item)
             self._changed.notify_all()

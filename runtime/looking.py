@@ -91,7 +91,7 @@ class Looked:
     """A source that was looked at. features (T,P,C), or candidates to choose them from. indices, times (seconds): of the T frames, or of the candidates.
 
     count: frames the model sees; windows: pooling windows, None for the model's. pictures: small RGB uint8 frames by index, as far as they are kept.
-    read_again: gives pictures that aren't. video_decode, vision: seconds of waiting for frames, and of encoding.
+    read_again: gives pictures that aren't. vision: seconds of encoding; video_decode: of waiting for frames (VideoQA.open fills it in).
     """
 
     kind: str
@@ -166,10 +166,10 @@ def reader_of(source: str | os.PathLike[str] | Sequence[np.ndarray], look: Look)
 
 def look_at(pipeline: Pipeline, turns: Turns, reader: FrameReader, look: Look, progress: Progress | None = None) -> Looked:
     """Decode and encode what is looked at. Raises MediaError in one line."""
-    m, started = pipeline.manifest, time.perf_counter()
+    m = pipeline.manifest
     media = "video" if reader.kind == "video" or m.pooling.method.startswith("pllava") else "image"
     if media == "image":
-        return _look_at_image(pipeline, turns, reader, started)
+        return _look_at_image(pipeline, turns, reader)
     count = reader.count if isinstance(reader, GivenFrames) else look.count(pipeline, reader)
     pipeline.check_frames(count)
     windows = look.windows(pipeline, count)
@@ -196,16 +196,16 @@ def look_at(pipeline: Pipeline, turns: Turns, reader: FrameReader, look: Look, p
             looked.times = [encoded.times[i] for i in looked.indices]
             looked.features = pipeline.branch(encoded.stored(looked.indices))
         pipeline.wait()
-    looked.video_decode, looked.vision = encoded.waited, encoded.seconds + time.perf_counter() - encoding
+    looked.vision = encoded.seconds + time.perf_counter() - encoding
     return looked
 
 
 class _Encoded:
-    """Frames on their way: states by index, when each is shown, small pictures, seconds spent waiting for frames and encoding them."""
+    """Frames on their way: states by index, when each is shown, small pictures, seconds spent encoding them."""
 
     def __init__(self, pipeline: Pipeline):
         self.clip, self.times, self.pictures = pipeline.clip(), dict[int, float](), dict[int, np.ndarray]()
-        self.waited = self.seconds = 0.0
+        self.seconds = 0.0
         self.array: np.ndarray | None = None
         self.rows: dict[int, int] = {}
 
@@ -241,9 +241,7 @@ def _encode(
     frames, batch, done, more = ahead(prepared(), 2 * BATCH), list[tuple[int, np.ndarray]](), 0, True
     try:
         while more:
-            started = time.perf_counter()
             item = next(frames, None)
-            encoded.waited += time.perf_counter() - started
             if item is None:
                 more = False
             else:
@@ -270,7 +268,7 @@ def _encode(
     return encoded
 
 
-def _look_at_image(pipeline: Pipeline, turns: Turns, reader: FrameReader, started: float) -> Looked:
+def _look_at_image(pipeline: Pipeline, turns: Turns, reader: FrameReader) -> Looked:
     (frame,) = reader.frames(lambda r: [0])
     decoded = time.perf_counter()
     tiles = preprocess_image(frame.image, pipeline.manifest.preprocessing)
@@ -278,7 +276,7 @@ def _look_at_image(pipeline: Pipeline, turns: Turns, reader: FrameReader, starte
         features = pipeline.encode_frames(tiles, media="image")
         pipeline.wait()
     return Looked("image", "image", [0], [0.0], 1.0, 0.0, 1, 1, features, image_size=(frame.image.shape[0], frame.image.shape[1]), notes=list(reader.notes),
-                  pictures={0: small_picture(frame.image)}, read_again=_again(reader), video_decode=decoded - started,
+                  pictures={0: small_picture(frame.image)}, read_again=_again(reader),
                   vision=time.perf_counter() - decoded)  # fmt: skip
 
 

@@ -77,10 +77,10 @@ def index_packets(path: Path, table: bool = True) -> PacketIndex:
 
 
 def _from_table(container: Any, stream: Any, path: Path) -> PacketIndex | None:
-    """What the header says, or None if that can't be all: fragments, a table that reaches beyond the file's end."""
+    """What the header says, or None if that can't be all: fragments (their table grows as they are read), one that reaches beyond the file's end."""
     entries, promised = stream.index_entries, int(stream.frames or 0)
     packets, rate, size = len(entries), float(stream.average_rate or 0), path.stat().st_size
-    if not 0 < packets <= MOST_PACKETS or packets < promised or not 0.001 < rate < 100000:
+    if not 0 < packets <= MOST_PACKETS or packets != promised or not 0.001 < rate < 100000:
         return None
     keys, starts, names, count = array("q"), array("q"), array("q"), 0
     for position, entry in enumerate(entries):
@@ -97,7 +97,7 @@ def _from_table(container: Any, stream: Any, path: Path) -> PacketIndex | None:
     if not first:
         return None
     return PacketIndex(
-        count, max(count, promised), rate, min(first), float(stream.time_base), seekable=_climb(names), from_table=True,
+        count, count, rate, min(first), float(stream.time_base), seekable=_climb(names), from_table=True,
         codec=stream.codec_context.name, packets=packets, keys=np.array(keys), starts=np.array(starts), names=np.array(names),
     )  # fmt: skip
 

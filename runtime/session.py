@@ -11,13 +11,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..engines.errors import EngineError, MediaError
+from ..engines.errors import BusyError, EngineError, MediaError
 from ..engines.prompt_template import PromptTemplate
-from .answer import Answer, AnswerStream, Asking, Moment, Prepared, attended_moments, lap
+from .answer import STAGES, Answer, AnswerStream, Asking, Moment, Pooled, Prepared, attended_moments, lap
 from .asynchronous import finished
 from .conversation import Conversation
 from .feature_cache import CachedVideo, FeatureCache, bundle_hash, content_hash
@@ -109,9 +110,10 @@ class VideoQA:
         if keep not in KEEP:
             raise MediaError(f"keep must be {', '.join(KEEP)}, not {keep!r}")
         key = self._cache_key(source, look)
-        looked, cached = self._cached(key, source), True
+        looked, cached, began = self._cached(key, source), True, time.perf_counter()
         if looked is None:
             looked, cached = look_at(self.pipeline, self.turns, reader_of(source, look), look, progress), False
+            looked.video_decode = time.perf_counter() - began - looked.vision  # everything but encoding is waiting for frames
             self._remember(key, looked)
         self.report("open", {"video_decode": looked.video_decode, "vision": looked.vision, "frames": len(looked.indices), "cached": cached})
         return Video(self, looked, keep)
@@ -286,18 +288,16 @@ class Video:
         """Question tower, choice of frames and pooling; notes their seconds. Raises PromptError for a prompt that is too long."""
         if self._conversation is not None:
             return self._prepare_turn(self._conversation, question, asking, timings)
-        pipeline = self.qa.pipeline
-        prepared, visual = self._pool(question, timings)
+        pipeline, pooled = self.qa.pipeline, self._pool(question, timings)
         before, after = self.qa.text.prompt_pieces(question)
 
         def generate(lookup: Lookup | None) -> Generator[int, None, None]:
-            embeds = pipeline.prompt(before, visual, after)
-            return pipeline.generate(embeds, asking.max_new_tokens, pipeline.manifest.stop_ids, asking.sampling, lookup)
+            prompt = pipeline.prompt(before, pooled.visual, after)
+            return pipeline.generate(prompt, asking.max_new_tokens, pipeline.manifest.stop_ids, asking.sampling, lookup)
 
-        prepared.text_ids, prepared.generate = [*before, *after], generate
-        return prepared
+        return Prepared(pooled, [*before, *after], generate)
 
-    def _pool(self, question: str, timings: dict[str, float]) -> tuple[Prepared, Any]:
+    def _pool(self, question: str, timings: dict[str, float]) -> Pooled:
         qa, seen, q, weights = self.qa, self.looked, None, None
         pipeline, notes = qa.pipeline, list(seen.notes)
         with qa.turns:
@@ -315,39 +315,36 @@ class Video:
             visual = pipeline.visual_tokens(features, q, seen.media, seen.image_size, weights, seen.windows)
             lap(timings, "pooling", at)
 
-        def moments() -> list[Moment]:  # asked for after the last token: on a GPU the weights have to come to the host
+        def moments() -> list[Moment]:
             return attended_moments(np.asarray(weights), times) if weights is not None and len(times) > 1 else []
 
-        return Prepared([], len(visual), indices, times, moments, notes, lambda lookup: (_ for _ in ())), visual
+        return Pooled(visual, indices, times, moments, notes)
 
     def _prepare_turn(self, conversation: Conversation, question: str, asking: Asking, timings: dict[str, float]) -> Prepared:
         """A turn of a chat: the first is pooled, the others go on from the cache."""
         if asking.look_ahead:
             raise EngineError('looking ahead and keep="tokens" or "prefix" don\'t go together')
         if not conversation.turn.acquire(timeout=-1 if asking.timeout is None else asking.timeout):
-            raise MediaError(f"the chat's last question was still being answered after {asking.timeout:g} s")
+            raise BusyError(f"the chat's last question was still being answered after {asking.timeout:g} s")
         try:
-            if conversation.begun:
-                new_ids = conversation.next_ids(question)
+            if conversation.pooled is not None:
                 timings |= {"question": 0.0, "select": 0.0, "pooling": 0.0}
-                prepared = conversation.first
-                prepared = Prepared(new_ids, prepared.visual_tokens, prepared.indices, prepared.times, list, list(prepared.notes), prepared.generate)
+                pooled = replace(conversation.pooled, moments=list)  # where this question would look was not asked
+                text_ids = new_ids = conversation.next_ids(question)
             else:
-                prepared, visual = self._pool(question, timings)
+                pooled = self._pool(question, timings)
                 before, new_ids = self.qa.text.prompt_pieces(question)
-                conversation.begin(visual, before, prepared)
-                prepared.text_ids = [*before, *new_ids]
+                conversation.begin(pooled, before)
+                text_ids = [*before, *new_ids]
         except BaseException:
             conversation.turn.release()
             raise
         stop_ids = self.qa.pipeline.manifest.stop_ids
-        prepared.generate = lambda lookup: conversation.generate(new_ids, asking, stop_ids)
-        prepared.finished = lambda answer: conversation.turn.release()
-        return prepared
+        return Prepared(pooled, text_ids, lambda lookup: conversation.generate(new_ids, asking, stop_ids), lambda answer: conversation.turn.release())
 
     def empty_answer(self, question: str, finish: str) -> Answer:
         """What a question gets that was given up while it waited."""
-        timings = dict.fromkeys(("queue", "video_decode", "vision", "question", "select", "pooling", "prefill", "first_token", "generate"), 0.0)
+        timings = dict.fromkeys((*STAGES, "first_token", "generate"), 0.0)
         return Answer(question, "", self.qa.name, finish, [], [], 0, 0, 0, timings, list(self.looked.notes), self.qa.pipeline.engine_name)
 
     def take_unspent(self) -> dict[str, float]:

@@ -106,9 +106,10 @@ class StreamServer:
                 out.write(data)
                 return len(data)
 
-        stream, container = None, None
+        stream, container, codec = None, None, ""
         for sent, image in enumerate(self.frames(), 1):
-            if stream is None or (stream.height, stream.width) != image.shape[:2]:  # a camera that was set to another size starts its encoder anew
+            if stream is None or (stream.height, stream.width) != image.shape[:2] or codec != self.codec:  # a camera that is set anew starts its encoder anew
+                codec = self.codec
                 container = av.open(Writer(), "w", format="mpegts", options={"flush_packets": "1", "muxdelay": "0"})
                 stream = container.add_stream(self.codec, rate=round(self.fps))
                 stream.height, stream.width, stream.pix_fmt = *image.shape[:2], "yuv420p"

@@ -97,7 +97,7 @@ def entry(size: int, seed: int = 0) -> CachedVideo:
     return CachedVideo({"features": np.random.default_rng(seed).integers(0, 255, size, np.uint8)}, {"kind": "video"})
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text", "facts", "folder"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "a fact", "empty", "text", "facts", "folder"])
 def test_a_damaged_entry_is_as_if_it_were_not_there(tmp_path: Path, damage: str) -> None:
     cache = FeatureCache(tmp_path)
     assert cache.store(entry(5000), "key") and cache.load("key") is not None
@@ -108,6 +108,8 @@ def test_a_damaged_entry_is_as_if_it_were_not_there(tmp_path: Path, damage: str)
     elif damage == "flipped":
         data[-500] ^= 1
         path.write_bytes(data)
+    elif damage == "a fact":
+        path.write_bytes(data.replace(b"video", b"radio"))
     elif damage == "facts":
         path.write_bytes(data.replace(b'"facts"', b'"fakts"'))
     elif damage == "folder":

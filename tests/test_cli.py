@@ -55,6 +55,28 @@ def test_an_attention_picture(tmp_path: Path) -> None:
     assert picture.ndim == 3 and picture.shape[0] > 400 and picture.std() > 5
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "webm", "gif"])
+def test_an_attention_film(tmp_path: Path, suffix: str) -> None:
+    """One picture a frame: the question above, the frame, and a strip that is highest where the cross is there."""
+    import av
+
+    path = tmp_path / f"film.{suffix}"
+    run = run_command("ppllava-run", SAMPLE, "What color is the cross?", "--save-attention", path)
+    assert run.returncode == 0 and run.stdout == "yellow\n" and os.listdir(tmp_path) == [path.name], run.stderr
+    with av.open(str(path)) as container:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(pictures) == 8 and pictures[0].shape == (466, 360, 3)
+    bright = [int(((p[-60:, :, 0] > 200) & (p[-60:, :, 2] < 90)).sum()) for p in pictures]  # the present frame's bar
+    assert set(np.argsort(bright)[-2:]) == {3, 4} and bright[3] > 5 * bright[0]
+
+
+def test_an_attention_film_that_cannot_be_written(tmp_path: Path) -> None:
+    for name in ("film.avi", "nothing/film.mp4"):
+        run = run_command("ppllava-run", SAMPLE, QUESTION, "--save-attention", tmp_path / name)
+        assert run.returncode == 2 and run.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in run.stderr
+    assert os.listdir(tmp_path) == []
+
+
 def test_images_folders_and_ranges(tmp_path: Path) -> None:
     import av
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from conftest import assert_one_line_error, run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ppllava_edge import MediaError, VideoQA
@@ -160,6 +162,17 @@ def test_a_stream_that_changes_its_codec(qa: VideoQA, frames: np.ndarray) -> Non
         assert live.ask(QUESTION, last=1).text == ANSWER
 
 
+def test_a_codec_that_changes_in_the_middle(qa: VideoQA, frames: np.ndarray) -> None:
+    """One connection, another codec: what can't be decoded any more is opened again."""
+    with StreamServer(forever(frames), "mpegts") as server, qa.live(server.url, fps=10, timeout=1.5) as live:
+        assert live.wait_for(5, 20)
+        server.codec = "mpeg2video"
+        time.sleep(1.0)
+        before = live.status.encoded
+        assert wait_until(lambda: live.status.encoded > before + 8, 30), live.status
+        assert live.ask(QUESTION, last=0.8).text == ANSWER
+
+
 def test_a_file_is_played_in_real_time_and_ends(qa: VideoQA) -> None:
     began = time.monotonic()
     with qa.live(SAMPLE, fps=4) as live:
@@ -213,6 +226,31 @@ def test_an_rtsp_stream_that_is_cut_off_and_brought_back(qa: VideoQA, frames: np
     finally:
         server.kill()
         server.wait()
+
+
+# -- at the terminal -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_live_at_the_terminal(frames: np.ndarray) -> None:
+    run = run_command("ppllava-run", "--live", SAMPLE, QUESTION, "--fps", "4", "--every", "0.4", "--last", "2")
+    lines = run.stdout.splitlines()
+    assert run.returncode == 0 and len(lines) >= 3 and lines[-1].endswith(f"] {ANSWER}"), run.stderr
+    assert "live: playing" in run.stderr and "live: ended" in run.stderr and "40 frames seen" in run.stderr
+    with StreamServer(forever(frames)) as server:
+        run = run_command("ppllava-run", "--live", server.url, QUESTION, "--fps", "10", "--every", "0.2", "--answers", "3", "--json")
+        answers = [json.loads(line) for line in run.stdout.splitlines()]
+        assert len(answers) == 3 and answers[-1]["text"] == ANSWER and answers[-1]["live"]["state"] == "playing"
+        run = run_command("ppllava-run", "--live", server.url, "--fps", "10", stdin=f"{QUESTION}\n\nHow many objects are there?\n")
+        lines = run.stdout.splitlines()
+        assert len(lines) == 2 and lines[0].endswith(f"] {ANSWER}"), run.stderr
+
+
+def test_what_cannot_be_watched(tmp_path: Path) -> None:
+    refused = run_command("ppllava-run", "--live", "http://127.0.0.1:9/stream", QUESTION, "--no-reconnect")
+    assert refused.returncode == 2 and "nothing was seen" in refused.stderr and "refused" in refused.stderr and "Traceback" not in refused.stderr
+    assert_one_line_error(run_command("ppllava-run", "--live", tmp_path / "nothing.mp4", QUESTION), "no such file")
+    assert_one_line_error(run_command("ppllava-run", "--live", SAMPLE, QUESTION, "--frames", "4"), "--frames", "--last")
+    assert_one_line_error(run_command("ppllava-run", "--live", SAMPLE, QUESTION, "--fps", "0"), "fps must be above 0")
 
 
 # -- newest wins, memory stays ----------------------------------------------------------------------------------------------------------

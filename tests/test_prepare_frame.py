@@ -112,3 +112,11 @@ def test_it_compiles_for_real() -> None:
     options = core.ProgramOptions(std="c++17", arch="sm_87")
     code = core.Program(kernel.source(), "c++", options).compile("cubin", name_expressions=kernel.KERNELS)
     assert all(code.get_kernel(name) for name in kernel.KERNELS) or code is not None
+
+
+def test_the_check_that_runs_on_a_gpu(core: FakeCudaCore) -> None:
+    """bench/gpu.py, over the doubles."""
+    from ppllava_edge.bench.gpu import frame_checks
+
+    found = frame_checks(OnGpu, CudaDevice(FakeDriver()), runs=1)
+    assert found["shapes"] == 5 and found["shapes_that_differ"] == 0 and found["microseconds_1080p"] > 0

@@ -127,6 +127,14 @@ def test_the_table_of_an_mp4_says_what_its_packets_say(made: dict[str, Path]) ->
         np.testing.assert_array_equal(table.starts, packets.starts)
 
 
+@pytest.mark.parametrize("flags", ["frag_keyframe", "frag_keyframe+empty_moov", "dash", "faststart"])
+def test_frames_of_fragmented_files_are_all_counted(flags: str, tmp_path: Path) -> None:
+    """Their table holds only what was read so far."""
+    path = write(tmp_path / "fragments.mp4", "libx264", {"g": "24", "bf": "2"}, {"movflags": flags})
+    index = index_packets(path)
+    assert index.count == index.promised == COUNT == len(full_decode(path)) and index.from_table == (flags == "faststart")
+
+
 def test_a_variable_frame_rate(tmp_path: Path) -> None:
     rng, times = np.random.default_rng(1), [0]
     for _ in range(COUNT - 1):
