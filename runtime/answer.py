@@ -172,7 +172,10 @@ class AnswerStream:
         pipeline = qa.pipeline
         unspent = video.take_unspent()
         timings = {"queue": queued, **unspent}
-        prepared = video.prepare(self._question, asking, timings)
+        prepared = video.prepare(self._question, asking, timings, self._deadline, self._closed.is_set)
+        if prepared is None:
+            self._answer = video.empty_answer(self._question, "cancelled")
+            return
         pooled = prepared.pooled
         stop_ids = pipeline.manifest.stop_ids
         lookup = Lookup(prepared.text_ids) if asking.look_ahead else None

@@ -6,7 +6,6 @@ The model sees the turns before. What it costs: the video stays pooled for the f
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from ..engines.errors import PromptError
 from .answer import Asking, Pooled
+from .scheduling import Turns
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -33,7 +33,7 @@ class Conversation:
         self.before: list[int] = []
         self.after: list[int] = []  # everything that follows the visual tokens: questions and answers
         self.sequence: Any = None
-        self.turn = threading.Lock()  # one question at a time
+        self.turn = Turns()  # one question at a time
 
     def begin(self, pooled: Pooled, before: Sequence[int]) -> None:
         """The video as it was pooled for the first question, and the token ids before it."""

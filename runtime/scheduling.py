@@ -43,6 +43,10 @@ class Turns:
         """How many hold it now."""
         return self._held
 
+    def held_here(self) -> bool:
+        """Whether this thread holds it."""
+        return bool(self._holders[threading.get_ident()])
+
     def acquire(self, deadline: float | None = None, given_up: Callable[[], bool] | None = None) -> bool:
         """Wait for a turn. deadline: of time.monotonic(). given_up: asked now and then. Returns whether it came; raises BusyError if the queue is full."""
         me = threading.get_ident()

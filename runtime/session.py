@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..engines.errors import BusyError, EngineError, MediaError
+from ..engines.errors import BusyError, EngineError, MediaError, PromptError
 from ..engines.prompt_template import PromptTemplate
 from .answer import STAGES, Answer, AnswerStream, Asking, Moment, Pooled, Prepared, attended_moments, lap
 from .asynchronous import finished
@@ -284,10 +284,13 @@ class Video:
         features, chosen = seen.candidates.choose(q, seen.count, pooling.video.kernel[0] if pooling.video.kernel else 1)
         return features, [seen.indices[i] for i in chosen], [seen.times[i] for i in chosen]
 
-    def prepare(self, question: str, asking: Asking, timings: dict[str, float]) -> Prepared:
-        """Question tower, choice of frames and pooling; notes their seconds. Raises PromptError for a prompt that is too long."""
+    def prepare(
+        self, question: str, asking: Asking, timings: dict[str, float], deadline: float | None, given_up: Callable[[], bool]
+    ) -> Prepared | None:
+        """Question tower, choice of frames and pooling; notes their seconds. A chat waits for its last answer until the deadline (time.monotonic());
+        None if it was given up. Raises PromptError for a prompt that is too long, BusyError at the deadline."""
         if self._conversation is not None:
-            return self._prepare_turn(self._conversation, question, asking, timings)
+            return self._prepare_turn(self._conversation, question, asking, timings, deadline, given_up)
         pipeline, pooled = self.qa.pipeline, self._pool(question, timings)
         before, after = self.qa.text.prompt_pieces(question)
 
@@ -320,12 +323,25 @@ class Video:
 
         return Pooled(visual, indices, times, moments, notes)
 
-    def _prepare_turn(self, conversation: Conversation, question: str, asking: Asking, timings: dict[str, float]) -> Prepared:
+    def _prepare_turn(
+        self,
+        conversation: Conversation,
+        question: str,
+        asking: Asking,
+        timings: dict[str, float],
+        deadline: float | None,
+        given_up: Callable[[], bool],
+    ) -> Prepared | None:
         """A turn of a chat: the first is pooled, the others go on from the cache."""
         if asking.look_ahead:
             raise EngineError('looking ahead and keep="tokens" or "prefix" don\'t go together')
-        if not conversation.turn.acquire(timeout=-1 if asking.timeout is None else asking.timeout):
+        if conversation.turn.held_here():
+            raise PromptError("the chat's last answer is not finished: exhaust its stream, or close it, first")
+        if not conversation.turn.acquire(deadline, given_up):
+            if given_up():
+                return None
             raise BusyError(f"the chat's last question was still being answered after {asking.timeout:g} s")
+        me = threading.get_ident()
         try:
             if conversation.pooled is not None:
                 timings |= {"question": 0.0, "select": 0.0, "pooling": 0.0}
@@ -340,7 +356,7 @@ class Video:
             conversation.turn.release()
             raise
         stop_ids = self.qa.pipeline.manifest.stop_ids
-        return Prepared(pooled, text_ids, lambda lookup: conversation.generate(new_ids, asking, stop_ids), lambda answer: conversation.turn.release())
+        return Prepared(pooled, text_ids, lambda lookup: conversation.generate(new_ids, asking, stop_ids), lambda answer: conversation.turn.release(me))
 
     def empty_answer(self, question: str, finish: str) -> Answer:
         """What a question gets that was given up while it waited."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from conftest import assert_one_line_error, run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ppllava_edge import FeatureCache, MediaError, PromptError, VideoQA
+from ppllava_edge import BusyError, FeatureCache, MediaError, PromptError, VideoQA
 from ppllava_edge.engines.pooling import Windows, within_budget
 from ppllava_edge.runtime import looking, selection
 from ppllava_edge.runtime.answer import attended_moments
@@ -246,6 +247,36 @@ def test_a_chat_goes_on_after_a_closed_answer_and_ends_at_the_context(qa: VideoQ
             video.ask(DESCRIBE, max_new_tokens=60)
     with pytest.raises(MediaError, match="keep must be"):
         qa.open(SAMPLE, keep="everything")
+
+
+def test_one_question_at_a_time_in_a_chat(qa: VideoQA) -> None:
+    video = qa.open(SAMPLE, keep="prefix")
+    open_one = video.stream(DESCRIBE)
+    next(open_one)
+    with pytest.raises(PromptError, match="last answer is not finished"):
+        video.ask(QUESTION)
+    found: list[str] = []
+    waiting = video.stream(QUESTION)
+    thread = threading.Thread(target=lambda: found.extend(waiting))
+    thread.start()
+    time.sleep(0.1)
+    waiting.close()
+    thread.join(5)
+    assert not thread.is_alive() and not found and waiting.answer.finish == "cancelled"
+    errors: list[Exception] = []
+
+    def late() -> None:
+        try:
+            video.ask(QUESTION, timeout=0.1)
+        except BusyError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=late)
+    thread.start()
+    thread.join(5)
+    assert "still being answered" in str(errors[0])
+    open_one.close()
+    assert video.ask(QUESTION).text == ANSWER and qa.places.held == 0
 
 
 def test_a_conversation_keeps_its_cache_within_its_room(qa: VideoQA) -> None:
