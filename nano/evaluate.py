@@ -100,7 +100,8 @@ def main(
     if model and precision:
         raise PPLLaVAError("--model names a bundle that has its precision; leave out --precision")
     with tempfile.TemporaryDirectory() as folder:
-        _measure(questions, seed, str(bundle_at(precision, Path(folder))) if precision else model, uniform, as_json, {"select": select, "candidates": candidates})
+        bundle = str(bundle_at(precision, Path(folder))) if precision else model
+        _measure(questions, seed, bundle, uniform, as_json, {"select": select, "candidates": candidates})
 
 
 def _measure(questions: int, seed: int, model: str | None, uniform: bool, as_json: bool, opening: dict[str, Any]) -> None:

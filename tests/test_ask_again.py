@@ -251,7 +251,7 @@ def test_a_chat_goes_on_after_a_closed_answer_and_ends_at_the_context(qa: VideoQ
 
 def test_one_question_at_a_time_in_a_chat(qa: VideoQA) -> None:
     video = qa.open(SAMPLE, keep="prefix")
-    open_one = video.stream(DESCRIBE)
+    open_one = video.stream(QUESTION)
     next(open_one)
     with pytest.raises(PromptError, match="last answer is not finished"):
         video.ask(QUESTION)
