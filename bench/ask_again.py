@@ -15,6 +15,7 @@ import click
 import numpy as np
 
 from ..engines.terminal import Command, table
+from ..nano import sample_path
 
 ONCE = ("video_decode", "vision")
 EACH = ("question", "select", "pooling")  # what is visual about a further question
@@ -60,7 +61,7 @@ def _ask(qa: Any, video: str, frames: int | None, question: str, load: bool = Fa
 @click.option("--json", "as_json", is_flag=True)
 def main(bundle: str | None, video: str | None, frames: int | None, question: str, rounds: int, device: str, engine: str, as_json: bool) -> None:
     """Seconds by stage for the first ask, the next, and the first after a restart."""
-    video = video or str(Path(__file__).resolve().parent.parent / "nano" / "sample" / "shapes.mp4")
+    video = video or str(sample_path())
     found = measure(bundle, video, frames, question, rounds, device, engine)
     if as_json:
         print(json.dumps(found))

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
 from ..engines.terminal import Command, table
+from ..nano import sample_path
 
 QUESTIONS = ("What color is the circle?", "Describe the video.", "How many objects are there?", "Where is the blue square?", "Is there a red circle?")
 
@@ -76,7 +76,7 @@ def _cancel(video: Any) -> float:
 @click.option("--json", "as_json", is_flag=True)
 def main(threads: int, questions: int, cancels: int, model: str | None, video: str | None, as_json: bool) -> None:
     """Ask from many threads, compare with asking one after another."""
-    found = measure(threads, questions, cancels, model, video or str(Path(__file__).resolve().parent.parent / "nano" / "sample" / "shapes.mp4"))
+    found = measure(threads, questions, cancels, model, video or str(sample_path()))
     if as_json:
         print(json.dumps(found))
         return

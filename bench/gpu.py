@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def find_package() -> None:
 # -- compile -------------------------------------------------------------------------------------------------------------------------------
 
 
-def compile_table() -> list[dict[str, Any]]:
+def compile_table(targets: Sequence[str] = TARGETS) -> list[dict[str, Any]]:
     """ptxas' report of every kernel on every target."""
     from ppllava_edge.engines.plugins.prepare_frame.kernel import FOLDER
     from ppllava_edge.engines.plugins.weighted_pool.kernel import SOURCE
@@ -53,7 +53,7 @@ def compile_table() -> list[dict[str, Any]]:
         sys.exit("error: nvcc is not installed: it comes with the CUDA toolkit")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for target, source in ((target, source) for target in TARGETS for source in (SOURCE, FOLDER / "prepare_frame.cu")):
+        for target, source in ((target, source) for target in targets for source in (SOURCE, FOLDER / "prepare_frame.cu")):
             command = ["nvcc", "-std=c++17", "-cubin", f"-arch=sm_{target}", "-Xptxas", "-v", str(source), "-o", f"{scratch}/k.cubin"]
             run = subprocess.run(command, capture_output=True, text=True)
             if run.returncode:
@@ -267,7 +267,7 @@ def show(found: Any) -> None:
     if isinstance(found, list):
         chosen = sorted({row["kernel"] for row in found})
         registers = {(row["target"], row["kernel"]): f"{row['registers']}{'' if not row['spills'] else ' spills'}" for row in found}
-        targets = [f"sm_{t}" for t in TARGETS]
+        targets = list(dict.fromkeys(row["target"] for row in found))
         rows = [(k.removeprefix("weighted_pool_"), *(registers[t, k] for t in targets)) for k in chosen]
         table("registers a thread (no spills unless said)", ("weighted_pool_", *targets), rows)
     elif "roofline" in found:
@@ -313,12 +313,13 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--no-torch", action="store_true")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="of compile: compute capabilities without the dot")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     if a.what == "answer":
         found: Any = answer_report(a.folder, a.shape, a.frames, a.text_tokens, a.new_tokens, a.runs, not a.no_torch)
     else:
-        found = compile_table() if a.what == "compile" else kernel_report()
+        found = compile_table(a.targets.split(",")) if a.what == "compile" else kernel_report()
     if a.json:
         a.json.write_text(json.dumps(found, indent=1))
     show(found)

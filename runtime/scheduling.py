@@ -60,20 +60,28 @@ class Turns:
             gate.acquire()
             self._queue.append((gate, me))
             self._hand_over()
-        while True:
-            left = None if deadline is None else deadline - time.monotonic()
-            wait = -1.0 if left is None else max(left, 0.0)
-            if given_up is not None:
-                wait = CHECK_EVERY if left is None else min(wait, CHECK_EVERY)
-            if gate.acquire(timeout=wait):
-                return True
-            if (given_up is None or not given_up()) and (deadline is None or time.monotonic() < deadline):
-                continue
-            with self._lock:
-                if gate.acquire(blocking=False):  # handed over at the last moment
+        try:
+            while True:
+                left = None if deadline is None else deadline - time.monotonic()
+                wait = -1.0 if left is None else max(left, 0.0)
+                if given_up is not None:
+                    wait = CHECK_EVERY if left is None else min(wait, CHECK_EVERY)
+                if gate.acquire(timeout=wait):
                     return True
-                self._queue.remove((gate, me))
+                if (given_up is not None and given_up()) or (deadline is not None and time.monotonic() >= deadline):
+                    return not self._leave(gate, me)
+        except BaseException:  # Ctrl-C while waiting: nobody may be handed a turn that they don't take
+            if not self._leave(gate, me):
+                self.release(me)
+            raise
+
+    def _leave(self, gate: threading.Lock, thread: int) -> bool:
+        """Leave the queue. Returns False if the turn was handed over at the last moment."""
+        with self._lock:
+            if (gate, thread) not in self._queue:
                 return False
+            self._queue.remove((gate, thread))
+            return True
 
     def _take(self, thread: int) -> None:
         self._held += 1

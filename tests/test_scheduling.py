@@ -83,6 +83,19 @@ def test_a_full_queue_a_deadline_and_giving_up() -> None:
     assert turns.acquire(deadline=time.monotonic() + 1)
 
 
+def test_an_interrupt_while_waiting_leaves_no_trace() -> None:
+    def interrupt() -> bool:
+        raise KeyboardInterrupt
+
+    turns = Turns()
+    turns.acquire()
+    with pytest.raises(KeyboardInterrupt):
+        turns.acquire(given_up=interrupt)
+    assert turns.waiting == 0 and turns.held == 1
+    turns.release()
+    assert turns.acquire(deadline=time.monotonic() + 1)
+
+
 def test_a_thread_never_waits_for_itself() -> None:
     turns = Turns(1, 0, own_first=True)
     assert turns.acquire() and turns.acquire() and turns.held == 2
