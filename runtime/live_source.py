@@ -88,9 +88,10 @@ class StreamReader:
             if not self.reconnect:
                 self.on_state(ENDED, "" if self.is_file and why == "the stream ended" else why)
                 return
-            attempt = 0 if self.seen > before else attempt + 1
+            attempt = 0 if self.seen > before else attempt
             self.losses += 1
             pause = BACK_OFF[min(attempt, len(BACK_OFF) - 1)]
+            attempt += 1
             log.warning("%s: %s; trying again in %g s", self.source, why, pause)
             self.on_state(RECONNECTING, f"{why}; trying again every {pause:g} s")
             self._closed.wait(pause)
