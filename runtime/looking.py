@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -184,7 +185,7 @@ def look_at(pipeline: Pipeline, turns: Turns, reader: FrameReader, look: Look, p
 
     encoded = _encode(pipeline, turns, reader, choice, guided, progress)
     looked = Looked("video", media, list(reader.indices), [encoded.times[i] for i in reader.indices], reader.fps, reader.duration, reader.count, count,
-                    windows=windows, notes=list(reader.notes), pictures=encoded.pictures, read_again=_again(reader))  # fmt: skip
+                    windows=windows, notes=list(reader.notes), pictures=encoded.pictures, read_again=partial(read_pictures, reader))  # fmt: skip
     encoding = time.perf_counter()
     with turns:
         if not guided:
@@ -276,12 +277,13 @@ def _look_at_image(pipeline: Pipeline, turns: Turns, reader: FrameReader) -> Loo
         features = pipeline.encode_frames(tiles, media="image")
         pipeline.wait()
     return Looked("image", "image", [0], [0.0], 1.0, 0.0, 1, 1, features, image_size=(frame.image.shape[0], frame.image.shape[1]), notes=list(reader.notes),
-                  pictures={0: small_picture(frame.image)}, read_again=_again(reader),
+                  pictures={0: small_picture(frame.image)}, read_again=partial(read_pictures, reader),
                   vision=time.perf_counter() - decoded)  # fmt: skip
 
 
-def _again(reader: FrameReader) -> Callable[[Sequence[int]], dict[int, np.ndarray]]:
-    return lambda indices: {frame.number: small_picture(frame.image) for frame in reader.frames(lambda r: sorted(indices))}
+def read_pictures(reader: FrameReader, indices: Sequence[int]) -> dict[int, np.ndarray]:
+    """Small pictures of these frames, by index."""
+    return {frame.number: small_picture(frame.image) for frame in reader.frames(lambda r: sorted(indices))}
 
 
 def small_picture(image: np.ndarray) -> np.ndarray:

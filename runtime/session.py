@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..engines.errors import BusyError, EngineError, MediaError, PromptError
+from ..engines.pooling import Windows
 from ..engines.prompt_template import PromptTemplate
 from .answer import STAGES, Answer, AnswerStream, Asking, Moment, Pooled, Prepared, attended_moments, lap
 from .asynchronous import finished
 from .conversation import Conversation
 from .feature_cache import CachedVideo, FeatureCache, bundle_hash, content_hash
-from .looking import DEFAULT_CANDIDATES, Look, Looked, Progress, look_at, reader_of
+from .looking import DEFAULT_CANDIDATES, Look, Looked, Progress, look_at, read_pictures, reader_of
 from .lookup import Lookup
 from .pipeline import Pipeline
 from .sampling import Sampling
@@ -168,9 +169,9 @@ class VideoQA:
                 looked.features = found.arrays["features"]
         except (TypeError, KeyError):  # written by another version
             return None
-        looked.windows = _windows(found.facts.get("windows"))
+        looked.windows = Windows.from_json(found.facts["windows"]) if found.facts.get("windows") else None
         looked.image_size = (looked.image_size[0], looked.image_size[1]) if looked.image_size else None
-        looked.read_again = lambda indices: _read_again(source, indices)
+        looked.read_again = lambda indices: read_pictures(open_reader(source), indices)
         log.info("features of %s came from the cache in %.3f s", source, time.perf_counter() - started)
         return looked
 
@@ -183,18 +184,6 @@ class VideoQA:
         names = ("kind", "media", "indices", "times", "fps", "duration", "source_frames", "count", "image_size", "notes")
         facts = {name: getattr(looked, name) for name in names} | {"windows": looked.windows.as_json() if looked.windows else None}
         self.cache.store(CachedVideo(arrays, facts), *key)
-
-
-def _windows(value: Any) -> Any:
-    from ..engines.pooling import Windows
-
-    return Windows.from_json(value) if value else None
-
-
-def _read_again(source: Any, indices: Sequence[int]) -> dict[int, np.ndarray]:
-    from .looking import small_picture
-
-    return {frame.number: small_picture(frame.image) for frame in open_reader(source).frames(lambda r: sorted(indices))}
 
 
 class Video:
