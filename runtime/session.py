@@ -151,8 +151,8 @@ class VideoQA:
     # -- cached features -------------------------------------------------------------------------------------------------------------------
 
     def _cache_key(self, source: Any, look: Look) -> tuple[object, ...] | None:
-        if self.cache is None or not isinstance(source, (str, os.PathLike)):
-            return None
+        if self.cache is None or not isinstance(source, (str, os.PathLike)) or not (os.path.isfile(source) or os.path.isdir(source)):
+            return None  # what isn't there, or is no file, is for the reader to say
         p = self.pipeline
         return content_hash(source), bundle_hash(p.bundle), p.engine_name, repr(p.engine.made_by if p.engine else ""), repr(look)
 

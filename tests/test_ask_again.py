@@ -57,6 +57,14 @@ def test_pictures_of_a_cached_video_are_read_again(tmp_path: Path) -> None:
     np.testing.assert_array_equal(attention_picture(cached, QUESTION), attention_picture(fresh, QUESTION))
 
 
+def test_what_cannot_be_opened_is_said_with_a_cache_too(tmp_path: Path) -> None:
+    qa = VideoQA(device="cpu", cache=tmp_path / "cache")
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (("nothing.mp4", "no such file"), ("pipe", "not a regular file")):
+        with pytest.raises(MediaError, match=words):
+            qa.open(tmp_path / name)
+
+
 def test_another_video_sampling_or_bundle_is_another_entry(tmp_path: Path, tiny_bundle: Path, video_file: Path) -> None:
     qa = VideoQA(device="cpu", cache=tmp_path)
     for arguments in ({}, {"frames": 6}, {"end": 1.0}, {"select": "guided", "candidates": 16}, {"tokens": 9}):

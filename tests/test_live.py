@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -436,6 +437,21 @@ def test_asyncio(pushed: Any) -> None:
 
     text, watched, ticked = asyncio.run(main())
     assert text.startswith("a red circle moves right") and watched == [ANSWER] * 3 and ticked
+
+
+def test_logging_is_silent_unless_the_app_says_otherwise() -> None:
+    code = """
+import logging, sys, time
+from ppllava_edge import VideoQA
+if len(sys.argv) > 1:
+    logging.basicConfig(level=logging.WARNING)
+with VideoQA(device="cpu").live("http://127.0.0.1:9/stream") as live:
+    while not live.status.losses:
+        time.sleep(0.01)
+"""
+    silent, spoken = (subprocess.run([sys.executable, "-c", code, *more], capture_output=True, text=True, timeout=60) for more in ([], ["aloud"]))
+    assert silent.returncode == spoken.returncode == 0 and silent.stderr == silent.stdout == ""
+    assert "ppllava_edge.runtime.live_source" in spoken.stderr and "trying again in" in spoken.stderr
 
 
 def test_metrics_and_status(frames: np.ndarray) -> None:

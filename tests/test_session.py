@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,6 +77,19 @@ def test_sampling_reaches_the_decoder(qa: VideoQA) -> None:
     video = qa.open(SAMPLE)
     answers = {video.ask("Describe the video.", 12, Sampling(temperature=4.0, seed=seed)).text for seed in range(4)}
     assert len(answers) > 1
+
+
+def test_metrics_of_opening_and_answering() -> None:
+    events: list[tuple[str, dict[str, Any]]] = []
+
+    def broken(event: str, figures: dict[str, Any]) -> None:
+        events.append((event, figures))
+        raise RuntimeError("the app's own mistake")
+
+    answer = VideoQA(device="cpu", metrics=broken).open(SAMPLE).ask("What color is the circle?")
+    (opened, opening), (answered, figures) = events
+    assert (opened, answered) == ("open", "answer") and opening["frames"] == 8 and not opening["cached"]
+    assert opening["vision"] == figures["vision"] == answer.timings["vision"] and figures["new_tokens"] == answer.new_tokens
 
 
 # -- identities ------------------------------------------------------------------------------------------------------
