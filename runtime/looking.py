@@ -184,6 +184,8 @@ def look_at(pipeline: Pipeline, turns: Turns, reader: FrameReader, look: Look, p
         return list(dict.fromkeys(chosen)) if guided else chosen
 
     encoded = _encode(pipeline, turns, reader, choice, guided, progress)
+    if not guided and len(reader.indices) != count:  # a single picture, a file of which fewer frames could be decoded
+        windows = look.windows(pipeline, len(reader.indices))
     looked = Looked("video", media, list(reader.indices), [encoded.times[i] for i in reader.indices], reader.fps, reader.duration, reader.count, count,
                     windows=windows, notes=list(reader.notes), pictures=encoded.pictures, read_again=partial(read_pictures, reader))  # fmt: skip
     encoding = time.perf_counter()

@@ -423,6 +423,16 @@ def test_auto_frames_and_tokens(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert json.loads(run_command("ppllava-run", SAMPLE, QUESTION, "--frames", "auto", "--tokens", "18", "--json").stdout)["visual_tokens"] <= 18
 
 
+def test_a_token_budget_for_a_picture_that_is_read_as_a_video(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    bundle, picture = tmp_path / "npu", tmp_path / "still.png"
+    made = run_command("ppllava-export", tiny_checkpoint, "-o", bundle, "--precision", "fp32", "--pooling", "pllava_npu", "--output-size", "1,2,2")
+    assert made.returncode == 0, made.stderr
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(picture)
+    assert VideoQA(bundle, device="cpu").open(picture, frames=4, tokens=9).ask("What?", 1).visual_tokens <= 9
+
+
 def test_moments_are_the_frames_with_more_than_their_share() -> None:
     weights = np.array([0.1, 0.5, 0.05, 0.35]).reshape(4, 1, 1)
     assert attended_moments(weights, [0, 1, 2, 3]) == [(1.0, 0.5), (3.0, pytest.approx(0.35))]
