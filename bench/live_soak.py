@@ -14,15 +14,8 @@ import click
 import numpy as np
 
 from ..engines.errors import PPLLaVAError
+from ..engines.memory import resident_memory
 from ..engines.terminal import Command, table
-
-
-def resident() -> int:
-    """Bytes resident now."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise PPLLaVAError("this system has no /proc/self/status")
 
 
 def soak(frames: int, fps: float, rate: float, window: int, model: str | None, ask_every: int, pace: float = 0) -> dict[str, Any]:
@@ -47,7 +40,7 @@ def soak(frames: int, fps: float, rate: float, window: int, model: str | None, a
                 right, asked = right + (live.ask("What color is the circle?", last=2.0, wait=30).text == "red"), asked + 1
             if i % max(1, frames // 400) == 0:
                 s = live.status
-                samples.append({"pushed": i, "seconds": time.perf_counter() - began, "memory": resident(), "lag": s.lag, "kept": s.kept})
+                samples.append({"pushed": i, "seconds": time.perf_counter() - began, "memory": resident_memory(), "lag": s.lag, "kept": s.kept})
         status = live.status
     return {"frames": frames, "seconds": time.perf_counter() - began, "encoded": status.encoded, "dropped": status.dropped, "asked": asked, "right": right,
             "slowest_push": slowest, "samples": samples}  # fmt: skip

@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from ..engines.memory import peak_memory
 from ..engines.terminal import Command, human_bytes, table
+from ..nano.clips import write_video
 
 FPS, SIZE, MINUTE = 30, (1920, 1080), 60
 SAME = 3.0  # mean difference in RGB below which two pictures are the same frame, converted by different libraries
@@ -28,7 +29,6 @@ SAME = 3.0  # mean difference in RGB below which two pictures are the same frame
 
 def make_minute(path: Path) -> None:
     """A minute of camera-like 1080p: a textured scene that pans, sensor noise, a few things that move by themselves."""
-    import av
     from PIL import Image
 
     rng = np.random.default_rng(7)
@@ -36,19 +36,17 @@ def make_minute(path: Path) -> None:
     coarse = rng.integers(0, 255, (height // 40 + 40, width // 40 + 80, 3), np.uint8)
     scene = np.asarray(Image.fromarray(coarse).resize((coarse.shape[1] * 40, coarse.shape[0] * 40), Image.Resampling.BICUBIC))
     noise = rng.normal(0, 3, (8, height, width, 1)).astype(np.int16)
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream("libx264", rate=FPS, options={"crf": "25", "preset": "veryfast"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+
+    def frames() -> Iterator[np.ndarray]:
         for i in range(FPS * MINUTE):
             x, y = round(600 + 500 * np.sin(i / 200)), round(300 + 200 * np.sin(i / 330))
             image = (scene[y : y + height, x : x + width].astype(np.int16) * 3 // 4 + noise[i % 8] + 16).clip(0, 255).astype(np.uint8)
             for k in range(4):
                 left, top = (i * (3 + k) + 400 * k) % (width - 120), (200 * k + i * 2) % (height - 120)
                 image[top : top + 90, left : left + 90] = (60 * k + 40, 200 - 40 * k, (i * 3) % 255)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
+            yield image
+
+    write_video(path, frames(), FPS, options={"crf": "25", "preset": "veryfast"})
 
 
 def repeat(minute: Path, target: Path, seconds: float) -> None:

@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import click
 import numpy as np
 
 from ..engines.terminal import Command, table
-from ..nano.clips import FILE_SIDE, spoken
+from ..nano.clips import FILE_SIDE, spoken, write_video
 from ..nano.world import COLOR_NAMES, SHAPE_NAMES, STILL, Scene, draw, sample_scene
 
 FPS = 2
@@ -41,23 +42,17 @@ def needle_scene(rng: np.random.Generator, seconds: float, length: float) -> tup
 
 def write_needle(path: Path, scene: Scene, needle: int, rng: np.random.Generator, seconds: float) -> None:
     """Encode it. Two pictures are drawn, with and without the needle; every frame has noise of its own."""
-    import av
-
     begin, end = float(scene.appears[needle]), float(scene.vanishes[needle])
     other_time = max(begin - 1, 0) if begin > 0 else end + 1
     without, with_needle = (draw(scene, np.array([t]), rng, FILE_SIDE, noise=0)[0][0].astype(np.int16) for t in (other_time, begin))
     noise = rng.normal(0, 2, (16, FILE_SIDE, FILE_SIDE, 1)).round().astype(np.int16)
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream("libx264", rate=FPS, options={"crf": "20", "preset": "veryfast"})
-        stream.height = stream.width = FILE_SIDE
-        stream.pix_fmt = "yuv420p"
+
+    def frames() -> Iterator[np.ndarray]:
         for i in range(round(seconds * FPS)):
             picture = with_needle if begin <= i / FPS < end else without
-            image = np.clip(picture + noise[rng.integers(16)], 0, 255).astype(np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
+            yield np.clip(picture + noise[rng.integers(16)], 0, 255).astype(np.uint8)
+
+    write_video(path, frames(), FPS)
 
 
 def questions(scene: Scene, needle: int, rng: np.random.Generator) -> list[tuple[str, str, str]]:

@@ -12,12 +12,21 @@ def peak_memory() -> int:
 
     From /proc where there is one: getrusage's figure starts at what the parent process had.
     """
+    return _of_this_process("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_memory() -> int:
+    """Bytes resident now; 0 where the system doesn't say."""
+    return _of_this_process("VmRSS")
+
+
+def _of_this_process(name: str) -> int:
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return 0
 
 
 def system_memory(root: Path = Path("/")) -> dict[str, int]:

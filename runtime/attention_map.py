@@ -165,15 +165,7 @@ def save_attention(video: Video, question: str, path: str | os.PathLike[str], an
 def _write_film(path: Path, pictures: list[np.ndarray], seconds: float, codecs: Sequence[str]) -> None:
     import av
 
+    from ..nano.clips import write_video
+
     codec = next((name for name in codecs if name in av.codecs_available), codecs[-1])
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream(codec, rate=Fraction(round(1000 / seconds), 1000).limit_denominator(1000))
-        stream.height, stream.width = pictures[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        if codec == "libx264":
-            stream.options = {"crf": "20", "preset": "veryfast"}
-        for picture in pictures:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
+    write_video(path, pictures, Fraction(round(1000 / seconds), 1000).limit_denominator(1000), codec)

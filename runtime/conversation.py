@@ -29,7 +29,6 @@ class Conversation:
     def __init__(self, pipeline: Pipeline, text: TextSide, history: bool = True):
         self.pipeline, self.text, self.history = pipeline, text, history
         self.pooled: Pooled | None = None
-        self.visual: Any = None
         self.before: list[int] = []
         self.after: list[int] = []  # everything that follows the visual tokens: questions and answers
         self.sequence: Any = None
@@ -37,16 +36,21 @@ class Conversation:
 
     def begin(self, pooled: Pooled, before: Sequence[int]) -> None:
         """The video as it was pooled for the first question, and the token ids before it."""
-        self.pooled, self.visual, self.before = pooled, pooled.visual, list(before)
+        self.pooled, self.before = pooled, list(before)
+
+    @property
+    def prefix(self) -> int:
+        """Positions up to the last visual token."""
+        return len(self.before) + (len(self.pooled.visual) if self.pooled is not None else 0)
 
     def next_ids(self, question: str) -> list[int]:
         """What a further question adds to the prompt: the end of the last answer, the roles, the question. Without history: what follows the visual
         tokens; earlier questions and answers are taken out of the cache."""
         if self.history:
             return self.text.follow_up_ids(question)
-        self.after, prefix = [], len(self.before) + len(self.visual)
-        if self.sequence is not None and self.sequence.length > prefix and hasattr(self.sequence, "forget"):
-            self.sequence.forget(self.sequence.length - prefix)
+        self.after = []
+        if self.sequence is not None and self.sequence.length > self.prefix and hasattr(self.sequence, "forget"):
+            self.sequence.forget(self.sequence.length - self.prefix)
         return self.text.prompt_pieces(question)[1]
 
     def generate(self, new_ids: Sequence[int], asking: Asking, stop_ids: Sequence[int]) -> Generator[int, None, None]:
@@ -69,8 +73,9 @@ class Conversation:
 
     def _unread(self, new_tokens: int) -> Any:
         """The part of the prompt that the cache doesn't hold. Makes a cache if there is none with room."""
+        assert self.pooled is not None
         pipeline, empty = self.pipeline, np.zeros((0, self.pipeline.manifest.decoder.hidden_size), np.float32)
-        start, total = len(self.before) + len(self.visual), len(self.before) + len(self.visual) + len(self.after)
+        start, total = self.prefix, self.prefix + len(self.after)
         context, sequence = pipeline.manifest.decoder.context, self.sequence
         if total >= context:
             raise PromptError(f"the conversation has {total} tokens, the model's context is {context}: open the video again to start a new one")
@@ -78,7 +83,7 @@ class Conversation:
             return pipeline.prompt([], empty, self.after[sequence.length - start :])
         self._drop()
         self.sequence = pipeline.decoder.start(total, new_tokens + ROOM)
-        return pipeline.prompt(self.before, self.visual, self.after)
+        return pipeline.prompt(self.before, self.pooled.visual, self.after)
 
     def _drop(self) -> None:
         if self.sequence is not None:

@@ -222,7 +222,7 @@ class Live:
         if not found:
             s = self.status
             raise MediaError(f"nothing was seen yet: the live view is {s.state}{f' ({s.why})' if s.why else ''}, {s.seen} frames arrived")
-        count = min(frames or m.vision.default_frames, m.vision.max_frames or 10**9) if frames is None else frames
+        count = min(m.vision.default_frames, m.vision.max_frames or m.vision.default_frames) if frames is None else frames
         if count < 1:
             raise MediaError(f"frames must be 1 or more, not {count}")
         self.qa.pipeline.check_frames(count)

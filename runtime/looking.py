@@ -237,9 +237,11 @@ def _encode(
 ) -> _Encoded:
     encoded, preprocessing = _Encoded(pipeline), pipeline.manifest.preprocessing
 
-    def prepared() -> Iterator[tuple[int, float, np.ndarray, np.ndarray]]:
+    def prepared() -> Iterator[tuple[int, float, np.ndarray]]:
         for frame in reader.frames(choice):
-            yield frame.number, frame.seconds, preprocess_video([frame.image], preprocessing)[0], small_picture(frame.image)
+            if len(encoded.pictures) < MOST_PICTURES:
+                encoded.pictures[frame.number] = small_picture(frame.image)
+            yield frame.number, frame.seconds, preprocess_video([frame.image], preprocessing)[0]
 
     frames, batch, done, more = ahead(prepared(), 2 * BATCH), list[tuple[int, np.ndarray]](), 0, True
     try:
@@ -248,11 +250,9 @@ def _encode(
             if item is None:
                 more = False
             else:
-                index, seconds, pixels, picture = item
+                index, seconds, pixels = item
                 encoded.times[index] = seconds
                 batch.append((index, pixels))
-                if len(encoded.pictures) < MOST_PICTURES:
-                    encoded.pictures[index] = picture
             wanted = len(set(reader.indices))
             if batch and (len(batch) == BATCH or not more):
                 started = time.perf_counter()

@@ -67,7 +67,6 @@ class TextSide:
             raise BundleError(f"the tokenizer of {self.bundle.path} gives {len(pieces) - 1} image places for a prompt with one; export it again")
         return pieces
 
-
     def follow_up_ids(self, question: str) -> list[int]:
         """Token ids that a further question adds to a conversation. Raises BundleError if they hold an image place."""
         ids: list[int] = self.tokenizer.encode(self.template.follow_up(question), add_special_tokens=False).ids

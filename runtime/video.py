@@ -7,6 +7,7 @@ give the frames that can be decoded, and a note that says so.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,7 @@ class Frames:
     notes: list[str] = field(default_factory=list)
 
 
-class FrameReader:
+class FrameReader(ABC):
     """A source whose frames are chosen, then read one after another. count, fps, duration (seconds): of the whole source.
 
     indices: the frames of the last choice that there are; notes: what people should know. Both are final when `frames` is exhausted.
@@ -74,10 +75,10 @@ class FrameReader:
         check_range(self.count, self.fps, bound, self.what)
         return sample_indices(self.count, self.fps, frames, bound)
 
+    @abstractmethod
     def frames(self, choice: Callable[[FrameReader], Sequence[int]]) -> Iterator[Frame]:
         """Yield every chosen frame once, ascending. If fewer can be decoded than the file promised, choice is asked again and all of the new choice
         is yielded; `indices` tells in the end which frames count. Raises MediaError if there is none."""
-        raise NotImplementedError
 
 
 def open_reader(source: str | os.PathLike[str]) -> FrameReader:

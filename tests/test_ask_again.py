@@ -295,7 +295,7 @@ def test_a_conversation_keeps_its_cache_within_its_room(qa: VideoQA) -> None:
     for _ in range(4):
         video.ask(QUESTION, max_new_tokens=4)
         caches.add(id(conversation.sequence))
-        filled = len(conversation.before) + len(conversation.visual) + len(conversation.after)
+        filled = conversation.prefix + len(conversation.after)
         assert filled - 1 <= conversation.sequence.length <= filled
     assert len(caches) == 1
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from ...bundle import Preprocessing
 from ...device import Buffer, CudaDevice
-from ...errors import EngineError, MediaError
+from ...errors import MediaError
+from ..compiling import compile_source, open_device
 from ..weighted_pool.kernel import HEADER, import_cuda_core
 
 FOLDER = Path(__file__).parent
@@ -71,12 +72,7 @@ def source() -> str:
 @cache
 def compile_kernels(capability: tuple[int, int]) -> Any:
     """For one compute capability, as cuda-core's ObjectCode. Needs no GPU. Raises EngineError."""
-    core = import_cuda_core()
-    options = core.ProgramOptions(std="c++17", arch=f"sm_{capability[0]}{capability[1]}")
-    try:
-        return core.Program(source(), "c++", options).compile("cubin", name_expressions=KERNELS)
-    except Exception as error:
-        raise EngineError(f"frame preparation can't be compiled for {capability[0]}.{capability[1]}: {' '.join(str(error).split())[:300]}") from None
+    return compile_source(import_cuda_core(), source(), capability, KERNELS, "frame preparation")
 
 
 def is_device_frame(frame: Any) -> bool:
@@ -95,13 +91,8 @@ class FramePreparer:
     def __init__(self, gpu: CudaDevice, preprocessing: Preprocessing, dtype: Any = np.float32):
         self.dtype = np.dtype(dtype)
         self.gpu, self.preprocessing, self.core = gpu, preprocessing, import_cuda_core()
-        try:
-            device = self.core.Device()
-            device.set_current()
-            major, minor = device.compute_capability
-        except Exception as error:
-            raise EngineError(f"no usable CUDA device: {' '.join(str(error).split())[:200]}") from None
-        code = compile_kernels((int(major), int(minor)))
+        _, capability = open_device(self.core)
+        code = compile_kernels(capability)
         self._kernels = {name: code.get_kernel(name) for name in KERNELS}
         self._weights: dict[tuple[int, int], tuple[Buffer, Buffer, int]] = {}
         self._lock = threading.Lock()

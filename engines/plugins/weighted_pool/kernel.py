@@ -15,6 +15,7 @@ from typing import Any
 
 from ...errors import EngineError
 from ...pooling import Triple
+from ..compiling import compile_source, open_device
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "weighted_pool.cu"
@@ -112,26 +113,16 @@ def compile_kernels(capability: tuple[int, int], form: str = "cubin") -> Any:
     core = import_cuda_core()
     if capability < LEAST_CAPABILITY:
         raise EngineError(f"compute capability {capability[0]}.{capability[1]} is too old: the pooling kernel needs 7.5 or later")
-    options = core.ProgramOptions(std="c++17", arch=f"sm_{capability[0]}{capability[1]}")
     names = tuple(f"weighted_pool_{suffix}{gelu}{single}" for suffix in SUFFIX.values() for gelu in ("", "_gelu") for single in ("", "_single"))
-    try:
-        return core.Program(source(), "c++", options).compile(form, name_expressions=names)
-    except Exception as error:
-        raise EngineError(f"the pooling kernel can't be compiled for {capability[0]}.{capability[1]}: {' '.join(str(error).split())[:300]}") from None
+    return compile_source(core, source(), capability, names, "the pooling kernel", form)
 
 
 class Launcher:
     """Launches on one device. The kernel is compiled once, on first use."""
 
     def __init__(self, device: Any = None):
-        core = import_cuda_core()
-        try:
-            self.device = device or core.Device()
-            self.device.set_current()
-            major, minor = self.device.compute_capability
-        except Exception as error:
-            raise EngineError(f"no usable CUDA device: {' '.join(str(error).split())[:200]}") from None
-        self.core, self.capability = core, (int(major), int(minor))
+        self.core = import_cuda_core()
+        self.device, self.capability = open_device(self.core, device)
         self._lock = threading.Lock()
         self._kernels: dict[str, Any] = {}
 
