@@ -24,7 +24,7 @@ test: $(VENV)/dev
 # mypy looks at an installed copy: in the source tree the package's name belongs to no folder. The number of files it must see is checked.
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
-	$(BIN)/python tests/lint_types.py
+	$(BIN)/python tests/project/lint_types.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

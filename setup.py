@@ -1,14 +1,26 @@
 """The layout: folders at the top of the repository install as sub-packages of ppllava_edge (metadata stands in pyproject.toml)."""
 
+from pathlib import Path
+
 from setuptools import setup
 
+ROOT = Path(__file__).parent
 FOLDERS = {
-    "": "api", ".engines": "engines", ".engines.plugins": "engines/plugins", ".engines.plugins.weighted_pool": "engines/plugins/weighted_pool",
-    ".engines.plugins.prepare_frame": "engines/plugins/prepare_frame",
-    ".export": "export", ".calibration": "calibration", ".runtime": "runtime", ".bench": "bench", ".nano": "nano",
-}  # fmt: skip
+    "ppllava_edge": "api",
+    **{
+        f"ppllava_edge.{name}": name
+        for name in ("engines", "export", "calibration", "runtime", "bench", "nano")
+    },
+}
 
-setup(
-    packages=[f"ppllava_edge{name}" for name in FOLDERS],
-    package_dir={f"ppllava_edge{name}": folder for name, folder in FOLDERS.items()},
-)
+
+def packages() -> list[str]:
+    """Every folder with an __init__.py below FOLDERS, as the dotted name it installs under."""
+    found = []
+    for name, folder in FOLDERS.items():
+        for init in sorted((ROOT / folder).rglob("__init__.py")):
+            found.append(".".join([name, *init.parent.relative_to(ROOT / folder).parts]))
+    return found
+
+
+setup(packages=packages(), package_dir=FOLDERS)

@@ -17,35 +17,54 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from ppllava_edge import runtime as _runtime
+from ppllava_edge.engines.errors import (
+    BundleError,
+    BusyError,
+    EngineError,
+    MediaError,
+    PPLLaVAError,
+    PromptError,
+)
+
 if TYPE_CHECKING:
-    from .engines.errors import BundleError, BusyError, EngineError, MediaError, PPLLaVAError, PromptError
-    from .runtime.answer import Answer, AnswerStream, Moment
-    from .runtime.feature_cache import FeatureCache
-    from .runtime.live import Live
-    from .runtime.pipeline import Pipeline
-    from .runtime.sampling import Sampling
-    from .runtime.session import Video, VideoQA
+    from ppllava_edge.runtime import (
+        Answer,
+        AnswerStream,
+        FeatureCache,
+        Live,
+        Moment,
+        Pipeline,
+        Sampling,
+        Video,
+        VideoQA,
+    )
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the app says otherwise
 
-_WHERE = {
-    "VideoQA": "runtime.session", "Video": "runtime.session", "Live": "runtime.live", "Answer": "runtime.answer", "AnswerStream": "runtime.answer",
-    "Moment": "runtime.answer", "Sampling": "runtime.sampling", "FeatureCache": "runtime.feature_cache", "Pipeline": "runtime.pipeline",
-    "PPLLaVAError": "engines.errors", "BundleError": "engines.errors", "MediaError": "engines.errors", "PromptError": "engines.errors",
-    "EngineError": "engines.errors", "BusyError": "engines.errors",
-}  # fmt: skip
 __all__ = [
-    "Answer", "AnswerStream", "BundleError", "BusyError", "EngineError", "FeatureCache", "Live", "MediaError", "Moment", "PPLLaVAError", "Pipeline",
-    "PromptError", "Sampling", "Video", "VideoQA",
-]  # fmt: skip
+    "Answer",
+    "AnswerStream",
+    "BundleError",
+    "BusyError",
+    "EngineError",
+    "FeatureCache",
+    "Live",
+    "MediaError",
+    "Moment",
+    "PPLLaVAError",
+    "Pipeline",
+    "PromptError",
+    "Sampling",
+    "Video",
+    "VideoQA",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    if name in _runtime.__all__:
+        return getattr(_runtime, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -15,39 +15,73 @@ from typing import Any
 import click
 import numpy as np
 
-from ..engines.errors import PPLLaVAError
-from ..engines.memory import peak_memory
-from ..engines.terminal import Command, human_bytes, table
+from ppllava_edge.engines.errors import PPLLaVAError
+from ppllava_edge.engines.machine.memory import peak_memory
+from ppllava_edge.engines.terminal import Command, human_bytes, table
 
 _COLD = "import sys, ppllava_edge.runtime as r; r.Pipeline.open(sys.argv[1], device=sys.argv[2]).load()"
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", required=False)
-@click.option("--runs", type=click.IntRange(1, 10000), default=20, show_default=True, help="Measured runs of every stage.")
-@click.option("--warmup", type=click.IntRange(0, 1000), default=3, show_default=True, help="Runs before measuring.")
+@click.option(
+    "--runs",
+    type=click.IntRange(1, 10000),
+    default=20,
+    show_default=True,
+    help="Measured runs of every stage.",
+)
+@click.option(
+    "--warmup", type=click.IntRange(0, 1000), default=3, show_default=True, help="Runs before measuring."
+)
 @click.option("--frames", type=click.IntRange(1, 4096), help="Frames of the clip.  [default: the model's]")
-@click.option("--text-tokens", type=click.IntRange(1, 100000), default=32, show_default=True, help="Tokens of the prompt beside the visual ones.")
-@click.option("--new-tokens", type=click.IntRange(2, 100000), default=32, show_default=True, help="Tokens generated in every run.")
+@click.option(
+    "--text-tokens",
+    type=click.IntRange(1, 100000),
+    default=32,
+    show_default=True,
+    help="Tokens of the prompt beside the visual ones.",
+)
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(2, 100000),
+    default=32,
+    show_default=True,
+    help="Tokens generated in every run.",
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--engine", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, rtx, standard, or a target of ppllava-build.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="Threads of the engine.  [default: one per core]")
+@click.option(
+    "--engine",
+    default="auto",
+    show_default=True,
+    help="auto, onnxruntime, tensorrt, rtx, standard, or a target of ppllava-build.",
+)
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), help="Threads of the engine.  [default: one per core]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--plot", metavar="PNG", help="Draw the stages' times.")
 def main(bundle: str | None, as_json: bool, plot: str | None, **options: Any) -> None:
     """Measure BUNDLE (default: the packed demonstration model): seconds per stage, tokens per second, memory, cold start."""
     if bundle is None:
-        from ..nano import bundle_path
+        from ppllava_edge.engines.bundle.packed import packed_bundle
 
-        bundle = str(bundle_path())
+        bundle = str(packed_bundle())
     found = measure(bundle, **options)
     if plot:
         draw_plot(found, Path(plot))
     if as_json:
         click.echo(json.dumps(found))
         return
-    rows = [(name, *(f"{1000 * s[p]:.2f}" for p in ("p50", "p95", "p99", "least"))) for name, s in found["stages"].items()]
-    table(f"{found['model']}: {found['frames']} frames, {found['visual_tokens']} visual tokens, ms", ("stage", "p50", "p95", "p99", "least"), rows)
+    rows = [
+        (name, *(f"{1000 * s[p]:.2f}" for p in ("p50", "p95", "p99", "least")))
+        for name, s in found["stages"].items()
+    ]
+    table(
+        f"{found['model']}: {found['frames']} frames, {found['visual_tokens']} visual tokens, ms",
+        ("stage", "p50", "p95", "p99", "least"),
+        rows,
+    )
     facts = [
         ("tokens/s", f"{found['tokens_per_second']:.1f}"),
         ("decoder weights read", f"{found['decode_gb_per_second']:.1f} GB/s"),
@@ -61,10 +95,18 @@ def main(bundle: str | None, as_json: bool, plot: str | None, **options: Any) ->
 
 
 def measure(
-    bundle: str, runs: int, warmup: int, frames: int | None, text_tokens: int, new_tokens: int, device: str, threads: int | None, engine: str = "auto"
+    bundle: str,
+    runs: int,
+    warmup: int,
+    frames: int | None,
+    text_tokens: int,
+    new_tokens: int,
+    device: str,
+    threads: int | None,
+    engine: str = "auto",
 ) -> dict[str, Any]:
     """Run every stage `runs` times on random input. Seconds throughout; bytes for memory."""
-    from ..runtime.pipeline import Pipeline
+    from ppllava_edge.runtime.pipeline.factory import Pipeline
 
     p = Pipeline.open(bundle, device, threads, engine)
     cold = _cold_start(bundle, p.device)
@@ -87,7 +129,11 @@ def measure(
         features = timed("temporal branch", lambda: p.branch(states))
         q, weights = None, None
         if m.pooling.guided:
-            tokens = random.integers(0, min(m.decoder.vocab, 1000), (1, 16 if not m.question or not m.question.padded else m.question.length))
+            tokens = random.integers(
+                0,
+                min(m.decoder.vocab, 1000),
+                (1, 16 if not m.question or not m.question.padded else m.question.length),
+            )
             q = timed("question", lambda: p.encode_question(tokens))
             weights = timed("similarity", lambda: p.window_weights(features, q))
         visual = timed("pooling", lambda: p.visual_tokens(features, q, weights=weights))
@@ -113,20 +159,30 @@ def measure(
     per_second = 1 / float(np.median(samples["decode, a token"]))
     weights_bytes = sum(f.bytes for n, f in m.files.items() if n.startswith("decoder.onnx"))
     return {
-        "model": m.name, "bundle": str(bundle), "device": p.device, "frames": count, "visual_tokens": tokens, "text_tokens": text_tokens,
-        "new_tokens": new_tokens, "runs": runs, "stages": {name: percentiles(values) for name, values in samples.items()},
-        "tokens_per_second": per_second, "decode_gb_per_second": per_second * weights_bytes / 1e9, "copy_gb_per_second": copy_bandwidth(),
-        "cold_start_seconds": cold, "peak_memory_bytes": peak,
+        "model": m.name,
+        "bundle": str(bundle),
+        "device": p.device,
+        "frames": count,
+        "visual_tokens": tokens,
+        "text_tokens": text_tokens,
+        "new_tokens": new_tokens,
+        "runs": runs,
+        "stages": {name: percentiles(values) for name, values in samples.items()},
+        "tokens_per_second": per_second,
+        "decode_gb_per_second": per_second * weights_bytes / 1e9,
+        "copy_gb_per_second": copy_bandwidth(),
+        "cold_start_seconds": cold,
+        "peak_memory_bytes": peak,
         "engine": _engine(p, threads),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-    }  # fmt: skip
+    }
 
 
 def _engine(p: Any, threads: int | None) -> str:
     """What ran: "cpu (ONNX Runtime 1.31.1, 2 threads)"."""
     if p.engine is not None and p.engine.library != "onnxruntime":
         return f"{p.engine_name} ({', '.join(f'{tool} {version}' for tool, version in p.engine.made_by.items())})"
-    from ..engines.ort import import_onnxruntime
+    from ppllava_edge.engines.libraries import import_onnxruntime
 
     return f"{p.engine_name} (ONNX Runtime {import_onnxruntime().__version__}, {threads or os.cpu_count()} threads)"
 
@@ -152,7 +208,9 @@ def _cold_start(bundle: str, device: str) -> float:
     started = time.perf_counter()
     run = subprocess.run([sys.executable, "-c", _COLD, bundle, device], capture_output=True, text=True)
     if run.returncode:
-        raise PPLLaVAError(f"a fresh process could not open {bundle}: {run.stderr.strip().splitlines()[-1] if run.stderr.strip() else 'no reason given'}")
+        raise PPLLaVAError(
+            f"a fresh process could not open {bundle}: {run.stderr.strip().splitlines()[-1] if run.stderr.strip() else 'no reason given'}"
+        )
     return time.perf_counter() - started
 
 
@@ -169,13 +227,23 @@ def draw_plot(found: dict[str, Any], path: Path) -> None:
     middle = np.array([1000 * s["p50"] for s in stages.values()])
     high = np.array([1000 * s["p99"] for s in stages.values()])
     figure, axes = plt.subplots(figsize=(8, 0.5 * len(stages) + 1.4), layout="constrained")
-    axes.barh(list(stages), middle, xerr=[np.zeros_like(middle), high - middle], color="#4477aa", ecolor="#222222", capsize=3)
+    axes.barh(
+        list(stages),
+        middle,
+        xerr=[np.zeros_like(middle), high - middle],
+        color="#4477aa",
+        ecolor="#222222",
+        capsize=3,
+    )
     for y, value in enumerate(middle):
         axes.annotate(f" {value:.2f}", (value, y), va="bottom", fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("milliseconds, p50 (whisker: p99)")
-    axes.set_title(f"{found['model']}: {found['frames']} frames, {found['visual_tokens']} visual tokens, {found['device']}", fontsize=10)
+    axes.set_title(
+        f"{found['model']}: {found['frames']} frames, {found['visual_tokens']} visual tokens, {found['device']}",
+        fontsize=10,
+    )
     part = path.with_name(f".{path.name}.part")
     try:
         figure.savefig(part, format="png", dpi=130)

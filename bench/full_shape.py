@@ -18,9 +18,9 @@ from pathlib import Path
 import click
 import numpy as np
 
-from ..engines.memory import peak_memory
-from ..engines.terminal import Command, human_bytes, table
-from .random_checkpoint import SHAPES, write_random_checkpoint
+from ppllava_edge.bench.models.random_checkpoint import SHAPES, write_random_checkpoint
+from ppllava_edge.engines.machine.memory import peak_memory
+from ppllava_edge.engines.terminal import Command, human_bytes, table
 
 STAGES = ("video_decode", "vision", "question", "pooling", "prefill", "generate")
 QUESTION = "What happens in the video, and where does the red car go after it turned left?"
@@ -28,7 +28,7 @@ QUESTION = "What happens in the video, and where does the red car go after it tu
 
 def write_test_video(path: Path) -> None:
     """Ten seconds of moving noise at 640x360."""
-    from ..nano.clips import write_video
+    from ppllava_edge.runtime.media.writing import write_video
 
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 255, (100, 9, 16, 3), dtype=np.uint8)
@@ -38,7 +38,9 @@ def write_test_video(path: Path) -> None:
 def run_child(arguments: list[str]) -> tuple[dict, float, int]:
     """Run one of this module's jobs in a fresh process → (its JSON, wall seconds, peak resident bytes)."""
     started = time.perf_counter()
-    run = subprocess.run([sys.executable, "-m", "ppllava_edge.bench.full_shape", *arguments], stdout=subprocess.PIPE, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "ppllava_edge.bench.full_shape", *arguments], stdout=subprocess.PIPE, text=True
+    )
     if run.returncode:
         sys.exit(run.returncode)
     found = json.loads(run.stdout.strip().splitlines()[-1])
@@ -46,7 +48,7 @@ def run_child(arguments: list[str]) -> tuple[dict, float, int]:
 
 
 def job_export(checkpoint: str, bundle: str, precision: str) -> dict:
-    from ..export.cli import main as export
+    from ppllava_edge.export.cli import main as export
 
     export([checkpoint, "-o", bundle, "--precision", precision, "--force"], standalone_mode=False)
     return {}
@@ -54,7 +56,7 @@ def job_export(checkpoint: str, bundle: str, precision: str) -> dict:
 
 def job_run(bundle: str, video: str, frames: str, new_tokens: str) -> dict:
     """The runtime: timings of a first and a second question, and the token ids of the answer."""
-    from ..runtime.session import VideoQA
+    from ppllava_edge.runtime.video_qa import VideoQA
 
     opening = time.perf_counter()
     qa = VideoQA(bundle, device="cpu")
@@ -74,18 +76,18 @@ def job_torch(checkpoint: str, bundle: str, video: str, frames: str, new_tokens:
     """The original algorithm on the very same pixels and token ids."""
     import torch
 
-    from ..engines.bundle import Bundle
-    from ..runtime.preprocess import preprocess_video
-    from ..runtime.text import TextSide
-    from ..runtime.video import read_frames
-    from .torch_eager import TorchModel, answer
+    from ppllava_edge.bench.models.torch_eager import TorchModel, answer
+    from ppllava_edge.engines.bundle.bundle import Bundle
+    from ppllava_edge.runtime.language.text_processor import TextProcessor
+    from ppllava_edge.runtime.vision.frame_choice import read_frames
+    from ppllava_edge.runtime.vision.preprocess import preprocess_video
 
     opened = Bundle.open(bundle)
     started = time.perf_counter()
     read = read_frames(video, int(frames))
     pixels = torch.from_numpy(preprocess_video(read.images, opened.manifest.preprocessing))
     decoded = time.perf_counter() - started
-    text = TextSide(opened)
+    text = TextProcessor(opened)
     before, after = text.prompt_pieces(QUESTION)
     question = torch.from_numpy(text.question_ids(QUESTION)[0])
     started = time.perf_counter()
@@ -106,9 +108,15 @@ JOBS: dict[str, Callable[..., dict]] = {"export": job_export, "run": job_run, "t
 @click.option("--new-tokens", type=int, default=16, show_default=True)
 @click.option("--no-torch", is_flag=True, help="Only the runtime.")
 @click.option("--json", "as_json", is_flag=True)
-def main(folder: Path, shape: str, precision: str, frames: int, new_tokens: int, no_torch: bool, as_json: bool) -> None:
+def main(
+    folder: Path, shape: str, precision: str, frames: int, new_tokens: int, no_torch: bool, as_json: bool
+) -> None:
     """Measure export and one answer at the full shape."""
-    checkpoint, bundle, video = folder / "checkpoint", folder / f"bundle-{precision.replace('=', '-')}", folder / "noise.mp4"
+    checkpoint, bundle, video = (
+        folder / "checkpoint",
+        folder / f"bundle-{precision.replace('=', '-')}",
+        folder / "noise.mp4",
+    )
     folder.mkdir(parents=True, exist_ok=True)
     if not (checkpoint / "config.json").exists():
         write_random_checkpoint(checkpoint, SHAPES[shape])
@@ -116,9 +124,16 @@ def main(folder: Path, shape: str, precision: str, frames: int, new_tokens: int,
         write_test_video(video)
     _, export_seconds, export_peak = run_child(["export", str(checkpoint), str(bundle), precision])
     ours, _, our_peak = run_child(["run", str(bundle), str(video), str(frames), str(new_tokens)])
-    found = {"export_seconds": export_seconds, "export_peak_bytes": export_peak, "ours": ours, "ours_peak_bytes": our_peak}
+    found = {
+        "export_seconds": export_seconds,
+        "export_peak_bytes": export_peak,
+        "ours": ours,
+        "ours_peak_bytes": our_peak,
+    }
     if not no_torch:
-        theirs, _, their_peak = run_child(["torch", str(checkpoint), str(bundle), str(video), str(frames), str(new_tokens)])
+        theirs, _, their_peak = run_child(
+            ["torch", str(checkpoint), str(bundle), str(video), str(frames), str(new_tokens)]
+        )
         found |= {"torch": theirs, "torch_peak_bytes": their_peak, "same_ids": ours["ids"] == theirs["ids"]}
     if as_json:
         click.echo(json.dumps(found))
@@ -128,9 +143,24 @@ def main(folder: Path, shape: str, precision: str, frames: int, new_tokens: int,
         mine = ours["load"] if name == "load" else ours["timings"][name]
         again = 0.0 if name == "load" else ours["again"][name]
         other = None if no_torch else (theirs["load"] if name == "load" else theirs["timings"][name])
-        rows.append((name, f"{mine:.2f}", f"{again:.2f}", "" if other is None else f"{other:.2f}", "" if not other else f"{other / max(mine, 1e-9):.1f}"))
-    table(f"{shape} at {precision}, {frames} frames, {new_tokens} tokens, seconds", ("stage", "runtime", "next ask", "torch eager fp32", "ratio"), rows)
-    facts = [("export", f"{export_seconds:.1f} s, peak {human_bytes(export_peak)}"), ("runtime peak memory", human_bytes(our_peak))]
+        rows.append(
+            (
+                name,
+                f"{mine:.2f}",
+                f"{again:.2f}",
+                "" if other is None else f"{other:.2f}",
+                "" if not other else f"{other / max(mine, 1e-9):.1f}",
+            )
+        )
+    table(
+        f"{shape} at {precision}, {frames} frames, {new_tokens} tokens, seconds",
+        ("stage", "runtime", "next ask", "torch eager fp32", "ratio"),
+        rows,
+    )
+    facts = [
+        ("export", f"{export_seconds:.1f} s, peak {human_bytes(export_peak)}"),
+        ("runtime peak memory", human_bytes(our_peak)),
+    ]
     if not no_torch:
         facts += [("torch peak memory", human_bytes(their_peak)), ("same token ids", str(found["same_ids"]))]
     table("", ("what", "value"), facts)

@@ -53,14 +53,33 @@ def compile_table(targets: Sequence[str] = TARGETS) -> list[dict[str, Any]]:
         sys.exit("error: nvcc is not installed: it comes with the CUDA toolkit")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for target, source in ((target, source) for target in targets for source in (SOURCE, FOLDER / "prepare_frame.cu")):
-            command = ["nvcc", "-std=c++17", "-cubin", f"-arch=sm_{target}", "-Xptxas", "-v", str(source), "-o", f"{scratch}/k.cubin"]
+        for target, source in (
+            (target, source) for target in targets for source in (SOURCE, FOLDER / "prepare_frame.cu")
+        ):
+            command = [
+                "nvcc",
+                "-std=c++17",
+                "-cubin",
+                f"-arch=sm_{target}",
+                "-Xptxas",
+                "-v",
+                str(source),
+                "-o",
+                f"{scratch}/k.cubin",
+            ]
             run = subprocess.run(command, capture_output=True, text=True)
             if run.returncode:
                 sys.exit(f"error: nvcc for sm_{target}: {run.stderr.strip().splitlines()[-1]}")
             pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
             for name, stores, loads, registers in re.findall(pattern, run.stderr, re.S):
-                rows.append({"target": f"sm_{target}", "kernel": name, "registers": int(registers), "spills": int(stores) + int(loads)})
+                rows.append(
+                    {
+                        "target": f"sm_{target}",
+                        "kernel": name,
+                        "registers": int(registers),
+                        "spills": int(stores) + int(loads),
+                    }
+                )
     return rows
 
 
@@ -78,25 +97,47 @@ def kernel_checks(torch: Any, launcher: Any, device: str = "cuda", stream: Any =
     for case in range(CASES):
         size = tuple(rng.randint(1, 12) for _ in range(3))
         kernel, stride = tuple(rng.randint(1, n) for n in size), tuple(rng.randint(1, 4) for _ in size)
-        channels, name, gelu = rng.choice([1, 3, 8, 20, 64, 100, 1024, 1032]), rng.choice(list(types)), rng.random() < 0.5
+        channels, name, gelu = (
+            rng.choice([1, 3, 8, 20, 64, 100, 1024, 1032]),
+            rng.choice(list(types)),
+            rng.random() < 0.5,
+        )
         temperature = rng.choice([0.01, 0.1, 1.0])
         hidden = (torch.randn(*size, channels, device=device, generator=generator) * 3).to(types[name])
         weights = torch.rand(*size, device=device, generator=generator)
         counts = [(n - k) // s + 1 for n, k, s in zip(size, kernel, stride)]
-        out = torch.full((counts[0] * counts[1] * counts[2], channels), float("nan"), device=device, dtype=types[name])
+        out = torch.full(
+            (counts[0] * counts[1] * counts[2], channels), float("nan"), device=device, dtype=types[name]
+        )
         launcher.pool(hidden, weights, out, kernel, stride, temperature, gelu, stream)
         rows = hidden.double()
-        want = _windows(torch, torch.nn.functional.gelu(rows) if gelu else rows, weights.double(), kernel, stride, temperature)
+        want = _windows(
+            torch,
+            torch.nn.functional.gelu(rows) if gelu else rows,
+            weights.double(),
+            kernel,
+            stride,
+            temperature,
+        )
         allowed = rounding[name] * want.abs() * 1.1 + (1.8e-4 if gelu and name != "float32" else 3e-5)
         error = float(((out.double() - want).abs() / allowed).max())
         if not error < 1:  # NaN too: an element that was not written
-            sys.exit(f"error: case {case}: {name} {size} x {channels}, kernel {kernel}, stride {stride}: {error:.2f} times what rounding allows")
+            sys.exit(
+                f"error: case {case}: {name} {size} x {channels}, kernel {kernel}, stride {stride}: {error:.2f} times what rounding allows"
+            )
         worst = max(worst, error)
     return {"cases": CASES, "worst_share_of_allowed_error": worst}
 
 
-def _windows(torch: Any, hidden: Any, weights: Any, kernel: tuple[int, ...], stride: tuple[int, ...], temperature: float) -> Any:
-    from ppllava_edge.bench.torch_eager import pool_windows
+def _windows(
+    torch: Any,
+    hidden: Any,
+    weights: Any,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    temperature: float,
+) -> Any:
+    from ppllava_edge.bench.models.torch_eager import pool_windows
 
     return pool_windows(hidden, weights, kernel, stride, temperature)
 
@@ -123,20 +164,25 @@ def seconds(torch: Any, work: Callable[[int], Any], runs: int = 50) -> float:
 
 def copy_bandwidth(torch: Any, size: int = 1 << 30) -> float:
     """bytes/s of a large copy on the device, read and write counted."""
-    source, target = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda"), torch.empty(size, dtype=torch.uint8, device="cuda")
+    source, target = (
+        torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda"),
+        torch.empty(size, dtype=torch.uint8, device="cuda"),
+    )
     return 2 * size / seconds(torch, lambda i: target.copy_(source))
 
 
 def kernel_roofline(torch: Any, launcher: Any) -> list[dict[str, Any]]:
     """The real shape: bytes that must move over the time, against a copy; and the original algorithm in torch, eager and compiled."""
-    from ppllava_edge.bench.torch_eager import pool_windows
+    from ppllava_edge.bench.models.torch_eager import pool_windows
 
     bandwidth, found, stream = copy_bandwidth(torch), [], _stream(torch, launcher)
     t, h, w, channels = REAL
     windows = (t // WINDOW[0]) * (h // WINDOW[1]) * (w // WINDOW[2])
     weights = torch.rand(t, h, w, device="cuda")
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        hidden = [torch.randn(*REAL, device="cuda").to(dtype) for _ in range(4)]  # together larger than any cache
+        hidden = [
+            torch.randn(*REAL, device="cuda").to(dtype) for _ in range(4)
+        ]  # together larger than any cache
         out = torch.empty(windows, channels, device="cuda", dtype=dtype)
         moved = hidden[0].nbytes + weights.nbytes + out.nbytes
         for gelu in (False, True):
@@ -146,46 +192,68 @@ def kernel_roofline(torch: Any, launcher: Any) -> list[dict[str, Any]]:
 
             def original(i: int, hidden: Any = hidden, gelu: bool = gelu) -> Any:
                 rows = hidden[i % 4]
-                return pool_windows(torch.nn.functional.gelu(rows) if gelu else rows, weights, WINDOW, WINDOW, 0.01)
+                return pool_windows(
+                    torch.nn.functional.gelu(rows) if gelu else rows, weights, WINDOW, WINDOW, 0.01
+                )
 
             ours_s, again_s = seconds(torch, ours), seconds(torch, ours)
             eager_s = seconds(torch, original, runs=10)
             compiled = torch.compile(original)
             compiled_s = seconds(torch, compiled, runs=10)
-            found.append({
-                "dtype": str(dtype).removeprefix("torch."), "gelu": gelu, "microseconds": ours_s * 1e6, "again_microseconds": again_s * 1e6,
-                "gb_per_second": moved / ours_s / 1e9, "share_of_copy": moved / ours_s / bandwidth, "copy_gb_per_second": bandwidth / 1e9,
-                "torch_eager_ratio": eager_s / ours_s, "torch_compile_ratio": compiled_s / ours_s,
-            })  # fmt: skip
+            found.append(
+                {
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "gelu": gelu,
+                    "microseconds": ours_s * 1e6,
+                    "again_microseconds": again_s * 1e6,
+                    "gb_per_second": moved / ours_s / 1e9,
+                    "share_of_copy": moved / ours_s / bandwidth,
+                    "copy_gb_per_second": bandwidth / 1e9,
+                    "torch_eager_ratio": eager_s / ours_s,
+                    "torch_compile_ratio": compiled_s / ours_s,
+                }
+            )
     return found
 
 
 def kernel_report() -> dict[str, Any]:
     """Checks, then the roofline."""
     import torch
+
     from ppllava_edge.engines.plugins.weighted_pool.kernel import Launcher
 
     launcher = Launcher()
     checks = kernel_checks(torch, launcher, stream=_stream(torch, launcher))
     frames = frame_checks(lambda image: torch.from_numpy(image).cuda())
-    return {"gpu": torch.cuda.get_device_name(), "checks": checks, "frames": frames, "roofline": kernel_roofline(torch, launcher)}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "checks": checks,
+        "frames": frames,
+        "roofline": kernel_roofline(torch, launcher),
+    }
 
 
 def frame_checks(to_device: Callable[[Any], Any], gpu: Any = None, runs: int = 100) -> dict[str, Any]:
     """Frames in GPU memory, prepared there, against Pillow (rows first): how many differ at all, and microseconds for one of 1080p."""
     import numpy as np
     from PIL import Image
-    from ppllava_edge.engines.bundle import Preprocessing
-    from ppllava_edge.engines.device import CudaDevice
+
+    from ppllava_edge.engines.backends.cuda_driver import CudaDevice
+    from ppllava_edge.engines.bundle.manifest import Preprocessing
     from ppllava_edge.engines.plugins.prepare_frame.kernel import FramePreparer
 
     mean, std, side = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), 336
     gpu, rng, wrong = gpu or CudaDevice(), np.random.default_rng(0), 0
-    preparer, shapes = FramePreparer(gpu, Preprocessing("squash", side, mean, std, ())), ((1080, 1920), (720, 1280), (336, 336), (480, 640), (100, 77))
+    preparer, shapes = (
+        FramePreparer(gpu, Preprocessing("squash", side, mean, std, ())),
+        ((1080, 1920), (720, 1280), (336, 336), (480, 640), (100, 77)),
+    )
     for height, width in shapes:
         image = rng.integers(0, 256, (height, width, 3), np.uint8)
         rows = Image.fromarray(image).resize((side, height), Image.Resampling.BICUBIC)
-        scaled = np.asarray(rows.resize((side, side), Image.Resampling.BICUBIC)).astype(np.float32) * np.float32(1 / 255)
+        scaled = np.asarray(rows.resize((side, side), Image.Resampling.BICUBIC)).astype(
+            np.float32
+        ) * np.float32(1 / 255)
         want = ((scaled - np.array(mean, np.float32)) / np.array(std, np.float32)).transpose(2, 0, 1)[None]
         pixels, _ = preparer.prepare(to_device(image))
         wrong += not np.array_equal(np.asarray(pixels), want)
@@ -196,15 +264,27 @@ def frame_checks(to_device: Callable[[Any], Any], gpu: Any = None, runs: int = 1
     for _ in range(runs):
         preparer.prepare(frame)
     gpu.synchronize()
-    return {"shapes": len(shapes), "shapes_that_differ": wrong, "microseconds_1080p": (time.perf_counter() - started) / runs * 1e6}
+    return {
+        "shapes": len(shapes),
+        "shapes_that_differ": wrong,
+        "microseconds_1080p": (time.perf_counter() - started) / runs * 1e6,
+    }
 
 
 # -- answer --------------------------------------------------------------------------------------------------------------------------------
 
 
-def answer_report(folder: Path, shape: str, frames: int, text_tokens: int, new_tokens: int, runs: int, with_torch: bool = True) -> dict[str, Any]:
+def answer_report(
+    folder: Path,
+    shape: str,
+    frames: int,
+    text_tokens: int,
+    new_tokens: int,
+    runs: int,
+    with_torch: bool = True,
+) -> dict[str, Any]:
     """Export a random checkpoint at fp16 and int4, build engines/cuda, and time every stage; torch eager and compiled in the same run."""
-    from ppllava_edge.bench.random_checkpoint import SHAPES, write_random_checkpoint
+    from ppllava_edge.bench.models.random_checkpoint import SHAPES, write_random_checkpoint
 
     checkpoint, found = folder / "checkpoint", dict[str, Any]()
     if not (checkpoint / "config.json").exists():
@@ -213,7 +293,10 @@ def answer_report(folder: Path, shape: str, frames: int, text_tokens: int, new_t
         bundle = folder / precision
         if not (bundle / "engines" / "cuda").exists():
             extra = ["--weight-only"] if precision == "int4" else []
-            _call("export.cli", [str(checkpoint), "-o", str(bundle), "--precision", precision, "--no-engine", *extra])
+            _call(
+                "export.cli",
+                [str(checkpoint), "-o", str(bundle), "--precision", precision, "--no-engine", *extra],
+            )
             _call("engines.build", [str(bundle), "--target", "cuda"])
         found[precision] = _bench(bundle, frames, text_tokens, new_tokens, runs)
     if with_torch:
@@ -236,10 +319,13 @@ def _bench(bundle: Path, frames: int, text_tokens: int, new_tokens: int, runs: i
     return measure(str(bundle), runs, 1, frames, text_tokens, new_tokens, "cuda", None, "onnxruntime")
 
 
-def torch_answer(checkpoint: Path, frames: int, text_tokens: int, new_tokens: int, device: str = "cuda") -> dict[str, Any]:
+def torch_answer(
+    checkpoint: Path, frames: int, text_tokens: int, new_tokens: int, device: str = "cuda"
+) -> dict[str, Any]:
     """The original algorithm in float16 on the GPU: eager, and with the decoder's step compiled."""
     import torch
-    from ppllava_edge.bench.torch_eager import TorchModel, answer
+
+    from ppllava_edge.bench.models.torch_eager import TorchModel, answer
 
     model = TorchModel(checkpoint, dtype=torch.float16, device=device)
     size = model.config["vision_config"]["image_size"]
@@ -253,7 +339,11 @@ def torch_answer(checkpoint: Path, frames: int, text_tokens: int, new_tokens: in
         answer(model, pixels, question, text[:1], text[1:], new_tokens)
         started = time.perf_counter()
         _, timings = answer(model, pixels, question, text[:1], text[1:], new_tokens)
-        found[name] = {"timings": timings, "seconds": time.perf_counter() - started, "tokens_per_second": (new_tokens - 1) / timings["generate"]}
+        found[name] = {
+            "timings": timings,
+            "seconds": time.perf_counter() - started,
+            "tokens_per_second": (new_tokens - 1) / timings["generate"],
+        }
     return found | ({"copy_gb_per_second": copy_bandwidth(torch) / 1e9} if device == "cuda" else {})
 
 
@@ -266,17 +356,36 @@ def show(found: Any) -> None:
 
     if isinstance(found, list):
         chosen = sorted({row["kernel"] for row in found})
-        registers = {(row["target"], row["kernel"]): f"{row['registers']}{'' if not row['spills'] else ' spills'}" for row in found}
+        registers = {
+            (row["target"], row["kernel"]): f"{row['registers']}{'' if not row['spills'] else ' spills'}"
+            for row in found
+        }
         targets = list(dict.fromkeys(row["target"] for row in found))
         rows = [(k.removeprefix("weighted_pool_"), *(registers[t, k] for t in targets)) for k in chosen]
         table("registers a thread (no spills unless said)", ("weighted_pool_", *targets), rows)
     elif "roofline" in found:
         columns = ("dtype", "gelu", "us", "GB/s", "of copy", "x torch eager", "x torch.compile")
-        rows = [(r["dtype"], r["gelu"], f"{r['microseconds']:.1f}", f"{r['gb_per_second']:.0f}", f"{100 * r['share_of_copy']:.0f} %",
-                 f"{r['torch_eager_ratio']:.1f}", f"{r['torch_compile_ratio']:.1f}") for r in found["roofline"]]  # fmt: skip
+        rows = [
+            (
+                r["dtype"],
+                r["gelu"],
+                f"{r['microseconds']:.1f}",
+                f"{r['gb_per_second']:.0f}",
+                f"{100 * r['share_of_copy']:.0f} %",
+                f"{r['torch_eager_ratio']:.1f}",
+                f"{r['torch_compile_ratio']:.1f}",
+            )
+            for r in found["roofline"]
+        ]
         f = found["frames"]
-        print(f"frames: {f['shapes'] - f['shapes_that_differ']} of {f['shapes']} shapes bit for bit, {f['microseconds_1080p']:.0f} us for one of 1080p")
-        table(f"{found['gpu']}, {found['checks']['cases']} random cases right, {REAL}, windows {WINDOW}", columns, rows)
+        print(
+            f"frames: {f['shapes'] - f['shapes_that_differ']} of {f['shapes']} shapes bit for bit, {f['microseconds_1080p']:.0f} us for one of 1080p"
+        )
+        table(
+            f"{found['gpu']}, {found['checks']['cases']} random cases right, {REAL}, windows {WINDOW}",
+            columns,
+            rows,
+        )
     else:
         show_answer(found, table)
 
@@ -290,12 +399,33 @@ def show_answer(found: dict[str, Any], table: Callable[..., None]) -> None:
     rows = []
     for stage in found["fp16"]["stages"]:
         ours = [f"{1000 * found[name]['stages'][stage]['p50']:.1f}" for name in names]
-        rows.append((stage, *ours, *(f"{1000 * t[same[stage]]:.1f}" if stage in same else "" for t in theirs.values())))
-    first = [f"{1000 * sum(t[s] for s in ('vision', 'question', 'pooling', 'prefill')):.1f}" for t in theirs.values()]
+        rows.append(
+            (
+                stage,
+                *ours,
+                *(f"{1000 * t[same[stage]]:.1f}" if stage in same else "" for t in theirs.values()),
+            )
+        )
+    first = [
+        f"{1000 * sum(t[s] for s in ('vision', 'question', 'pooling', 'prefill')):.1f}"
+        for t in theirs.values()
+    ]
     rows.append(("first token, torch", "", "", *first))
-    rows.append(("tokens/s", *(f"{found[n]['tokens_per_second']:.1f}" for n in names), *(f"{torch[k]['tokens_per_second']:.1f}" for k in theirs)))
+    rows.append(
+        (
+            "tokens/s",
+            *(f"{found[n]['tokens_per_second']:.1f}" for n in names),
+            *(f"{torch[k]['tokens_per_second']:.1f}" for k in theirs),
+        )
+    )
     rates = [found[name]["decode_gb_per_second"] for name in names]
-    rows.append(("weights read, GB/s", *(f"{r:.0f}{f' = {100 * r / copy:.0f} % of a copy' if copy else ''}" for r in rates), *("" for _ in theirs)))
+    rows.append(
+        (
+            "weights read, GB/s",
+            *(f"{r:.0f}{f' = {100 * r / copy:.0f} % of a copy' if copy else ''}" for r in rates),
+            *("" for _ in theirs),
+        )
+    )
     table("milliseconds unless said", ("stage", *names, *(f"torch {kind} fp16" for kind in theirs)), rows)
 
 
@@ -304,7 +434,9 @@ def main() -> None:
     import argparse
 
     find_package()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["kernel", "answer", "compile"])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("gpu-bench"))
     parser.add_argument("--shape", default="vicuna-7b")
@@ -313,11 +445,15 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--no-torch", action="store_true")
-    parser.add_argument("--targets", default=",".join(TARGETS), help="of compile: compute capabilities without the dot")
+    parser.add_argument(
+        "--targets", default=",".join(TARGETS), help="of compile: compute capabilities without the dot"
+    )
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     if a.what == "answer":
-        found: Any = answer_report(a.folder, a.shape, a.frames, a.text_tokens, a.new_tokens, a.runs, not a.no_torch)
+        found: Any = answer_report(
+            a.folder, a.shape, a.frames, a.text_tokens, a.new_tokens, a.runs, not a.no_torch
+        )
     else:
         found = compile_table(a.targets.split(",")) if a.what == "compile" else kernel_report()
     if a.json:

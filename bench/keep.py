@@ -1,6 +1,6 @@
 """What it costs to keep the first question's visual tokens: next questions about nano's clips, answered three ways.
 
-    python -m ppllava_edge.bench.keep --questions 1000
+python -m ppllava_edge.bench.keep --questions 1000
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import click
 import numpy as np
 
-from ..engines.terminal import Command, table
-from ..nano.clips import spoken, write_clip
-from ..nano.world import KINDS, ask, sample_scene
+from ppllava_edge.engines.terminal import Command, table
+from ppllava_edge.nano.clips import spoken, write_clip
+from ppllava_edge.nano.world import KINDS, ask, sample_scene
 
 WAYS = ("features", "prefix", "tokens")
 PER_CLIP = 6  # the first opens the chat and isn't counted
@@ -24,7 +24,7 @@ PER_CLIP = 6  # the first opens the chat and isn't counted
 
 def evaluate(questions: int, seed: int, model: str | None) -> dict[str, dict[str, float]]:
     """Ask about fresh clips; the first question of each is about something else. Returns right answers, asked, and seconds to the first token, by way."""
-    from ..runtime.session import VideoQA
+    from ppllava_edge.runtime.video_qa import VideoQA
 
     qa, rng = VideoQA(model, device="cpu"), np.random.default_rng([seed, 55])
     found = {way: {"right": 0.0, "asked": 0.0, "first_token": 0.0} for way in WAYS}
@@ -56,8 +56,20 @@ def main(questions: int, seed: int, model: str | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found))
         return
-    rows = [(way, int(f["asked"]), f"{100 * f['right'] / f['asked']:.1f}", f"{1000 * f['first_token'] / f['asked']:.2f}") for way, f in found.items()]
-    table(f"next questions, seed {seed}; {time.perf_counter() - began:.0f} s", ("keep", "asked", "exact, %", "to the first token, ms"), rows)
+    rows = [
+        (
+            way,
+            int(f["asked"]),
+            f"{100 * f['right'] / f['asked']:.1f}",
+            f"{1000 * f['first_token'] / f['asked']:.2f}",
+        )
+        for way, f in found.items()
+    ]
+    table(
+        f"next questions, seed {seed}; {time.perf_counter() - began:.0f} s",
+        ("keep", "asked", "exact, %", "to the first token, ms"),
+        rows,
+    )
 
 
 if __name__ == "__main__":

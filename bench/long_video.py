@@ -19,9 +19,9 @@ from typing import Any
 import click
 import numpy as np
 
-from ..engines.memory import peak_memory
-from ..engines.terminal import Command, human_bytes, table
-from ..nano.clips import write_video
+from ppllava_edge.engines.machine.memory import peak_memory
+from ppllava_edge.engines.terminal import Command, human_bytes, table
+from ppllava_edge.runtime.media.writing import write_video
 
 FPS, SIZE, MINUTE = 30, (1920, 1080), 60
 SAME = 3.0  # mean difference in RGB below which two pictures are the same frame, converted by different libraries
@@ -34,13 +34,19 @@ def make_minute(path: Path) -> None:
     rng = np.random.default_rng(7)
     width, height = SIZE
     coarse = rng.integers(0, 255, (height // 40 + 40, width // 40 + 80, 3), np.uint8)
-    scene = np.asarray(Image.fromarray(coarse).resize((coarse.shape[1] * 40, coarse.shape[0] * 40), Image.Resampling.BICUBIC))
+    scene = np.asarray(
+        Image.fromarray(coarse).resize((coarse.shape[1] * 40, coarse.shape[0] * 40), Image.Resampling.BICUBIC)
+    )
     noise = rng.normal(0, 3, (8, height, width, 1)).astype(np.int16)
 
     def frames() -> Iterator[np.ndarray]:
         for i in range(FPS * MINUTE):
             x, y = round(600 + 500 * np.sin(i / 200)), round(300 + 200 * np.sin(i / 330))
-            image = (scene[y : y + height, x : x + width].astype(np.int16) * 3 // 4 + noise[i % 8] + 16).clip(0, 255).astype(np.uint8)
+            image = (
+                (scene[y : y + height, x : x + width].astype(np.int16) * 3 // 4 + noise[i % 8] + 16)
+                .clip(0, 255)
+                .astype(np.uint8)
+            )
             for k in range(4):
                 left, top = (i * (3 + k) + 400 * k) % (width - 120), (200 * k + i * 2) % (height - 120)
                 image[top : top + 90, left : left + 90] = (60 * k + 40, 200 - 40 * k, (i * 3) % 255)
@@ -74,14 +80,14 @@ def repeat(minute: Path, target: Path, seconds: float) -> None:
 
 def ours(path: Path, indices: list[int]) -> list[np.ndarray]:
     """The runtime: from key frame to key frame."""
-    from ..runtime.video import VideoReader
+    from ppllava_edge.runtime.media.readers import VideoReader
 
     return [frame.image for frame in VideoReader(path).frames(lambda reader: indices)]
 
 
 def ours_sequential(path: Path, indices: list[int]) -> list[np.ndarray]:
     """The runtime before it could seek: a PyAV decode up to the last wanted frame."""
-    from ..runtime.video import VideoReader
+    from ppllava_edge.runtime.media.readers import VideoReader
 
     return [frame.image for frame in VideoReader(path, seeking=False).frames(lambda reader: indices)]
 
@@ -120,20 +126,33 @@ def torchcodec_exact(path: Path, indices: list[int]) -> list[np.ndarray]:
     """torchcodec, scanning the file first."""
     from torchcodec.decoders import VideoDecoder
 
-    return list(VideoDecoder(str(path), seek_mode="exact", dimension_order="NHWC", num_ffmpeg_threads=0).get_frames_at(indices).data.numpy())
+    return list(
+        VideoDecoder(str(path), seek_mode="exact", dimension_order="NHWC", num_ffmpeg_threads=0)
+        .get_frames_at(indices)
+        .data.numpy()
+    )
 
 
 def torchcodec_approximate(path: Path, indices: list[int]) -> list[np.ndarray]:
     """torchcodec, trusting the header."""
     from torchcodec.decoders import VideoDecoder
 
-    return list(VideoDecoder(str(path), seek_mode="approximate", dimension_order="NHWC", num_ffmpeg_threads=0).get_frames_at(indices).data.numpy())
+    return list(
+        VideoDecoder(str(path), seek_mode="approximate", dimension_order="NHWC", num_ffmpeg_threads=0)
+        .get_frames_at(indices)
+        .data.numpy()
+    )
 
 
 READERS: dict[str, Callable[[Path, list[int]], list[np.ndarray]]] = {
-    "ours": ours, "decord": decord, "torchcodec, exact": torchcodec_exact, "torchcodec, approximate": torchcodec_approximate,
-    "OpenCV, seeking": opencv_seeking, "OpenCV, sequential": opencv_sequential, "PyAV, sequential": ours_sequential,
-}  # fmt: skip
+    "ours": ours,
+    "decord": decord,
+    "torchcodec, exact": torchcodec_exact,
+    "torchcodec, approximate": torchcodec_approximate,
+    "OpenCV, seeking": opencv_seeking,
+    "OpenCV, sequential": opencv_sequential,
+    "PyAV, sequential": ours_sequential,
+}
 SEQUENTIAL = ("OpenCV, sequential", "PyAV, sequential")
 
 
@@ -141,7 +160,11 @@ def measure(name: str, path: Path, indices: list[int], keep: Path) -> dict[str, 
     """One reader in this process: seconds and peak memory; the frames go to a file."""
     from importlib import import_module
 
-    for module in {"torchcodec": ["torch", "torchcodec.decoders"], "OpenCV": ["cv2"], "decord": ["decord"]}.get(name.split(",")[0], ["av"]):
+    for module in {
+        "torchcodec": ["torch", "torchcodec.decoders"],
+        "OpenCV": ["cv2"],
+        "decord": ["decord"],
+    }.get(name.split(",")[0], ["av"]):
         import_module(module)  # not part of the time
     started = time.perf_counter()
     images = READERS[name](path, indices)
@@ -152,9 +175,15 @@ def measure(name: str, path: Path, indices: list[int], keep: Path) -> dict[str, 
 
 def in_process(name: str, path: Path, indices: list[int], keep: Path) -> dict[str, Any] | str:
     """The same in a process of its own, or why not."""
-    code = "import json, sys; from pathlib import Path; from ppllava_edge.bench.long_video import measure; " \
-           "print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4]))))"  # fmt: skip
-    run = subprocess.run([sys.executable, "-c", code, name, str(path), json.dumps(indices), str(keep)], capture_output=True, text=True)
+    code = (
+        "import json, sys; from pathlib import Path; from ppllava_edge.bench.long_video import measure; "
+        "print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4]))))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, name, str(path), json.dumps(indices), str(keep)],
+        capture_output=True,
+        text=True,
+    )
     if run.returncode:
         return run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "failed"
     return dict(json.loads(run.stdout.splitlines()[-1]))
@@ -164,11 +193,17 @@ def in_process(name: str, path: Path, indices: list[int], keep: Path) -> dict[st
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--frames", type=click.IntRange(1, 1000), default=32, show_default=True)
 @click.option("--minutes", type=click.IntRange(1, 600), default=60, show_default=True)
-@click.option("--rounds", type=click.IntRange(1, 20), default=2, show_default=True, help="Of the readers that seek, in turns; the best counts.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(1, 20),
+    default=2,
+    show_default=True,
+    help="Of the readers that seek, in turns; the best counts.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def main(folder: Path, frames: int, minutes: int, rounds: int, as_json: bool) -> None:
     """Time every reader that is installed on one long file, check that the frames are the same, and the runtime's memory from 10 s to 2 h."""
-    from ..runtime.frames import sample_indices
+    from ppllava_edge.runtime.vision.frame_choice import sample_indices
 
     folder.mkdir(parents=True, exist_ok=True)
     minute, long = folder / "minute.mp4", folder / f"{minutes}-minutes.mp4"
@@ -194,7 +229,11 @@ def main(folder: Path, frames: int, minutes: int, rounds: int, as_json: bool) ->
             result["equal"] = bool((difference == 0).all())
     memory = {seconds: _peak(folder, minute, seconds, frames) for seconds in (10, 60, 3600, 7200)}
     if as_json:
-        click.echo(json.dumps({"file": str(long), "bytes": long.stat().st_size, "readers": found, "peak_by_seconds": memory}))
+        click.echo(
+            json.dumps(
+                {"file": str(long), "bytes": long.stat().st_size, "readers": found, "peak_by_seconds": memory}
+            )
+        )
         return
     mine = found["ours"]["seconds"]
 
@@ -202,15 +241,29 @@ def main(folder: Path, frames: int, minutes: int, rounds: int, as_json: bool) ->
         if isinstance(r, str):
             return name, "-", r, "", ""
         frames_of_a_full_decode = f"{r['same']} of {frames}" + (", bit for bit" if r["equal"] else "")
-        return name, f"{r['seconds']:.2f}", f"{r['seconds'] / mine:.2f}", frames_of_a_full_decode, human_bytes(r["peak"])
+        return (
+            name,
+            f"{r['seconds']:.2f}",
+            f"{r['seconds'] / mine:.2f}",
+            frames_of_a_full_decode,
+            human_bytes(r["peak"]),
+        )
 
     title = f"{frames} frames of {minutes} minutes ({human_bytes(long.stat().st_size)})"
-    table(title, ("reader", "seconds", "times ours", "the frames of a full decode", "peak"), [row(name, r) for name, r in found.items()])
-    table("peak memory of the runtime's reader", ("video", "peak"), [(f"{seconds} s", human_bytes(peak)) for seconds, peak in memory.items()])
+    table(
+        title,
+        ("reader", "seconds", "times ours", "the frames of a full decode", "peak"),
+        [row(name, r) for name, r in found.items()],
+    )
+    table(
+        "peak memory of the runtime's reader",
+        ("video", "peak"),
+        [(f"{seconds} s", human_bytes(peak)) for seconds, peak in memory.items()],
+    )
 
 
 def _peak(folder: Path, minute: Path, seconds: int, frames: int) -> float:
-    from ..runtime.frames import sample_indices
+    from ppllava_edge.runtime.vision.frame_choice import sample_indices
 
     path = folder / f"{seconds}-seconds.mp4"
     if not path.exists():

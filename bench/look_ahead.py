@@ -18,22 +18,27 @@ from typing import Any
 import click
 import numpy as np
 
-from ..engines.build import build_cpu
-from ..engines.bundle import Bundle
-from ..engines.engine import find_engine
-from ..engines.terminal import Command, table
-from ..nano import bundle_path
-from ..nano.clips import spoken, write_clip
-from ..nano.world import KINDS, ask, sample_scene
+from ppllava_edge.engines.bundle.bundle import Bundle
+from ppllava_edge.engines.bundle.engine_manifest import find_engine
+from ppllava_edge.engines.bundle.packed import packed_bundle
+from ppllava_edge.engines.targets.build import build_cpu
+from ppllava_edge.engines.terminal import Command, table
+from ppllava_edge.nano.clips import spoken, write_clip
+from ppllava_edge.nano.world import KINDS, ask, sample_scene
 
 COUNTS = ("asked", "equal", "tokens", "passes", "proposed", "accepted", "plain", "ahead")
 
 
 def compare(bundle: str, questions: int, seed: int, kinds: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """kind → asked, equal (answers), tokens, passes, proposed, accepted, seconds with and without."""
-    from ..runtime.session import VideoQA
+    from ppllava_edge.runtime.video_qa import VideoQA
 
-    qa, rng, found, asked_all = VideoQA(bundle, device="cpu", engine="cpu"), np.random.default_rng([seed, 78]), dict[str, dict[str, float]](), 0
+    qa, rng, found, asked_all = (
+        VideoQA(bundle, device="cpu", engine="cpu"),
+        np.random.default_rng([seed, 78]),
+        dict[str, dict[str, float]](),
+        0,
+    )
     with tempfile.TemporaryDirectory() as folder:
         while asked_all < questions:
             scene = sample_scene(rng)
@@ -43,13 +48,22 @@ def compare(bundle: str, questions: int, seed: int, kinds: tuple[str, ...]) -> d
                 if asked is None:
                     continue
                 question, asked_all = spoken(asked[0]), asked_all + 1
-                first, second = (video.ask(question, 48, look_ahead=ahead) for ahead in ((False, True) if asked_all % 2 else (True, False)))
+                first, second = (
+                    video.ask(question, 48, look_ahead=ahead)
+                    for ahead in ((False, True) if asked_all % 2 else (True, False))
+                )
                 plain, ahead = (first, second) if asked_all % 2 else (second, first)
                 for name in (kind, "all"):
                     row = found.setdefault(name, dict.fromkeys(COUNTS, 0.0))
                     assert ahead.lookup is not None
                     seconds = {"plain": plain.timings["generate"], "ahead": ahead.timings["generate"]}
-                    counted = {"asked": 1, "equal": plain.text == ahead.text, "tokens": ahead.new_tokens - 1, **seconds, **ahead.lookup}
+                    counted = {
+                        "asked": 1,
+                        "equal": plain.text == ahead.text,
+                        "tokens": ahead.new_tokens - 1,
+                        **seconds,
+                        **ahead.lookup,
+                    }
                     for key, value in counted.items():
                         row[key] += value
     return found
@@ -57,7 +71,7 @@ def compare(bundle: str, questions: int, seed: int, kinds: tuple[str, ...]) -> d
 
 def cost_of_passes(bundle: str, rounds: int = 30) -> dict[int, float]:
     """Positions in a pass → seconds, with 256 positions in the cache before it; medians, in turns."""
-    from ..runtime import Pipeline
+    from ppllava_edge.runtime import Pipeline
 
     p = Pipeline.open(bundle, engine="cpu")
     rng, times = np.random.default_rng(0), dict[int, list[float]]()
@@ -78,19 +92,26 @@ def cost_of_passes(bundle: str, rounds: int = 30) -> dict[int, float]:
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--model", metavar="BUNDLE", help="A bundle of nano's instead of the packed one.")
-@click.option("--passes-of", metavar="BUNDLE", help="Measure the cost of passes over this bundle instead (any model).")
+@click.option(
+    "--passes-of", metavar="BUNDLE", help="Measure the cost of passes over this bundle instead (any model)."
+)
 @click.option("--questions", type=click.IntRange(1, 10**6), default=300, show_default=True)
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), help="Only questions of this kind.")
 @click.option("--seed", type=int, default=12345, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def main(model: str | None, passes_of: str | None, questions: int, kinds: tuple[str, ...], seed: int, as_json: bool) -> None:
+def main(
+    model: str | None, passes_of: str | None, questions: int, kinds: tuple[str, ...], seed: int, as_json: bool
+) -> None:
     """Compare answers with and without looking ahead, and measure what passes over several positions cost."""
     with tempfile.TemporaryDirectory() as scratch:
-        bundle = Path(model) if model else Path(shutil.copytree(bundle_path(), Path(scratch) / "nano"))
+        bundle = Path(model) if model else Path(shutil.copytree(packed_bundle(), Path(scratch) / "nano"))
         for path in {bundle, Path(passes_of or bundle)}:
             if find_engine(Bundle.open(path), "cpu")[0] is None:
                 build_cpu(Bundle.open(path))
-        found: dict[str, Any] = {"answers": compare(str(bundle), questions, seed, tuple(kinds or KINDS)), "passes": cost_of_passes(passes_of or str(bundle))}
+        found: dict[str, Any] = {
+            "answers": compare(str(bundle), questions, seed, tuple(kinds or KINDS)),
+            "passes": cost_of_passes(passes_of or str(bundle)),
+        }
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -98,10 +119,28 @@ def main(model: str | None, passes_of: str | None, questions: int, kinds: tuple[
     for kind, r in found["answers"].items():
         per_pass = r["tokens"] / r["passes"] if r["passes"] else 0.0
         right = f"{100 * r['accepted'] / r['proposed']:.0f} %" if r["proposed"] else ""
-        rows.append((kind, int(r["asked"]), int(r["equal"]), int(r["proposed"]), right, f"{per_pass:.2f}", f"{r['plain'] / max(r['ahead'], 1e-9):.2f}"))
-    table("with and without looking ahead", ("kind", "asked", "same answer", "guessed", "right", "tokens a pass", "faster by"), rows)
+        rows.append(
+            (
+                kind,
+                int(r["asked"]),
+                int(r["equal"]),
+                int(r["proposed"]),
+                right,
+                f"{per_pass:.2f}",
+                f"{r['plain'] / max(r['ahead'], 1e-9):.2f}",
+            )
+        )
+    table(
+        "with and without looking ahead",
+        ("kind", "asked", "same answer", "guessed", "right", "tokens a pass", "faster by"),
+        rows,
+    )
     one = found["passes"][1]
-    table("a pass over several positions", ("positions", "ms", "of one"), [(n, f"{1000 * s:.2f}", f"{s / one:.2f}") for n, s in found["passes"].items()])
+    table(
+        "a pass over several positions",
+        ("positions", "ms", "of one"),
+        [(n, f"{1000 * s:.2f}", f"{s / one:.2f}") for n, s in found["passes"].items()],
+    )
 
 
 if __name__ == "__main__":

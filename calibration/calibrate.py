@@ -14,27 +14,36 @@ from typing import Any
 
 import numpy as np
 
-from ..engines.bundle import Bundle, Manifest, write_manifest
-from ..engines.errors import PPLLaVAError
-from ..engines.graph import Graph
-from ..engines.rewrite import to_float32
-from ..export.convert import Progress, StageReport, check_output, convert
-from ..export.precision import STAGE_PART
-from ..export.quantize import HEADS, LayerRecord, Plan, Scheme, cache_writes, find_layers
-from ..export.sources import Options, Source, open_source
-from ..runtime.pipeline import Pipeline
-from . import data as clips_of
-from .choose import Choice, choose_group, group_layers
-from .data import Data
-from .parity import Expected, GateError, Scores, describe, measure, measure_streamed
-from .reference import CLIP, FLOAT, Asked, StreamedModel, side_bundle
-from .report import write_report
-from .sensitivity import sensitivity
-from .statistics import InputStatistics
-from .stream import StageStream
+from ppllava_edge.calibration import data as clips_of
+from ppllava_edge.calibration.choose import Choice, choose_group, group_layers
+from ppllava_edge.calibration.data import Data
+from ppllava_edge.calibration.parity import Expected, GateError, Scores, describe, measure, measure_streamed
+from ppllava_edge.calibration.reference import CLIP, FLOAT, Asked, StreamedModel, side_bundle
+from ppllava_edge.calibration.report import write_report
+from ppllava_edge.calibration.sensitivity import sensitivity
+from ppllava_edge.calibration.statistics import InputStatistics
+from ppllava_edge.calibration.stream import StageStream
+from ppllava_edge.engines.bundle.bundle import Bundle
+from ppllava_edge.engines.bundle.integrity import write_manifest
+from ppllava_edge.engines.bundle.manifest import Manifest
+from ppllava_edge.engines.errors import PPLLaVAError
+from ppllava_edge.engines.graphs.graph import Graph
+from ppllava_edge.engines.graphs.rewrite import to_float32
+from ppllava_edge.export.convert import Progress, StageReport, check_output, convert
+from ppllava_edge.export.quantisation.precision import STAGE_PART
+from ppllava_edge.export.quantisation.quantize import (
+    HEADS,
+    LayerRecord,
+    Plan,
+    Scheme,
+    cache_writes,
+    find_layers,
+)
+from ppllava_edge.export.sources import Options, Source, open_source
+from ppllava_edge.runtime.pipeline.factory import Pipeline
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-MOST_TRIES = 6  # of the gate, for models that fit in memory
+MAX_TRIES = 6  # of the gate, for models that fit in memory
 
 
 @dataclass
@@ -44,7 +53,7 @@ class Job:
     folder: Path | None = None
     questions: Path | None = None
     frames: int | None = None
-    clips: int = clips_of.MOST_CLIPS
+    clips: int = clips_of.MAX_CLIPS
     keep_float: int = 8
     allow_drift: bool = False
 
@@ -85,7 +94,9 @@ def quantize_with_data(
         except BaseException as error:
             calibration.model.close()
             if isinstance(error, OSError) and error.errno in FULL:
-                raise PPLLaVAError(f"the disk that holds {output.parent} is full; free some of it and give the command again: it goes on") from None
+                raise PPLLaVAError(
+                    f"the disk that holds {output.parent} is full; free some of it and give the command again: it goes on"
+                ) from None
             if isinstance(error, PPLLaVAError):  # a finished "no", not an interrupt: nothing to go on from
                 shutil.rmtree(state, ignore_errors=True)
             raise
@@ -106,7 +117,14 @@ def _data(job: Job, manifest: Manifest, state: Path) -> Data:
 
 def _same_or_empty(state: Path, options: Options, job: Job, data: Data, manifest: Manifest) -> None:
     """Forget what an interrupted run left, unless it was the same job."""
-    told = [manifest.checkpoint.get("sha256"), data.hash, options.precision.parts, options.block, vars(options.overrides), job.frames]
+    told = [
+        manifest.checkpoint.get("sha256"),
+        data.hash,
+        options.precision.parts,
+        options.block,
+        vars(options.overrides),
+        job.frames,
+    ]
     key, file = hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest(), state / "job"
     if not file.exists() or file.read_text() != key:
         for path in state.iterdir():
@@ -118,16 +136,36 @@ def _same_or_empty(state: Path, options: Options, job: Job, data: Data, manifest
 class Calibration:
     """One run. Stages are gone through in the order of computation; what was decided for a piece of one is on disk before the next begins."""
 
-    def __init__(self, source: Source, options: Options, job: Job, data: Data, state: Path, progress: Progress):
-        self.source, self.options, self.job, self.data, self.state, self.progress = source, options, job, data, state, progress
-        self.asked = [Asked(i, clip, question, answer) for i, (clip, question, answer) in enumerate(data.samples)]
+    def __init__(
+        self, source: Source, options: Options, job: Job, data: Data, state: Path, progress: Progress
+    ):
+        self.source, self.options, self.job, self.data, self.state, self.progress = (
+            source,
+            options,
+            job,
+            data,
+            state,
+            progress,
+        )
+        self.asked = [
+            Asked(i, clip, question, answer) for i, (clip, question, answer) in enumerate(data.samples)
+        ]
         graphs = {name: build() for name, build in source.graphs(FLOAT).items()}
         self.layers = {name: find_layers(g) for name, g in graphs.items() if options.precision.integer(name)}
-        taps = {name: [node.input[0] for layer in layers for node in layer.nodes] for name, layers in self.layers.items()}
-        self.cache_writes = {new: past for past, new in cache_writes(graphs["decoder"]).items()} if options.precision.parts["kv"] == "int8" else {}
+        taps = {
+            name: [node.input[0] for layer in layers for node in layer.nodes]
+            for name, layers in self.layers.items()
+        }
+        self.cache_writes = (
+            {new: past for past, new in cache_writes(graphs["decoder"]).items()}
+            if options.precision.parts["kv"] == "int8"
+            else {}
+        )
         taps["decoder"] = [*taps.get("decoder", []), *self.cache_writes]
         self.model = StreamedModel(side_bundle(source, state / "side"), graphs, state / "scratch", taps)
-        self.plans: dict[str, Plan] = {name: Plan() for name in [*self.layers, *(["decoder"] if self.cache_writes else [])]}
+        self.plans: dict[str, Plan] = {
+            name: Plan() for name in [*self.layers, *(["decoder"] if self.cache_writes else [])]
+        }
         self.choices: list[Choice] = []
         self._watched: dict[str, tuple[dict[str, InputStatistics], dict[str, str]]] = {}
 
@@ -146,7 +184,9 @@ class Calibration:
             self._only_when("question", learns)
             self._only_when("pooling", learns)
             answer = model.answer_ids(asked.answer)
-            model.put_prompt(asked.index, model.embeds(model.values.get(asked.clip, "features"), asked.question, answer)[0])
+            model.put_prompt(
+                asked.index, model.embeds(model.values.get(asked.clip, "features"), asked.question, answer)[0]
+            )
             self.progress.step("questions", done + 1, len(self.asked))
         self._decide("question")
         self._decide("pooling")
@@ -174,7 +214,10 @@ class Calibration:
 
     def _statistics(self, stage: str, calls: int) -> tuple[dict[str, InputStatistics], dict[str, str]]:
         """Statistics by group, and the group of every tapped value."""
-        stats = {group: InputStatistics(members[0].weight, calls * len(members[0].nodes)) for group, members in group_layers(self.layers[stage]).items()}
+        stats = {
+            group: InputStatistics(members[0].weight, calls * len(members[0].nodes))
+            for group, members in group_layers(self.layers[stage]).items()
+        }
         return stats, {node.input[0]: layer.group for layer in self.layers[stage] for node in layer.nodes}
 
     def _stage(self, stage: str, samples: Sequence[int], learning: set[int]) -> None:
@@ -183,7 +226,9 @@ class Calibration:
         for index in range(len(stream.segments)):
             self.progress.step(stage, index, len(stream.segments))
             done = self.state / f"{stage}-{index}.npz"
-            if self._done(stage, index) and (self._done(stage, index + 1) or self._there(index, stream, samples)):
+            if self._done(stage, index) and (
+                self._done(stage, index + 1) or self._there(index, stream, samples)
+            ):
                 self._load_decisions(stage, done)
                 if stage == "decoder" and self.cache_writes:
                     self.plans["decoder"].cache = json.loads((self.state / "cache.json").read_text())
@@ -193,7 +238,9 @@ class Calibration:
             if stage in self.layers or (stage == "decoder" and self.cache_writes):
                 stats, group_of = self._statistics(stage, len(learning)) if stage in self.layers else ({}, {})
 
-                def observe(sample: int, name: str, value: np.ndarray, stats: Any = stats, group_of: Any = group_of) -> None:
+                def observe(
+                    sample: int, name: str, value: np.ndarray, stats: Any = stats, group_of: Any = group_of
+                ) -> None:
                     if sample in learning and name in group_of:
                         stats[group_of[name]].add(value)
                     if sample in learning and name in self.cache_writes:
@@ -201,7 +248,9 @@ class Calibration:
                         cache[past] = max(cache.get(past, 1e-9), float(np.abs(value).max()) / 127)
 
             stream.run_segment(index, samples, values, observe)
-            self._decide_groups(stage, {group: s for group, s in stats.items() if s.largest is not None}, done)
+            self._decide_groups(
+                stage, {group: s for group, s in stats.items() if s.largest is not None}, done
+            )
             if stage == "decoder" and self.cache_writes:
                 write_json(self.state / "cache.json", self.plans["decoder"].cache)
             for name in stream.finished_after(index):
@@ -236,7 +285,9 @@ class Calibration:
 
     def _decide(self, stage: str) -> None:
         if stage in self.layers:
-            self._decide_groups(stage, {g: s for g, s in self._watched[stage][0].items() if s.largest is not None}, None)
+            self._decide_groups(
+                stage, {g: s for g, s in self._watched[stage][0].items() if s.largest is not None}, None
+            )
 
     def _decide_groups(self, stage: str, stats: dict[str, InputStatistics], file: Path | None) -> None:
         groups = group_layers(self.layers.get(stage, []))
@@ -246,7 +297,13 @@ class Calibration:
         for done, (group, seen) in enumerate(stats.items()):
             self.progress.step(f"{stage}: deciding", done, len(stats))
             head = any(layer.weight.endswith(HEADS) for layer in groups[group])
-            fold, choices = choose_group(self.model.graphs[stage], groups[group], seen, "weights" if head else str(precision), self.options.block)
+            fold, choices = choose_group(
+                self.model.graphs[stage],
+                groups[group],
+                seen,
+                "weights" if head else str(precision),
+                self.options.block,
+            )
             decided.append((group, fold, choices))
         if file is not None:
             _save_decisions(file, decided)
@@ -273,7 +330,13 @@ class Calibration:
         if model.small and self.job.keep_float:
             calibrating = [a for a in self.asked if not self.data.clips[a.clip].held_back] or self.asked
             outcome.sensitivity = sensitivity(
-                model, self.data.clips, chunks, calibrating, self.plans, self.state / "scratch", lambda done, of: self.progress.step("sensitivity", done, of)
+                model,
+                self.data.clips,
+                chunks,
+                calibrating,
+                self.plans,
+                self.state / "scratch",
+                lambda done, of: self.progress.step("sensitivity", done, of),
             )
             self._raise_until_it_holds(expected, outcome)
         elif self.job.keep_float:
@@ -282,15 +345,23 @@ class Calibration:
         def finish(work: Path, manifest: Manifest, records: dict[str, list[LayerRecord]]) -> Manifest:
             self.progress.step("judging", 0, 1)
             write_manifest(work, manifest)
-            scores = measure(expected, Pipeline.open(work, "cpu")) if model.small else measure_streamed(expected, self._written(work))
+            scores = (
+                measure(expected, Pipeline.open(work, "cpu"))
+                if model.small
+                else measure_streamed(expected, self._written(work))
+            )
             outcome.scores, outcome.violations = scores, describe(scores.violations(int4))
             holds = not outcome.violations
             if not holds and not self.job.allow_drift:
-                raise GateError(f"the quantised model drifts from the float one: {outcome.violations}; keep more layers with --keep-fp16, or --allow-drift")
+                raise GateError(
+                    f"the quantised model drifts from the float one: {outcome.violations}; keep more layers with --keep-fp16, or --allow-drift"
+                )
             parity = {"holds": holds, **scores.as_dict(), **({} if holds else {"drift": outcome.violations})}
             used = {"hash": self.data.hash, "clips": len(self.data.clips), "skipped": len(self.data.skipped)}
             manifest = replace(manifest, calibration=used, parity=parity)
-            write_report(work, manifest, outcome.choices, records, outcome.sensitivity, outcome.kept, self.data)
+            write_report(
+                work, manifest, outcome.choices, records, outcome.sensitivity, outcome.kept, self.data
+            )
             return manifest
 
         manifest, reports = convert(self.options, self.progress, _Borrowed(self.source), self.plans, finish)
@@ -300,23 +371,27 @@ class Calibration:
         """The quantised bundle, to be run piece by piece."""
         bundle = Bundle.open(work)
         names = [name for name in STAGE_PART if f"{name}.onnx" in bundle.manifest.files]
-        return StreamedModel(bundle, {name: to_float32(Graph.read(work / f"{name}.onnx")) for name in names}, self.state / "judged")
+        return StreamedModel(
+            bundle,
+            {name: to_float32(Graph.read(work / f"{name}.onnx")) for name in names},
+            self.state / "judged",
+        )
 
     def _raise_until_it_holds(self, expected: Expected, outcome: Outcome) -> None:
         """Quantise, judge, and leave the layers that hurt most in float, until the gate holds or the budget is spent."""
         left = self.job.keep_float
         ranked = sorted(outcome.sensitivity, key=lambda w: -outcome.sensitivity[w])
-        for attempt in range(MOST_TRIES):
+        for attempt in range(MAX_TRIES):
             trial = self.state / "trial"
             shutil.rmtree(trial, ignore_errors=True)
-            self.progress.step("trying", attempt, MOST_TRIES)
+            self.progress.step("trying", attempt, MAX_TRIES)
             quiet = replace(self.options, output=trial, force=True)
             convert(quiet, None, _Borrowed(self.source), self.plans)
             violations = measure(expected, Pipeline.open(trial, "cpu")).violations(outcome.int4)
             shutil.rmtree(trial, ignore_errors=True)
             if not violations or left <= 0:
                 return
-            share = max(1, self.job.keep_float // (MOST_TRIES - 1))
+            share = max(1, self.job.keep_float // (MAX_TRIES - 1))
             for weight in ranked[: min(share, left)]:
                 self._raise(weight, outcome, f"its group alone costs {outcome.sensitivity[weight]:.2g} nats")
                 left -= 1
@@ -324,7 +399,10 @@ class Calibration:
 
     def _raise_the_worst(self, outcome: Outcome) -> None:
         """Where the float model doesn't fit: the layers with the worst error at their own output, below 15 dB, stay float."""
-        worst = sorted((c for c in self.choices if min(c.sqnr.values(), default=99) < 15), key=lambda c: min(c.sqnr.values()))
+        worst = sorted(
+            (c for c in self.choices if min(c.sqnr.values(), default=99) < 15),
+            key=lambda c: min(c.sqnr.values()),
+        )
         for choice in worst[: self.job.keep_float]:
             self._raise(choice.weight, outcome, f"{min(choice.sqnr.values()):.1f} dB at its own output")
 

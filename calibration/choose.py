@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..engines.graph import Graph
-from ..export.quantize import Layer, Scheme, weight_only
-from ..export.rounding import round_int4, round_int8, unpack_int4
-from .statistics import InputStatistics, ranges
+from ppllava_edge.calibration.statistics import InputStatistics, ranges
+from ppllava_edge.engines.graphs.graph import Graph
+from ppllava_edge.export.quantisation.quantize import Layer, Scheme, weight_only
+from ppllava_edge.export.quantisation.rounding import round_int4, round_int8, unpack_int4
 
 SMOOTH = (0.3, 0.5, 0.7)  # SmoothQuant's alpha
 AWARE = (0.25, 0.5, 0.75)  # AWQ's exponent
 COLUMNS = 512
-LEAST_DECODER_SQNR = 20.0  # decibels: a decoder layer below it keeps its activations in float (W8A16)
+MIN_DECODER_SQNR = 20.0  # decibels: a decoder layer below it keeps its activations in float (W8A16)
 
 
 @dataclass
@@ -32,18 +32,26 @@ class Choice:
     sqnr: dict[str, float] = field(default_factory=dict)
     method: str = ""
     alpha: float | None = None
-    inputs: list[int] = field(default_factory=list)  # histogram of |x| after folding, 64 bins from 0 to largest_input
-    weights: list[int] = field(default_factory=list)  # histogram of |W| after folding, 64 bins from 0 to largest_weight
+    inputs: list[int] = field(
+        default_factory=list
+    )  # histogram of |x| after folding, 64 bins from 0 to largest_input
+    weights: list[int] = field(
+        default_factory=list
+    )  # histogram of |W| after folding, 64 bins from 0 to largest_weight
     largest_input: float = 0.0
     largest_weight: float = 0.0
 
 
-def choose_group(g: Graph, layers: Sequence[Layer], stats: InputStatistics, precision: str, block: int) -> tuple[np.ndarray | None, list[Choice]]:
+def choose_group(
+    g: Graph, layers: Sequence[Layer], stats: InputStatistics, precision: str, block: int
+) -> tuple[np.ndarray | None, list[Choice]]:
     """Layers that share an input → factors to fold (None: none) and a choice for each. precision: int8, int4 or weights (INT8 weights only)."""
     samples = [_Sample(g, layer, stats) for layer in layers]
     if stats.constant:
         why = "its input was all zeros on the calibration clips"
-        return None, [Choice(s.layer.weight, g.name, Scheme("w8", why=why), s.shape, method="none") for s in samples]
+        return None, [
+            Choice(s.layer.weight, g.name, Scheme("w8", why=why), s.shape, method="none") for s in samples
+        ]
     foldable = all(layer.foldable for layer in layers) and precision != "weights"
     tried = []
     for alpha in (None, *((AWARE if precision == "int4" else SMOOTH) if foldable else ())):
@@ -53,19 +61,30 @@ def choose_group(g: Graph, layers: Sequence[Layer], stats: InputStatistics, prec
     choices = []
     for sample, error in zip(samples, errors):
         kinds = {_kind(precision, sample.layer, block): decibels(sample.signal, error)}
-        scheme = weight_only(sample.layer, "int4" if precision == "int4" else "int8", block, _importance(stats, fold))
+        scheme = weight_only(
+            sample.layer, "int4" if precision == "int4" else "int8", block, _importance(stats, fold)
+        )
         if precision == "int8":
             kinds["w8"] = decibels(sample.signal, sample.weight_error(fold, "w8", block, None))
             scheme = Scheme("w8a8", activation_scale=max(method[1] / 127, 1e-12))
-            if g.name == "decoder" and kinds["w8a8"] < LEAST_DECODER_SQNR:
+            if g.name == "decoder" and kinds["w8a8"] < MIN_DECODER_SQNR:
                 scheme = Scheme("w8", why=f"W8A8 would leave {kinds['w8a8']:.1f} dB")
         x, w = (sample.x, sample.w) if fold is None else (sample.x / fold, sample.w * fold[:, None])
         choices.append(
             Choice(
-                sample.layer.weight, g.name, scheme, sample.shape, kinds, method[0], alpha, np.histogram(np.abs(x), 64)[0].tolist(),
-                np.histogram(np.abs(w), 64)[0].tolist(), float(np.abs(x).max()), float(np.abs(w).max()),
+                sample.layer.weight,
+                g.name,
+                scheme,
+                sample.shape,
+                kinds,
+                method[0],
+                alpha,
+                np.histogram(np.abs(x), 64)[0].tolist(),
+                np.histogram(np.abs(w), 64)[0].tolist(),
+                float(np.abs(x).max()),
+                float(np.abs(w).max()),
             )
-        )  # fmt: skip
+        )
     return fold, choices
 
 
@@ -92,24 +111,34 @@ class _Sample:
     def __init__(self, g: Graph, layer: Layer, stats: InputStatistics):
         self.layer, self.shape = layer, (layer.inputs, layer.outputs)
         at = np.linspace(0, layer.outputs - 1, min(COLUMNS, layer.outputs)).round().astype(int)
-        self.w = np.ascontiguousarray(g.weights[layer.weight].tensor.load()[:, at[: len(at) // 2 * 2]], np.float32)
+        self.w = np.ascontiguousarray(
+            g.weights[layer.weight].tensor.load()[:, at[: len(at) // 2 * 2]], np.float32
+        )
         self.x = stats.rows
         self.y = self.x @ self.w
         self.signal = float(np.square(self.y, dtype=np.float64).sum())
 
-    def rounded(self, fold: np.ndarray | None, kind: str, block: int, importance: np.ndarray | None) -> np.ndarray:
+    def rounded(
+        self, fold: np.ndarray | None, kind: str, block: int, importance: np.ndarray | None
+    ) -> np.ndarray:
         """The weight's columns after rounding."""
         if kind == "w4":
             found = round_int4(self.w, block, "float16", fold, importance)
             q = unpack_int4(found.values, self.w.shape).astype(np.float32)
-            return (q.reshape(-1, block, q.shape[1]) * found.scales[:, None].astype(np.float32)).reshape(q.shape)
+            return (q.reshape(-1, block, q.shape[1]) * found.scales[:, None].astype(np.float32)).reshape(
+                q.shape
+            )
         found = round_int8(self.w, "float32", fold)
         return found.values * found.scales
 
-    def weight_error(self, fold: np.ndarray | None, kind: str, block: int, importance: np.ndarray | None) -> float:
+    def weight_error(
+        self, fold: np.ndarray | None, kind: str, block: int, importance: np.ndarray | None
+    ) -> float:
         """Squared error at the output with float activations."""
         x = self.x if fold is None else self.x / fold
-        return float(np.square(x @ self.rounded(fold, kind, block, importance) - self.y, dtype=np.float64).sum())
+        return float(
+            np.square(x @ self.rounded(fold, kind, block, importance) - self.y, dtype=np.float64).sum()
+        )
 
 
 def _errors(
@@ -119,7 +148,10 @@ def _errors(
     importance = _importance(stats, fold)
     if precision != "int8":
         kinds = [weight_only(s.layer, "int4" if precision == "int4" else "int8", block) for s in samples]
-        errors = [s.weight_error(fold, k.kind, k.block, importance if k.kind == "w4" else None) for s, k in zip(samples, kinds)]
+        errors = [
+            s.weight_error(fold, k.kind, k.block, importance if k.kind == "w4" else None)
+            for s, k in zip(samples, kinds)
+        ]
         return errors, ("weights", 0.0)
     x = samples[0].x if fold is None else samples[0].x / fold
     assert stats.largest is not None
@@ -141,7 +173,11 @@ def _importance(stats: InputStatistics, fold: np.ndarray | None) -> np.ndarray:
 
 
 def _kind(precision: str, layer: Layer, block: int) -> str:
-    return "w8a8" if precision == "int8" else weight_only(layer, "int4" if precision == "int4" else "int8", block).kind
+    return (
+        "w8a8"
+        if precision == "int8"
+        else weight_only(layer, "int4" if precision == "int4" else "int8", block).kind
+    )
 
 
 def group_layers(layers: Sequence[Layer]) -> dict[str, list[Layer]]:

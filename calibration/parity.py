@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..engines.errors import PPLLaVAError
-from ..runtime.pipeline import Pipeline
-from .data import Clip
-from .reference import Asked, StreamedModel
+from ppllava_edge.calibration.data import Clip
+from ppllava_edge.calibration.reference import Asked, StreamedModel
+from ppllava_edge.engines.errors import PPLLaVAError
+from ppllava_edge.runtime.pipeline.factory import Pipeline
 
 NEW_TOKENS = 32
 
@@ -76,7 +76,9 @@ class Scores:
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest and the report."""
-        return {name: round(value, 5) if isinstance(value, float) else value for name, value in vars(self).items()}
+        return {
+            name: round(value, 5) if isinstance(value, float) else value for name, value in vars(self).items()
+        }
 
 
 def describe(violations: Sequence[tuple[Limit, float]]) -> str:
@@ -119,7 +121,9 @@ def measure(expected: Expected, bundle: Pipeline, new_tokens: int = NEW_TOKENS) 
         before, after = model.text.prompt_pieces(asked.question)
         embeds = np.concatenate([bundle.embed_tokens(before), visual, bundle.embed_tokens(after)])
         answers[asked.index] = _answer(bundle, embeds, new_tokens)
-        want, want_visual, want_cosine = model.embeds(model.values.get(asked.clip, "features"), asked.question, answers[asked.index][0][:-1])
+        want, want_visual, want_cosine = model.embeds(
+            model.values.get(asked.clip, "features"), asked.question, answers[asked.index][0][:-1]
+        )
         tokens.append(compare(want_visual, visual))
         if cosine is not None and want_cosine is not None:
             ranks.append(spearman(want_cosine, cosine))
@@ -139,35 +143,54 @@ def measure_streamed(expected: Expected, quantised: StreamedModel) -> Scores:
         for chunk in expected.chunks[clip]:
             quantised.values.put(chunk, "pixels", model.values.get(chunk, "pixels"))
     quantised.run_vision(clips, expected.chunks)
-    feature = [compare(model.values.get(clip, "features"), quantised.values.get(clip, "features")) for clip in clips]
+    feature = [
+        compare(model.values.get(clip, "features"), quantised.values.get(clip, "features")) for clip in clips
+    ]
     tokens, ranks, count = [], [], dict[int, int]()
     for asked in expected.asked:
         answer = model.answer_ids(asked.answer)
-        seen = [m.embeds(m.values.get(asked.clip, "features"), asked.question, answer) for m in (model, quantised)]
+        seen = [
+            m.embeds(m.values.get(asked.clip, "features"), asked.question, answer) for m in (model, quantised)
+        ]
         for m, (embeds, _, _) in zip((model, quantised), seen):
             m.put_prompt(asked.index, embeds)
         tokens.append(compare(seen[0][1], seen[1][1]))
         if seen[0][2] is not None and seen[1][2] is not None:
             ranks.append(spearman(seen[0][2], seen[1][2]))
-        count[asked.index] = min(NEW_TOKENS, len(model.text.prompt_pieces(asked.question)[1]) + len(answer))  # text positions after the video
+        count[asked.index] = min(
+            NEW_TOKENS, len(model.text.prompt_pieces(asked.question)[1]) + len(answer)
+        )  # text positions after the video
     samples = [asked.index for asked in expected.asked]
     want, got = model.logits(samples), quantised.logits(samples)
     quantised.close()
-    return _scores(feature, tokens, ranks, [(want[i][-count[i] :], got[i][-count[i] :]) for i in samples], len(clips))
+    return _scores(
+        feature, tokens, ranks, [(want[i][-count[i] :], got[i][-count[i] :]) for i in samples], len(clips)
+    )
 
 
 def _scores(
-    feature: Sequence[tuple[float, float]], tokens: Sequence[tuple[float, float]], ranks: Sequence[float], pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+    feature: Sequence[tuple[float, float]],
+    tokens: Sequence[tuple[float, float]],
+    ranks: Sequence[float],
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
     clips: int,
-) -> Scores:  # fmt: skip
+) -> Scores:
     """Means. pairs: logits (n,V) of the float and of the quantised model at the same positions, by question."""
     divergences = np.concatenate([divergence(want, got) for want, got in pairs])
     agreements = np.concatenate([want.argmax(axis=1) == got.argmax(axis=1) for want, got in pairs])
     features, visual = np.mean(feature, axis=0), np.mean(tokens, axis=0)
     return Scores(
-        float(features[0]), float(features[1]), float(np.mean(ranks)) if ranks else 1.0, float(visual[0]), float(visual[1]),
-        float(divergences.mean()), float(agreements.mean()), clips, len(pairs), len(divergences),
-    )  # fmt: skip
+        float(features[0]),
+        float(features[1]),
+        float(np.mean(ranks)) if ranks else 1.0,
+        float(visual[0]),
+        float(visual[1]),
+        float(divergences.mean()),
+        float(agreements.mean()),
+        clips,
+        len(pairs),
+        len(divergences),
+    )
 
 
 def _answer(bundle: Pipeline, embeds: np.ndarray, most: int) -> tuple[list[int], np.ndarray]:
@@ -184,7 +207,10 @@ def _answer(bundle: Pipeline, embeds: np.ndarray, most: int) -> tuple[list[int],
 
 def compare(want: np.ndarray, got: np.ndarray) -> tuple[float, float]:
     """Mean cosine of rows, and the signal-to-noise ratio in decibels."""
-    a, b = want.reshape(-1, want.shape[-1]).astype(np.float64), got.reshape(-1, got.shape[-1]).astype(np.float64)
+    a, b = (
+        want.reshape(-1, want.shape[-1]).astype(np.float64),
+        got.reshape(-1, got.shape[-1]).astype(np.float64),
+    )
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosine = float(((a * b).sum(axis=1) / np.maximum(norms, 1e-30)).mean())
     noise = float(np.square(a - b).sum())
@@ -193,7 +219,9 @@ def compare(want: np.ndarray, got: np.ndarray) -> tuple[float, float]:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation of two maps; 1 for the same order."""
-    ranks = [np.argsort(np.argsort(x.reshape(-1), kind="stable"), kind="stable").astype(np.float64) for x in (a, b)]
+    ranks = [
+        np.argsort(np.argsort(x.reshape(-1), kind="stable"), kind="stable").astype(np.float64) for x in (a, b)
+    ]
     if len(ranks[0]) < 2:
         return 1.0
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])

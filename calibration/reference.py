@@ -10,20 +10,29 @@ from typing import Any
 import numpy as np
 from onnx import helper
 
-from ..engines.bundle import Bundle, FileEntry, hash_file
-from ..engines.graph import Graph
-from ..export.convert import EMBEDDINGS, write_embeddings
-from ..export.precision import parse_precision
-from ..export.sources import Source
-from ..runtime.pipeline import TOKENS_PER_VISION_CALL, Pipeline
-from ..runtime.text import TextSide
-from .data import Clip
-from .stream import SEGMENT_BYTES, Observe, StageStream, Values
+from ppllava_edge.calibration.data import Clip
+from ppllava_edge.calibration.stream import SEGMENT_BYTES, Observe, StageStream, Values
+from ppllava_edge.engines.bundle.bundle import Bundle
+from ppllava_edge.engines.bundle.integrity import hash_file
+from ppllava_edge.engines.bundle.manifest import FileEntry
+from ppllava_edge.engines.graphs.graph import Graph
+from ppllava_edge.export.convert import EMBEDDINGS, write_embeddings
+from ppllava_edge.export.quantisation.precision import parse_precision
+from ppllava_edge.export.sources import Source
+from ppllava_edge.runtime.language.text_processor import TextProcessor
+from ppllava_edge.runtime.pipeline.cpu import TOKENS_PER_VISION_CALL
+from ppllava_edge.runtime.pipeline.factory import Pipeline
 
 LAST = 40  # positions whose logits the reference gives: an answer of 32 tokens, and the one before it
 FLOAT = parse_precision("fp32")
-BATCHED = {"trunk": 1, "temporal": 4, "decoder": 1}  # run piece by piece over all samples; larger numbers: smaller pieces. The others stay open
-CLIP = 1 << 20  # samples from here on are whole clips, for the temporal stage; below it: some frames, or a question
+BATCHED = {
+    "trunk": 1,
+    "temporal": 4,
+    "decoder": 1,
+}  # run piece by piece over all samples; larger numbers: smaller pieces. The others stay open
+CLIP = (
+    1 << 20
+)  # samples from here on are whole clips, for the temporal stage; below it: some frames, or a question
 SMALL_BYTES = 1 << 30  # of float32 weights in all, up to which whole models are run again and again
 
 
@@ -79,17 +88,29 @@ class StreamedModel(Pipeline):
     taps: stage → values to observe.
     """
 
-    def __init__(self, bundle: Bundle, graphs: dict[str, Graph], scratch: Path, taps: dict[str, list[str]] | None = None):
+    def __init__(
+        self,
+        bundle: Bundle,
+        graphs: dict[str, Graph],
+        scratch: Path,
+        taps: dict[str, list[str]] | None = None,
+    ):
         super().__init__(bundle, "cpu")
         self.scratch, self.graphs = scratch, graphs
-        self.text = TextSide(self.bundle) if self.manifest.tokenizer else None
+        self.text = TextProcessor(self.bundle) if self.manifest.tokenizer else None
         self.values = Values(scratch / "values")
         self.streams: dict[str, StageStream] = {}
         self.callables: dict[str, _Small] = {}
         for name, g in self.graphs.items():
             g = all_logits(g) if name == "decoder" else g
-            budget = SEGMENT_BYTES // BATCHED[name] * g.weight_bytes // (4 * max(g.parameters, 1)) if name in BATCHED and not self.small else 1 << 62
-            self.streams[name] = StageStream(g, scratch / "pieces", (taps or {}).get(name, ()), self._fill, budget)
+            budget = (
+                SEGMENT_BYTES // BATCHED[name] * g.weight_bytes // (4 * max(g.parameters, 1))
+                if name in BATCHED and not self.small
+                else 1 << 62
+            )
+            self.streams[name] = StageStream(
+                g, scratch / "pieces", (taps or {}).get(name, ()), self._fill, budget
+            )
             self.callables[name] = _Small(self.streams[name], [v.name for v in g.outputs])
 
     @property
@@ -128,7 +149,9 @@ class StreamedModel(Pipeline):
         """(T,S,P+1,C) of one clip."""
         return np.concatenate([self.values.get(chunk, "states") for chunk in chunks])
 
-    def embeds(self, features: np.ndarray, question: str, answer: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def embeds(
+        self, features: np.ndarray, question: str, answer: Sequence[int] = ()
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """inputs_embeds (S,D) of the prompt and an answer's tokens, the visual tokens in it, and the cosine map if there is one."""
         assert self.text is not None
         q = cosine = None
@@ -137,7 +160,11 @@ class StreamedModel(Pipeline):
             cosine = self.similarity(features, q)
         visual = self.visual_tokens(features, q)
         before, after = self.text.prompt_pieces(question)
-        return np.concatenate([self.embed_tokens(before), visual, self.embed_tokens([*after, *answer])]), visual, cosine
+        return (
+            np.concatenate([self.embed_tokens(before), visual, self.embed_tokens([*after, *answer])]),
+            visual,
+            cosine,
+        )
 
     def answer_ids(self, answer: str) -> list[int]:
         """Token ids of a known answer; none for an unknown one."""
@@ -149,9 +176,11 @@ class StreamedModel(Pipeline):
         length = len(embeds)
         hidden = np.where(np.arange(length) <= np.arange(length)[:, None], np.float32(0), np.float32("-inf"))
         for name, value in (
-            ("inputs_embeds", embeds[None].astype(np.float32)), ("position_ids", np.arange(length)[None]), ("write_index", np.zeros(1, np.int64)),
+            ("inputs_embeds", embeds[None].astype(np.float32)),
+            ("position_ids", np.arange(length)[None]),
+            ("write_index", np.zeros(1, np.int64)),
             ("mask", hidden[None, None].astype(np.float32)),
-        ):  # fmt: skip
+        ):
             self.values.put(sample, name, value)
 
     def run_vision(self, clips: Sequence[int], chunks: Sequence[Sequence[int]]) -> None:
@@ -163,7 +192,13 @@ class StreamedModel(Pipeline):
             self.streams["temporal"].run([CLIP + clip for clip in clips], self.values)
         for clip in clips:
             there = self.values.has(CLIP + clip, "features")
-            self.values.put(clip, "features", self.values.get(CLIP + clip, "features") if there else self.branch(self.values.get(CLIP + clip, "states")))
+            self.values.put(
+                clip,
+                "features",
+                self.values.get(CLIP + clip, "features")
+                if there
+                else self.branch(self.values.get(CLIP + clip, "states")),
+            )
 
     def logits(self, samples: Sequence[int], observe: Observe | None = None) -> dict[int, np.ndarray]:
         """Run the decoder over prompts in the store → logits (n,V) of the last positions, by sample."""
@@ -181,7 +216,11 @@ def all_logits(g: Graph) -> Graph:
     for node in g.nodes:
         if node.op_type == "Gather" and node.name.startswith("lm_head/"):
             start, end, axis = g.ints(-LAST), g.ints(1 << 60), g.ints(1)
-            node.CopyFrom(helper.make_node("Slice", [node.input[0], start, end, axis], list(node.output), name=node.name))
+            node.CopyFrom(
+                helper.make_node(
+                    "Slice", [node.input[0], start, end, axis], list(node.output), name=node.name
+                )
+            )
     return g
 
 
@@ -191,6 +230,10 @@ def side_bundle(source: Source, folder: Path) -> Bundle:
     source.write_tokenizers(folder)
     manifest = source.manifest(FLOAT)
     write_embeddings(source, FLOAT, folder)
-    files = {path.name: FileEntry(path.stat().st_size, hash_file(path)) for path in folder.iterdir() if path.name != "manifest.json"}
+    files = {
+        path.name: FileEntry(path.stat().st_size, hash_file(path))
+        for path in folder.iterdir()
+        if path.name != "manifest.json"
+    }
     assert EMBEDDINGS in files
     return Bundle(folder, replace(manifest, files=files))

@@ -9,17 +9,21 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..engines.bundle import Manifest
-from ..engines.terminal import human_bytes
-from ..export.quantize import LayerRecord
-from .choose import Choice
-from .data import Data
-from .parity import INT4_LIMITS, LIMITS
+from ppllava_edge.calibration.choose import Choice
+from ppllava_edge.calibration.data import Data
+from ppllava_edge.calibration.parity import INT4_LIMITS, LIMITS
+from ppllava_edge.engines.bundle.manifest import Manifest
+from ppllava_edge.engines.terminal import human_bytes
+from ppllava_edge.export.quantisation.quantize import LayerRecord
 
 WORST, BARS = 6, 30  # layers with histograms; bars of the sensitivity plot
 PREFIXES = (
-    "vision_tower.vision_model.", "multi_modal_projector.clip_text_model.", "multi_modal_projector.", "language_model.model.", "language_model.",
-)  # fmt: skip
+    "vision_tower.vision_model.",
+    "multi_modal_projector.clip_text_model.",
+    "multi_modal_projector.",
+    "language_model.model.",
+    "language_model.",
+)
 KINDS = {"w8a8": "INT8 × INT8", "w8": "INT8 weights", "w4": "INT4 weights", "float": "float"}
 
 STYLE = """
@@ -42,9 +46,14 @@ svg text { fill: var(--soft); font-size: 11px } .b { fill: var(--bar) } .w { fil
 
 
 def write_report(
-    folder: Path, manifest: Manifest, choices: Sequence[Choice], records: Mapping[str, Sequence[LayerRecord]], sensitivity: Mapping[str, float],
-    kept: Mapping[str, str], data: Data,
-) -> None:  # fmt: skip
+    folder: Path,
+    manifest: Manifest,
+    choices: Sequence[Choice],
+    records: Mapping[str, Sequence[LayerRecord]],
+    sensitivity: Mapping[str, float],
+    kept: Mapping[str, str],
+    data: Data,
+) -> None:
     """Write both files. choices: what calibration decided; records: what was written; sensitivity: nats by weight, empty for large models."""
     told = facts(manifest, choices, records, sensitivity, kept, data)
     (folder / "report.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
@@ -52,9 +61,13 @@ def write_report(
 
 
 def facts(
-    manifest: Manifest, choices: Sequence[Choice], records: Mapping[str, Sequence[LayerRecord]], sensitivity: Mapping[str, float], kept: Mapping[str, str],
+    manifest: Manifest,
+    choices: Sequence[Choice],
+    records: Mapping[str, Sequence[LayerRecord]],
+    sensitivity: Mapping[str, float],
+    kept: Mapping[str, str],
     data: Data,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Everything in report.json."""
     chosen = {choice.weight: choice for choice in choices}
     layers = []
@@ -62,31 +75,68 @@ def facts(
         for record in stage_records:
             c = chosen.get(record.weight)
             count = record.shape[0] * record.shape[1]
-            layers.append({
-                "stage": stage, "layer": record.weight, "shape": list(record.shape), "kind": record.scheme.kind,
-                "block": record.scheme.block if record.scheme.kind == "w4" else None,
-                "range": c.method if c else None, "alpha": c.alpha if c else None,
-                "activation_scale": record.scheme.activation_scale or None, "weight_sqnr": record.sqnr, "output_sqnr": c.sqnr if c else {},
-                "sensitivity": sensitivity.get(record.weight), "kept": kept.get(record.weight), "why": record.scheme.why,
-                "bytes": record.bytes, "fp16_bytes": 2 * count,
-                "histograms": c and {"inputs": c.inputs, "largest_input": c.largest_input, "weights": c.weights, "largest_weight": c.largest_weight},
-            })  # fmt: skip
+            layers.append(
+                {
+                    "stage": stage,
+                    "layer": record.weight,
+                    "shape": list(record.shape),
+                    "kind": record.scheme.kind,
+                    "block": record.scheme.block if record.scheme.kind == "w4" else None,
+                    "range": c.method if c else None,
+                    "alpha": c.alpha if c else None,
+                    "activation_scale": record.scheme.activation_scale or None,
+                    "weight_sqnr": record.sqnr,
+                    "output_sqnr": c.sqnr if c else {},
+                    "sensitivity": sensitivity.get(record.weight),
+                    "kept": kept.get(record.weight),
+                    "why": record.scheme.why,
+                    "bytes": record.bytes,
+                    "fp16_bytes": 2 * count,
+                    "histograms": c
+                    and {
+                        "inputs": c.inputs,
+                        "largest_input": c.largest_input,
+                        "weights": c.weights,
+                        "largest_weight": c.largest_weight,
+                    },
+                }
+            )
     int4 = manifest.precision.get("decoder") == "int4"
-    limits = [{"stage": x.stage, "score": x.score, "bound": INT4_LIMITS.get(x.score, x.bound) if int4 else x.bound, "at_least": x.at_least} for x in LIMITS]
+    limits = [
+        {
+            "stage": x.stage,
+            "score": x.score,
+            "bound": INT4_LIMITS.get(x.score, x.bound) if int4 else x.bound,
+            "at_least": x.at_least,
+        }
+        for x in LIMITS
+    ]
     return {
-        "model": manifest.name, "created_by": manifest.created_by, "precision": manifest.precision, "parity": manifest.parity, "limits": limits,
+        "model": manifest.name,
+        "created_by": manifest.created_by,
+        "precision": manifest.precision,
+        "parity": manifest.parity,
+        "limits": limits,
         "calibration": {
-            **(manifest.calibration or {}), "held_back": [c.name for c in data.clips if c.held_back], "files": [c.name for c in data.clips],
+            **(manifest.calibration or {}),
+            "held_back": [c.name for c in data.clips if c.held_back],
+            "files": [c.name for c in data.clips],
             "skipped_files": [{"file": name, "why": why} for name, why in data.skipped],
         },
-        "layers": layers, "bytes": sum(x["bytes"] for x in layers), "fp16_bytes": sum(x["fp16_bytes"] for x in layers),
-    }  # fmt: skip
+        "layers": layers,
+        "bytes": sum(x["bytes"] for x in layers),
+        "fp16_bytes": sum(x["fp16_bytes"] for x in layers),
+    }
 
 
 def page(told: Mapping[str, Any]) -> str:
     """The HTML."""
     parity, layers, calibration = told["parity"] or {}, told["layers"], told["calibration"]
-    verdict = '<span class="good">holds</span>' if parity.get("holds") else f'<span class="bad">does not hold: {escape(str(parity.get("drift", "")))}</span>'
+    verdict = (
+        '<span class="good">holds</span>'
+        if parity.get("holds")
+        else f'<span class="bad">does not hold: {escape(str(parity.get("drift", "")))}</span>'
+    )
     precision = ", ".join(f"{part} {kind}" for part, kind in told["precision"].items())
     kinds = {kind: sum(x["kind"] == kind for x in layers) for kind in KINDS}
     counts = ", ".join(f"{n} {KINDS[kind]}" for kind, n in kinds.items() if n)
@@ -98,17 +148,36 @@ def page(told: Mapping[str, Any]) -> str:
         f"<p>{calibration.get('clips', 0)} clips, {len(calibration['held_back'])} of them held back to judge"
         + (f", {len(calibration['skipped_files'])} files skipped" if calibration["skipped_files"] else "")
         + f". {escape(told['created_by'])}.</p>",
-        "<h2>Parity with the float model, on held-back clips</h2>", _scores(parity, told["limits"]),
-    ]  # fmt: skip
+        "<h2>Parity with the float model, on held-back clips</h2>",
+        _scores(parity, told["limits"]),
+    ]
     if any(x["sensitivity"] is not None for x in layers):
-        body += ["<h2>Sensitivity</h2><p>Divergence of the next token (nats) when only this layer's group is quantised; everything else float.</p>",
-                 _bars(sorted((x for x in layers if x["sensitivity"] is not None), key=lambda x: -x["sensitivity"])[:BARS])]  # fmt: skip
+        body += [
+            "<h2>Sensitivity</h2><p>Divergence of the next token (nats) when only this layer's group is quantised; everything else float.</p>",
+            _bars(
+                sorted((x for x in layers if x["sensitivity"] is not None), key=lambda x: -x["sensitivity"])[
+                    :BARS
+                ]
+            ),
+        ]
     worst = sorted((x for x in layers if x["histograms"] and x["output_sqnr"]), key=_decibels)[:WORST]
-    body += ["<h2>The worst layers, by error at their own output</h2><p>Magnitudes on a logarithmic count, after folding: what enters, and the weights.</p>",
-             '<div class="plots">', *(_histograms(x) for x in worst), "</div>", "<h2>Every layer</h2>", _layer_table(layers)]  # fmt: skip
+    body += [
+        "<h2>The worst layers, by error at their own output</h2><p>Magnitudes on a logarithmic count, after folding: what enters, and the weights.</p>",
+        '<div class="plots">',
+        *(_histograms(x) for x in worst),
+        "</div>",
+        "<h2>Every layer</h2>",
+        _layer_table(layers),
+    ]
     if calibration["skipped_files"]:
-        rows = "".join(f"<tr><td>{escape(x['file'])}</td><td>{escape(x['why'])}</td></tr>" for x in calibration["skipped_files"])
-        body += ["<h2>Skipped files</h2>", f'<div class="scroll"><table><tr><th>file</th><th>why</th></tr>{rows}</table></div>']
+        rows = "".join(
+            f"<tr><td>{escape(x['file'])}</td><td>{escape(x['why'])}</td></tr>"
+            for x in calibration["skipped_files"]
+        )
+        body += [
+            "<h2>Skipped files</h2>",
+            f'<div class="scroll"><table><tr><th>file</th><th>why</th></tr>{rows}</table></div>',
+        ]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     title = f"<title>{escape(told['model'])}: quantisation report</title>"
     return f"<!doctype html><html lang=en><head>{head}{title}<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
@@ -126,13 +195,20 @@ def _scores(parity: Mapping[str, Any], limits: Sequence[Mapping[str, Any]]) -> s
         if value is None:
             continue
         holds = value >= limit["bound"] if limit["at_least"] else value <= limit["bound"]
-        sign, mark = "≥" if limit["at_least"] else "≤", '<span class="good">holds</span>' if holds else '<span class="bad">fails</span>'
+        sign, mark = (
+            "≥" if limit["at_least"] else "≤",
+            '<span class="good">holds</span>' if holds else '<span class="bad">fails</span>',
+        )
         shown = f"{value:.4f}" if limit["at_least"] else f"{value:.2g}"
         bound = f"<td class=n>{shown}</td><td class=n>{sign} {limit['bound']:g}</td>"
-        rows.append(f"<tr><td>{limit['stage']}</td><td>{limit['score'].replace('_', ' ')}</td>{bound}<td>{mark}</td></tr>")
+        rows.append(
+            f"<tr><td>{limit['stage']}</td><td>{limit['score'].replace('_', ' ')}</td>{bound}<td>{mark}</td></tr>"
+        )
     for name in ("feature_sqnr", "token_sqnr"):
         if name in parity:
-            rows.append(f"<tr><td></td><td>{name.replace('_', ' ').replace('sqnr', 'SQNR')}</td><td class=n>{parity[name]:.1f} dB</td><td></td><td></td></tr>")
+            rows.append(
+                f"<tr><td></td><td>{name.replace('_', ' ').replace('sqnr', 'SQNR')}</td><td class=n>{parity[name]:.1f} dB</td><td></td><td></td></tr>"
+            )
     seen = f"<p>{parity.get('clips', 0)} clips, {parity.get('questions', 0)} questions, {parity.get('positions', 0)} token positions.</p>"
     return f'<div class="scroll"><table><tr><th>stage</th><th>score</th><th>measured</th><th>limit</th><th></th></tr>{"".join(rows)}</table></div>{seen}'
 
@@ -161,7 +237,10 @@ def _histograms(layer: Mapping[str, Any]) -> str:
 def _histogram(counts: Sequence[int], largest: float, style: str, label: str) -> str:
     heights = [math.log1p(c) for c in counts]
     most = max(heights, default=0) or 1.0
-    bars = [f'<rect class="{style}" x="{4 * i}" y="{56 - 52 * h / most:.1f}" width="3.4" height="{52 * h / most:.1f}"/>' for i, h in enumerate(heights)]
+    bars = [
+        f'<rect class="{style}" x="{4 * i}" y="{56 - 52 * h / most:.1f}" width="3.4" height="{52 * h / most:.1f}"/>'
+        for i, h in enumerate(heights)
+    ]
     axis = f'<text x="0" y="70">0</text><text x="128" y="70" text-anchor="middle">{label}</text><text x="256" y="70" text-anchor="end">{largest:.3g}</text>'
     return f'<svg viewBox="0 0 260 74">{"".join(bars)}{axis}</svg>'
 
@@ -181,7 +260,19 @@ def _layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
             f"<td class=n>{weight}</td><td class=n>{output}</td><td class=n>{sensitivity}</td>"
             f"<td class=n>{human_bytes(x['bytes'])}</td><td>{escape(x['kept'] or x['why'] or '')}</td></tr>"
         )
-    heads = ("stage", "layer", "stored as", "range", "fold α", "input scale", "weight dB", "output dB", "nats", "size", "kept, and why")
+    heads = (
+        "stage",
+        "layer",
+        "stored as",
+        "range",
+        "fold α",
+        "input scale",
+        "weight dB",
+        "output dB",
+        "nats",
+        "size",
+        "kept, and why",
+    )
     return f'<div class="scroll"><table><tr>{"".join(f"<th>{h}</th>" for h in heads)}</tr>{"".join(rows)}</table></div>'
 
 

@@ -7,25 +7,34 @@ from pathlib import Path
 
 import numpy as np
 
-from ..export.quantize import Plan, find_layers, quantize
-from .choose import group_layers
-from .data import Clip
-from .parity import divergence
-from .reference import Asked, StreamedModel, _Small, all_logits
-from .stream import StageStream
+from ppllava_edge.calibration.choose import group_layers
+from ppllava_edge.calibration.data import Clip
+from ppllava_edge.calibration.parity import divergence
+from ppllava_edge.calibration.reference import Asked, StreamedModel, _Small, all_logits
+from ppllava_edge.calibration.stream import StageStream
+from ppllava_edge.export.quantisation.quantize import Plan, find_layers, quantize
 
 SAMPLES = 6  # questions that judge; every layer is tried on all of them
 
 
 def sensitivity(
-    model: StreamedModel, clips: Sequence[Clip], chunks: Sequence[list[int]], asked: Sequence[Asked], plans: dict[str, Plan], scratch: Path,
+    model: StreamedModel,
+    clips: Sequence[Clip],
+    chunks: Sequence[list[int]],
+    asked: Sequence[Asked],
+    plans: dict[str, Plan],
+    scratch: Path,
     tell: Callable[[int, int], None] = lambda done, of: None,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Weight name → mean KL divergence (nats) of the next token when only its group is quantised. For models that fit in memory."""
     few = _spread(asked)
     answers = {a.index: model.answer_ids(a.answer) for a in few}
     want = _logits(model, chunks, few, answers, "trunk")
-    groups = [(stage, group, members) for stage in plans for group, members in group_layers(find_layers(model.graphs[stage])).items()]
+    groups = [
+        (stage, group, members)
+        for stage in plans
+        for group, members in group_layers(find_layers(model.graphs[stage])).items()
+    ]
     found: dict[str, float] = {}
     clean = True  # whether the store holds what the float trunk gives
     for done, (stage, group, members) in enumerate(groups):
@@ -34,7 +43,9 @@ def sensitivity(
             _run_trunk(model, chunks, few)
             clean = True
         plan = plans[stage]
-        schemes = {layer.weight: plan.schemes[layer.weight] for layer in members if layer.weight in plan.schemes}
+        schemes = {
+            layer.weight: plan.schemes[layer.weight] for layer in members if layer.weight in plan.schemes
+        }
         if all(scheme.kind == "float" for scheme in schemes.values()):
             continue
         g = model.graphs[stage].copy()
@@ -65,7 +76,13 @@ def _spread(asked: Sequence[Asked]) -> list[Asked]:
     return [asked[i] for i in dict.fromkeys(at.tolist())]
 
 
-def _logits(model: StreamedModel, chunks: Sequence[list[int]], asked: Sequence[Asked], answers: dict[int, list[int]], changed: str) -> dict[int, np.ndarray]:
+def _logits(
+    model: StreamedModel,
+    chunks: Sequence[list[int]],
+    asked: Sequence[Asked],
+    answers: dict[int, list[int]],
+    changed: str,
+) -> dict[int, np.ndarray]:
     """Logits of the last prompt position and of every answer token, from the changed stage on; what comes before it is in the store."""
     if changed == "trunk":
         _run_trunk(model, chunks, asked)
@@ -74,9 +91,13 @@ def _logits(model: StreamedModel, chunks: Sequence[list[int]], asked: Sequence[A
             model.values.put(clip, "sensitivity.features", model.features(chunks[clip]))
     for a in asked:
         if changed != "decoder":
-            features = model.values.get(a.clip, "sensitivity.features" if changed in ("trunk", "temporal") else "features")
+            features = model.values.get(
+                a.clip, "sensitivity.features" if changed in ("trunk", "temporal") else "features"
+            )
             model.put_prompt(a.index, model.embeds(features, a.question, answers[a.index])[0])
         else:
-            model.put_prompt(a.index, model.embeds(model.values.get(a.clip, "features"), a.question, answers[a.index])[0])
+            model.put_prompt(
+                a.index, model.embeds(model.values.get(a.clip, "features"), a.question, answers[a.index])[0]
+            )
     logits = model.logits([a.index for a in asked])
     return {a.index: logits[a.index][-(len(answers[a.index]) + 1) :] for a in asked}

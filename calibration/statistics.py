@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..engines.errors import PPLLaVAError
+from ppllava_edge.engines.errors import PPLLaVAError
 
 ROWS = 512  # kept of every layer's input, evenly spread over samples and positions
 BINS = 2048
@@ -29,7 +29,9 @@ class InputStatistics:
         flat = x.reshape(-1, x.shape[-1])
         largest = np.abs(flat).max(axis=0)
         if not np.isfinite(largest).all():
-            raise PPLLaVAError(f"the activations that enter {self.name} are not finite; the checkpoint is damaged, or a clip is")
+            raise PPLLaVAError(
+                f"the activations that enter {self.name} are not finite; the checkpoint is damaged, or a clip is"
+            )
         squares = np.einsum("ij,ij->j", flat, flat, dtype=np.float64)
         self.largest = largest if self.largest is None else np.maximum(self.largest, largest)
         self._squares = squares if self._squares is None else self._squares + squares
@@ -74,7 +76,10 @@ def ranges(magnitudes: np.ndarray, largest: float) -> dict[str, float]:
         restored = np.rint(np.minimum(centres, edges[cut]) / step) * step
         mse.append(float((counts * np.square(restored - centres)).sum() / total))
         entropy.append(_divergence(counts, int(cut)))
-    found["mse"], found["entropy"] = float(edges[cuts[int(np.argmin(mse))]]), float(edges[cuts[int(np.argmin(entropy))]])
+    found["mse"], found["entropy"] = (
+        float(edges[cuts[int(np.argmin(mse))]]),
+        float(edges[cuts[int(np.argmin(entropy))]]),
+    )
     return {name: value for name, value in found.items() if value > 0}
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..engines.errors import EngineError
-from ..engines.graph import Graph
-from ..engines.ort import Stage, first_line, import_onnxruntime
-from ..engines.pieces import split
+from ppllava_edge.engines.backends.onnxruntime_stage import Stage, first_line
+from ppllava_edge.engines.errors import EngineError
+from ppllava_edge.engines.graphs.graph import Graph
+from ppllava_edge.engines.graphs.pieces import split
+from ppllava_edge.engines.libraries import import_onnxruntime
 
 SEGMENT_BYTES = 128 << 20  # of float32 weights that are in memory at once, and so of layers whose inputs are
 Observe = Callable[[int, str, np.ndarray], None]  # sample, value name, value
@@ -57,12 +58,21 @@ class StageStream:
     fill: gives inputs that no sample carries (the empty cache), by sample and name.
     """
 
-    def __init__(self, g: Graph, scratch: Path, taps: Sequence[str] = (), fill: Callable[[int, str], np.ndarray] | None = None, budget: int = SEGMENT_BYTES):
+    def __init__(
+        self,
+        g: Graph,
+        scratch: Path,
+        taps: Sequence[str] = (),
+        fill: Callable[[int, str], np.ndarray] | None = None,
+        budget: int = SEGMENT_BYTES,
+    ):
         self.name, self.scratch, self.fill, self.taps = g.name, scratch, fill, set(taps)
         self.segments = split(g, taps, budget)
         self._open: dict[int, Stage] = {}
 
-    def run_segment(self, index: int, samples: Sequence[int], values: Values, observe: Observe | None = None) -> None:
+    def run_segment(
+        self, index: int, samples: Sequence[int], values: Values, observe: Observe | None = None
+    ) -> None:
         """Run one segment over samples: reads from and gives to values; the other outputs go to observe."""
         segment, stage = self.segments[index], self._stage(index)
         wanted = [name for name in stage.outputs if name in segment.gives or observe]
@@ -70,8 +80,13 @@ class StageStream:
         if not wanted:
             return  # sizes only, which whoever needs them makes again
         for sample in samples:
-            feeds = {name: values.get(sample, name) if values.has(sample, name) else self._filled(sample, name) for name in segment.reads}
-            for name in self.taps & set(feeds) if observe and index == 0 else ():  # a layer that reads the stage's own input
+            feeds = {
+                name: values.get(sample, name) if values.has(sample, name) else self._filled(sample, name)
+                for name in segment.reads
+            }
+            for name in (
+                self.taps & set(feeds) if observe and index == 0 else ()
+            ):  # a layer that reads the stage's own input
                 observe(sample, name, feeds[name])  # type: ignore[misc]
             try:
                 outputs = stage.session.run(wanted, feeds)

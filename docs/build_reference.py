@@ -1,6 +1,6 @@
 """Write docs/reference.md from the public API's docstrings.
 
-    python docs/build_reference.py            # --check: only say whether it is up to date
+python docs/build_reference.py            # --check: only say whether it is up to date
 """
 
 from __future__ import annotations
@@ -11,11 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import ppllava_edge
-from ppllava_edge.runtime import batch, live
+from ppllava_edge.runtime import batch
+from ppllava_edge.runtime.live import view as live
 
 TARGET = Path(__file__).parent / "reference.md"
-ORDER = ("VideoQA", "Video", "Answer", "AnswerStream", "Moment", "Live", "LiveStatus", "Watch", "Sampling", "FeatureCache", "run_batch", "Pipeline",
-         "PPLLaVAError", "BundleError", "MediaError", "PromptError", "EngineError", "BusyError")  # fmt: skip
+ORDER = (
+    "VideoQA",
+    "Video",
+    "Answer",
+    "AnswerStream",
+    "Moment",
+    "Live",
+    "LiveStatus",
+    "Watch",
+    "Sampling",
+    "FeatureCache",
+    "run_batch",
+    "Pipeline",
+    "PPLLaVAError",
+    "BundleError",
+    "MediaError",
+    "PromptError",
+    "EngineError",
+    "BusyError",
+)
 ELSEWHERE = {"LiveStatus": live.LiveStatus, "Watch": live.Watch, "run_batch": batch.run_batch}
 INHERITED = {"with_traceback", "add_note", "count", "index"}  # not ours
 
@@ -26,8 +45,14 @@ def signature(thing: Any) -> str:
         plain = inspect.signature(thing)
     except (TypeError, ValueError):
         return ""
-    parameters = [p.replace(annotation=_unquoted(p.annotation)) for name, p in plain.parameters.items() if name not in ("self", "cls")]
-    return str(plain.replace(parameters=parameters, return_annotation=_unquoted(plain.return_annotation))).replace(" = <factory>", "")
+    parameters = [
+        p.replace(annotation=_unquoted(p.annotation))
+        for name, p in plain.parameters.items()
+        if name not in ("self", "cls")
+    ]
+    return str(
+        plain.replace(parameters=parameters, return_annotation=_unquoted(plain.return_annotation))
+    ).replace(" = <factory>", "")
 
 
 class _Words:
@@ -47,7 +72,12 @@ def _unquoted(annotation: Any) -> Any:
 def document(name: str, thing: Any) -> list[str]:
     """A chapter about a class or a function."""
     where = thing.__module__
-    lines = [f"## {name}", "", f"`{'from ppllava_edge import ' + name if hasattr(ppllava_edge, name) else f'from {where} import {name}'}`", ""]
+    lines = [
+        f"## {name}",
+        "",
+        f"`{'from ppllava_edge import ' + name if hasattr(ppllava_edge, name) else f'from {where} import {name}'}`",
+        "",
+    ]
     if not (inspect.isclass(thing) and issubclass(thing, Exception)):
         lines += ["```python", f"{name}{signature(thing)}", "```", ""]
     lines += [inspect.cleandoc(thing.__doc__ or ""), ""]
@@ -61,13 +91,23 @@ def document(name: str, thing: Any) -> list[str]:
             text = inspect.cleandoc((raw.fget if isinstance(raw, property) else raw.func).__doc__ or "")  # type: ignore[attr-defined]
             lines += [f"**`.{member}`** {text}", ""]
         elif inspect.isfunction(raw):
-            lines += [f"**`{'async ' if inspect.iscoroutinefunction(raw) else ''}.{member}{signature(raw)}`**", "", inspect.cleandoc(raw.__doc__ or ""), ""]
+            lines += [
+                f"**`{'async ' if inspect.iscoroutinefunction(raw) else ''}.{member}{signature(raw)}`**",
+                "",
+                inspect.cleandoc(raw.__doc__ or ""),
+                "",
+            ]
     return lines
 
 
 def reference() -> str:
     """The whole page."""
-    lines = ["# API reference", "", "Made from the docstrings by `python docs/build_reference.py`. How things fit together: [runtime.md](runtime.md).", ""]
+    lines = [
+        "# API reference",
+        "",
+        "Made from the docstrings by `python docs/build_reference.py`. How things fit together: [runtime.md](runtime.md).",
+        "",
+    ]
     for name in ORDER:
         lines += document(name, ELSEWHERE[name] if name in ELSEWHERE else getattr(ppllava_edge, name))
     return "\n".join(lines).rstrip() + "\n"
@@ -76,5 +116,9 @@ def reference() -> str:
 if __name__ == "__main__":
     made = reference()
     if "--check" in sys.argv:
-        sys.exit(0 if TARGET.read_text(encoding="utf-8") == made else "docs/reference.md is out of date: python docs/build_reference.py")
+        sys.exit(
+            0
+            if TARGET.read_text(encoding="utf-8") == made
+            else "docs/reference.md is out of date: python docs/build_reference.py"
+        )
     TARGET.write_text(made, encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .errors import PPLLaVAError
+from ppllava_edge.engines.errors import PPLLaVAError
 
 
 class Command(click.Command):
@@ -68,11 +68,15 @@ def progress_steps(title: str) -> Iterator[Callable[[str, int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda what, done, of: bar.update(task, description=f"{title}: {what}", completed=done, total=of)
+        yield lambda what, done, of: bar.update(
+            task, description=f"{title}: {what}", completed=done, total=of
+        )
 
 
 def _is_number(cell: object) -> bool:
-    return isinstance(cell, (int, float)) or str(cell).replace(",", "").replace(".", "").split(" ")[0].isdigit()
+    return (
+        isinstance(cell, (int, float)) or str(cell).replace(",", "").replace(".", "").split(" ")[0].isdigit()
+    )
 
 
 def human_bytes(count: float) -> str:
@@ -87,13 +91,17 @@ def human_bytes(count: float) -> str:
 def triple(name: str) -> Callable[[click.Context, click.Parameter, str | None], tuple[int, int, int] | None]:
     """A click callback for options like --kernel 2,3,3."""
 
-    def parse(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int, int] | None:
+    def parse(
+        ctx: click.Context, parameter: click.Parameter, value: str | None
+    ) -> tuple[int, int, int] | None:
         if value is None:
             return None
         try:
             t, h, w = (int(part) for part in value.split(","))
         except ValueError:
-            raise click.BadParameter(f"{name} needs three whole numbers, frames,rows,columns: like 2,3,3") from None
+            raise click.BadParameter(
+                f"{name} needs three whole numbers, frames,rows,columns: like 2,3,3"
+            ) from None
         if min(t, h, w) < 1:
             raise click.BadParameter(f"{name} must be 1 or more in every direction")
         return t, h, w

@@ -1,6 +1,6 @@
 """Ask a video file several questions: it is decoded and encoded once.
 
-    python examples/ask_a_file.py nano/sample/shapes.mp4 "What color is the circle?" "Describe the video."
+python examples/ask_a_file.py nano/sample/shapes.mp4 "What color is the circle?" "Describe the video."
 """
 
 import sys
@@ -18,7 +18,9 @@ def main(path: str, *questions: str) -> None:
             print(piece, end="", flush=True)
         answer = stream.answer
         when = ", ".join(f"{m.seconds:.1f} s" for m in answer.moments)
-        print(f"\n    {1000 * answer.timings['first_token']:.0f} ms to the first token; looked mostly at {when}")
+        print(
+            f"\n    {1000 * answer.timings['first_token']:.0f} ms to the first token; looked mostly at {when}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Watch a camera, a stream or a file as it happens, and speak up when the answer to a question changes to a word that matters.
 
-    python examples/camera_alerts.py /dev/video0 "Is somebody at the door?" yes
-    python examples/camera_alerts.py rtsp://camera/stream "What color is the circle?" red
+python examples/camera_alerts.py /dev/video0 "Is somebody at the door?" yes
+python examples/camera_alerts.py rtsp://camera/stream "What color is the circle?" red
 """
 
 import sys

@@ -8,6 +8,7 @@ OpenCV's pictures are BGR; the model wants RGB.
 import sys
 
 import cv2
+
 from ppllava_edge import PPLLaVAError, VideoQA
 
 
@@ -20,7 +21,9 @@ def main(source: str, question: str) -> None:
             there, picture = capture.read()
             if not there:
                 break
-            live.push(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), t=number / rate, wait=True)  # a file: take every frame that is due
+            live.push(
+                cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), t=number / rate, wait=True
+            )  # a file: take every frame that is due
             number += 1
         capture.release()
         if not live.wait_for(1, timeout=10):

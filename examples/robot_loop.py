@@ -10,6 +10,7 @@ import asyncio
 import time
 
 import numpy as np
+
 from ppllava_edge import BusyError, MediaError, VideoQA
 from ppllava_edge.nano.clips import clip_frames, sample_scene_for_the_readme
 
@@ -31,12 +32,17 @@ async def main() -> None:
         for step in range(int(RATE * SECONDS)):
             live.push(frames[step % len(frames)])  # never waits
             if question is None and step % 25 == 24:
-                question = asyncio.create_task(live.ask_async("What color is the circle?", last=2, timeout=1.0))
+                question = asyncio.create_task(
+                    live.ask_async("What color is the circle?", last=2, timeout=1.0)
+                )
             if question is not None and question.done():
                 try:
                     print(f"{time.monotonic() - began:.2f} s: {question.result().text}")
                     answers += 1
-                except (MediaError, BusyError) as error:  # nothing seen yet, or too much asked: a robot goes on
+                except (
+                    MediaError,
+                    BusyError,
+                ) as error:  # nothing seen yet, or too much asked: a robot goes on
                     print(f"no answer: {error}")
                 question = None
             due = began + (step + 1) / RATE  # … here the robot would steer …
@@ -45,7 +51,9 @@ async def main() -> None:
         if question is not None:
             await question
     late.sort()
-    print(f"{answers} answers; the loop was late by {1000 * late[len(late) // 2]:.1f} ms (median), {1000 * late[int(0.99 * len(late))]:.1f} ms (99 %)")
+    print(
+        f"{answers} answers; the loop was late by {1000 * late[len(late) // 2]:.1f} ms (median), {1000 * late[int(0.99 * len(late))]:.1f} ms (99 %)"
+    )
 
 
 if __name__ == "__main__":

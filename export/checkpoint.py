@@ -16,8 +16,8 @@ import ml_dtypes  # noqa: F401  (makes bfloat16 known to numpy)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..engines.errors import PPLLaVAError
-from ..engines.graph import Tensor
+from ppllava_edge.engines.errors import PPLLaVAError
+from ppllava_edge.engines.graphs.graph import Tensor
 
 _SMALL_FILES = ("*.json", "*.model", "*.txt", "clip*/*.json", "siglip*/*.json", "clip*/*.txt")
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -41,7 +41,9 @@ def locate(name: str, subfolder: str = "", patterns: Iterable[str] | None = None
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise PPLLaVAError(f"{name} is not a directory here; to read it from the hub, install the extra: pip install 'ppllava-edge[export]'") from None
+        raise PPLLaVAError(
+            f"{name} is not a directory here; to read it from the hub, install the extra: pip install 'ppllava-edge[export]'"
+        ) from None
     prefix = f"{subfolder}/" if subfolder else ""
     wanted = [prefix + pattern for pattern in patterns] if patterns else [prefix + "*"]
     try:
@@ -106,7 +108,9 @@ class Checkpoint:
             if full not in self.shapes:
                 self.problems.append(f"missing: {full} {list(shape)}")
             elif self.shapes[full] != shape and {self.shapes[full], shape} != {(), (1,)}:
-                self.problems.append(f"wrong shape: {full} is {list(self.shapes[full])}, expected {list(shape)}")
+                self.problems.append(
+                    f"wrong shape: {full} is {list(self.shapes[full])}, expected {list(shape)}"
+                )
             return Tensor(full, shape, lambda: self.load(full))
 
         return tensor
@@ -143,7 +147,9 @@ class Checkpoint:
                     raise PPLLaVAError(f"{self.folder / index} names files outside the checkpoint")
                 missing = [name for name in names if not (self.folder / name).is_file()]
                 if missing or not names:
-                    raise PPLLaVAError(f"{self.folder / index} lists shards that are missing: {', '.join(missing) or 'none listed'}")
+                    raise PPLLaVAError(
+                        f"{self.folder / index} lists shards that are missing: {', '.join(missing) or 'none listed'}"
+                    )
                 return [self.folder / name for name in names]
         for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"):
             if found := sorted(self.folder.glob(pattern)):
@@ -159,7 +165,9 @@ class Checkpoint:
     def _read(self, file: Path, name: str) -> np.ndarray:
         if file.suffix == ".bin":
             return self._bin(file)[name].float().numpy()
-        with _safetensors(file) as reader:  # opened for every tensor: the pages of a mapping that stays open count as our memory
+        with _safetensors(
+            file
+        ) as reader:  # opened for every tensor: the pages of a mapping that stays open count as our memory
             return reader.get_tensor(name)
 
     def _bin(self, file: Path) -> Any:
@@ -179,8 +187,14 @@ def _load_bin(file: Path) -> Any:
     try:
         import torch
     except ImportError:
-        raise PPLLaVAError(f"{file.name} is a .bin shard, which only torch reads: pip install 'ppllava-edge[train]'") from None
+        raise PPLLaVAError(
+            f"{file.name} is a .bin shard, which only torch reads: pip install 'ppllava-edge[train]'"
+        ) from None
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))  # old ones can't be mapped
+        return torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )  # old ones can't be mapped
     except Exception as error:  # unpickling errors of many kinds
-        raise PPLLaVAError(f"{file} can't be read as plain weights ({type(error).__name__}); it may hold code, which is never run") from None
+        raise PPLLaVAError(
+            f"{file} can't be read as plain weights ({type(error).__name__}); it may hold code, which is never run"
+        ) from None

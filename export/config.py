@@ -8,23 +8,77 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..engines.bundle import POOLINGS
-from ..engines.errors import PPLLaVAError
-from ..engines.pooling import Windows
-from .layers import ACTIVATIONS
+from ppllava_edge.engines.bundle.manifest import POOLINGS
+from ppllava_edge.engines.bundle.windows import Windows
+from ppllava_edge.engines.errors import PPLLaVAError
+from ppllava_edge.export.stages.layers import ACTIVATIONS
 
-CLIP_VISION: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224,
-                   "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}  # fmt: skip
-CLIP_TEXT: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8, "max_position_embeddings": 77,
-                 "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "vocab_size": 49408, "eos_token_id": 49407, "pad_token_id": 1}  # fmt: skip
-SIGLIP_VISION: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224,
-                     "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}  # fmt: skip
-SIGLIP_TEXT: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 64,
-                   "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "vocab_size": 32000, "pad_token_id": 1}  # fmt: skip
-LLAMA: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": None,
-             "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 2048, "vocab_size": 32000, "hidden_act": "silu",
-             "head_dim": None, "tie_word_embeddings": False, "attention_bias": False, "eos_token_id": 2}  # fmt: skip
-QWEN2 = LLAMA | {"intermediate_size": 22016, "max_position_embeddings": 32768, "vocab_size": 151936, "attention_bias": True, "eos_token_id": None}
+CLIP_VISION: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+CLIP_TEXT: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "vocab_size": 49408,
+    "eos_token_id": 49407,
+    "pad_token_id": 1,
+}
+SIGLIP_VISION: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+SIGLIP_TEXT: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 64,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "vocab_size": 32000,
+    "pad_token_id": 1,
+}
+LLAMA: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 2048,
+    "vocab_size": 32000,
+    "hidden_act": "silu",
+    "head_dim": None,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "eos_token_id": 2,
+}
+QWEN2 = LLAMA | {
+    "intermediate_size": 22016,
+    "max_position_embeddings": 32768,
+    "vocab_size": 151936,
+    "attention_bias": True,
+    "eos_token_id": None,
+}
 
 
 @dataclass(frozen=True)
@@ -146,13 +200,17 @@ def read_model(config: dict[str, Any], question_config: dict[str, Any] | None, o
     Raises PPLLaVAError for models that are not of the supported families and for poolings that can't work.
     """
     if not isinstance(config.get("text_config"), dict) or not isinstance(config.get("vision_config"), dict):
-        raise PPLLaVAError("config.json has no text_config and vision_config: this is not a PPLLaVA or PLLaVA checkpoint")
+        raise PPLLaVAError(
+            "config.json has no text_config and vision_config: this is not a PPLLaVA or PLLaVA checkpoint"
+        )
     text_type = config["text_config"].get("model_type", "llama")
     if text_type not in ("llama", "qwen2"):
         raise PPLLaVAError(f"the decoder is a {text_type!r} model; llama and qwen2 are supported")
     vision_type = config["vision_config"].get("model_type", "clip_vision_model")
     if vision_type not in ("clip_vision_model", "siglip_vision_model"):
-        raise PPLLaVAError(f"the vision tower is a {vision_type!r}; clip_vision_model and siglip_vision_model are supported")
+        raise PPLLaVAError(
+            f"the vision tower is a {vision_type!r}; clip_vision_model and siglip_vision_model are supported"
+        )
     siglip = vision_type.startswith("siglip")
     vision = _vision(config, siglip)
     pooling = overrides.pooling or config.get("pooling", "avp")
@@ -161,32 +219,57 @@ def read_model(config: dict[str, Any], question_config: dict[str, Any] | None, o
     question = None
     if pooling == "ppllava":
         if question_config is None:
-            raise PPLLaVAError("prompt-guided pooling needs the question tower's configuration (config.json of clip_weight): name it with --clip")
-        question = _question(question_config.get("text_config") or {}, siglip, bool(config.get("extend_clip")))
+            raise PPLLaVAError(
+                "prompt-guided pooling needs the question tower's configuration (config.json of clip_weight): name it with --clip"
+            )
+        question = _question(
+            question_config.get("text_config") or {}, siglip, bool(config.get("extend_clip"))
+        )
     video, image = _windows(config, overrides, pooling)
     if pooling == "ppllava" or pooling == "pllava_npu":
         video.check(vision.grid, "video pooling")
         image.check(vision.grid, "image pooling")
-    temperature = overrides.temperature if overrides.temperature is not None else float(config.get("pooling_temp", 0.01))
+    temperature = (
+        overrides.temperature
+        if overrides.temperature is not None
+        else float(config.get("pooling_temp", 0.01))
+    )
     if not temperature > 0:
         raise PPLLaVAError(f"the pooling temperature must be above 0, not {temperature:g}")
     pooled = _triple(config.get("pllava_pooling_shape"), "pllava_pooling_shape")
     if overrides.output_size and pooling.startswith("pllava"):
         pooled = overrides.output_size
     if pooling.startswith("pllava") and pooled is None:
-        raise PPLLaVAError("pllava pooling needs an output size: pllava_pooling_shape in config.json, or --output-size T,H,W")
-    valuew_plus = overrides.valuew_plus if overrides.valuew_plus is not None else bool(config.get("valuew_plus", False))
+        raise PPLLaVAError(
+            "pllava pooling needs an output size: pllava_pooling_shape in config.json, or --output-size T,H,W"
+        )
+    valuew_plus = (
+        overrides.valuew_plus if overrides.valuew_plus is not None else bool(config.get("valuew_plus", False))
+    )
     if valuew_plus and not (siglip and pooling == "ppllava"):
-        raise PPLLaVAError("--valuew-plus belongs to prompt-guided pooling over a SigLIP tower; this checkpoint has none")
+        raise PPLLaVAError(
+            "--valuew-plus belongs to prompt-guided pooling over a SigLIP tower; this checkpoint has none"
+        )
     decoder, stops = _decoder(config, text_type)
     return Model(
-        family=f"{'siglip' if siglip else 'clip'}-{text_type}", vision=vision, question=question, decoder=decoder, pooling=pooling,
-        temperature=temperature, video_windows=video, image_windows=image, pooled_shape=pooled, valuew_plus=valuew_plus,
-        image_token=int(config.get("image_token_index", 32000)), stop_ids=stops,
+        family=f"{'siglip' if siglip else 'clip'}-{text_type}",
+        vision=vision,
+        question=question,
+        decoder=decoder,
+        pooling=pooling,
+        temperature=temperature,
+        video_windows=video,
+        image_windows=image,
+        pooled_shape=pooled,
+        valuew_plus=valuew_plus,
+        image_token=int(config.get("image_token_index", 32000)),
+        stop_ids=stops,
         image_grids=tuple((int(h), int(w)) for h, w in config.get("image_grid_pinpoints") or ()),
         default_frames=int(config.get("num_frames", 16 if pooling in ("pllava", "pllava_npu") else 32)),
-        template=overrides.template or config.get("prompt_template") or ("plain_qwen" if text_type == "qwen2" else "plain_v1"),
-    )  # fmt: skip
+        template=overrides.template
+        or config.get("prompt_template")
+        or ("plain_qwen" if text_type == "qwen2" else "plain_v1"),
+    )
 
 
 def _vision(config: dict[str, Any], siglip: bool) -> Vision:
@@ -195,35 +278,61 @@ def _vision(config: dict[str, Any], siglip: bool) -> Vision:
     grid = (side, side)
     told = config.get("frame_shape")
     if told and int(told[0]) * int(told[1]) != side * side:
-        raise PPLLaVAError(f"frame_shape {tuple(told)} in config.json doesn't fit the vision tower, which gives {side}x{side} patches")
+        raise PPLLaVAError(
+            f"frame_shape {tuple(told)} in config.json doesn't fit the vision tower, which gives {side}x{side} patches"
+        )
     adapter = int(config.get("btadapter_depth", 4)) if config.get("btadapter") else 0
     if siglip and adapter:
-        raise PPLLaVAError("a temporal adapter over a SigLIP tower is not part of any released model and isn't supported")
+        raise PPLLaVAError(
+            "a temporal adapter over a SigLIP tower is not part of any released model and isn't supported"
+        )
     layer = int(config.get("vision_feature_layer", -2))
     strategy = config.get("vision_feature_select_strategy", "default")
     if layer > 0:
         layer -= c["num_hidden_layers"] + 1
     if strategy not in ("default", "full") or (strategy == "default") != (not siglip):
-        raise PPLLaVAError(f"vision_feature_select_strategy {strategy!r} with a {'SigLIP' if siglip else 'CLIP'} tower isn't supported")
+        raise PPLLaVAError(
+            f"vision_feature_select_strategy {strategy!r} with a {'SigLIP' if siglip else 'CLIP'} tower isn't supported"
+        )
     if not -c["num_hidden_layers"] <= layer <= -1 or (adapter and layer != -2):
         raise PPLLaVAError(f"vision_feature_layer {layer} isn't supported for this tower")
     if adapter and not 2 <= adapter <= c["num_hidden_layers"]:
-        raise PPLLaVAError(f"btadapter_depth {adapter} doesn't fit a tower of {c['num_hidden_layers']} layers")
+        raise PPLLaVAError(
+            f"btadapter_depth {adapter} doesn't fit a tower of {c['num_hidden_layers']} layers"
+        )
     return Vision(
-        c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["num_attention_heads"], _activation(c["hidden_act"]),
-        float(c["layer_norm_eps"]), c["image_size"], c["patch_size"], not siglip, layer,
-        (int(told[0]), int(told[1])) if told else grid, adapter, int(config.get("max_T", 64)) if adapter else None,
-    )  # fmt: skip
+        c["hidden_size"],
+        c["intermediate_size"],
+        c["num_hidden_layers"],
+        c["num_attention_heads"],
+        _activation(c["hidden_act"]),
+        float(c["layer_norm_eps"]),
+        c["image_size"],
+        c["patch_size"],
+        not siglip,
+        layer,
+        (int(told[0]), int(told[1])) if told else grid,
+        adapter,
+        int(config.get("max_T", 64)) if adapter else None,
+    )
 
 
 def _question(text: dict[str, Any], siglip: bool, stretched: bool) -> Question:
     c = (SIGLIP_TEXT if siglip else CLIP_TEXT) | text
     positions = c["max_position_embeddings"]
     return Question(
-        c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["num_attention_heads"], _activation(c["hidden_act"]),
-        float(c["layer_norm_eps"]), 4 * positions - 60 if stretched else positions, stretched, c["vocab_size"],
-        int(c.get("eos_token_id") or 0), int(c.get("pad_token_id", 1)),
-    )  # fmt: skip
+        c["hidden_size"],
+        c["intermediate_size"],
+        c["num_hidden_layers"],
+        c["num_attention_heads"],
+        _activation(c["hidden_act"]),
+        float(c["layer_norm_eps"]),
+        4 * positions - 60 if stretched else positions,
+        stretched,
+        c["vocab_size"],
+        int(c.get("eos_token_id") or 0),
+        int(c.get("pad_token_id", 1)),
+    )
 
 
 def _decoder(config: dict[str, Any], text_type: str) -> tuple[Decoder, tuple[int, ...]]:
@@ -240,11 +349,20 @@ def _decoder(config: dict[str, Any], text_type: str) -> tuple[Decoder, tuple[int
         raise PPLLaVAError("a LLaMA decoder with attention_bias or mlp_bias isn't supported")
     heads = c["num_attention_heads"]
     decoder = Decoder(
-        c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], heads, c["num_key_value_heads"] or heads,
-        c["head_dim"] or c["hidden_size"] // heads, float(c["rms_norm_eps"]), float(rope.get("rope_theta", c["rope_theta"])),
-        float(rope.get("factor", 1.0)) if kind == "linear" else 1.0, c["max_position_embeddings"], c["vocab_size"],
-        bool(c["attention_bias"]), bool(c["tie_word_embeddings"] or config.get("tie_word_embeddings", False)),
-    )  # fmt: skip
+        c["hidden_size"],
+        c["intermediate_size"],
+        c["num_hidden_layers"],
+        heads,
+        c["num_key_value_heads"] or heads,
+        c["head_dim"] or c["hidden_size"] // heads,
+        float(c["rms_norm_eps"]),
+        float(rope.get("rope_theta", c["rope_theta"])),
+        float(rope.get("factor", 1.0)) if kind == "linear" else 1.0,
+        c["max_position_embeddings"],
+        c["vocab_size"],
+        bool(c["attention_bias"]),
+        bool(c["tie_word_embeddings"] or config.get("tie_word_embeddings", False)),
+    )
     ends = c["eos_token_id"]
     return decoder, tuple(int(e) for e in (ends if isinstance(ends, list) else [ends]) if e is not None)
 
@@ -252,9 +370,10 @@ def _decoder(config: dict[str, Any], text_type: str) -> tuple[Decoder, tuple[int
 def _windows(config: dict[str, Any], o: Overrides, pooling: str) -> tuple[Windows, Windows]:
     """Video and image windows. Any of kernel, stride and output size on the command line replaces all three of the checkpoint."""
     video = Windows(
-        _triple(config.get("pooling_kernel"), "pooling_kernel"), _triple(config.get("pooling_stride"), "pooling_stride"),
+        _triple(config.get("pooling_kernel"), "pooling_kernel"),
+        _triple(config.get("pooling_stride"), "pooling_stride"),
         _triple(config.get("pllava_pooling_shape"), "pllava_pooling_shape") if pooling == "ppllava" else None,
-    )  # fmt: skip
+    )
     if o.kernel or o.stride or o.output_size:
         video = Windows(o.kernel, o.stride, o.output_size)
     if pooling == "pllava_npu":
@@ -266,13 +385,18 @@ def _windows(config: dict[str, Any], o: Overrides, pooling: str) -> tuple[Window
     if o.image_kernel or o.image_stride:
         image = Windows(o.image_kernel or o.image_stride, o.image_stride or o.image_kernel, None)
     elif o.kernel or o.stride or o.output_size:
-        image = Windows(image_kernel, image_stride or image_kernel, None) if image_kernel else _one_frame(video)
+        image = (
+            Windows(image_kernel, image_stride or image_kernel, None) if image_kernel else _one_frame(video)
+        )
     return video, image
 
 
 def _one_frame(video: Windows) -> Windows:
     """Windows for single images where only those for video are known: the same over rows and columns, one frame deep."""
-    flat = [None if part is None else (1, part[1], part[2]) for part in (video.kernel, video.stride, video.output_size)]
+    flat = [
+        None if part is None else (1, part[1], part[2])
+        for part in (video.kernel, video.stride, video.output_size)
+    ]
     return Windows(*flat)
 
 
@@ -284,7 +408,9 @@ def _triple(value: object, name: str) -> tuple[int, int, int] | None:
     try:
         t, h, w = (int(part) for part in value)  # type: ignore[attr-defined]
     except (TypeError, ValueError):
-        raise PPLLaVAError(f"{name} must be three whole numbers (frames, rows, columns), not {value!r}") from None
+        raise PPLLaVAError(
+            f"{name} must be three whole numbers (frames, rows, columns), not {value!r}"
+        ) from None
     return t, h, w
 
 

@@ -16,14 +16,16 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from ..engines.build import build_cpu
-from ..engines.bundle import Bundle, Manifest, write_manifest
-from ..engines.errors import EngineError, PPLLaVAError
-from ..engines.estimate import Shape, shape_of
-from .precision import Precision, parse_precision
-from .quantize import LayerRecord, Plan, quantize, weight_only_plan
-from .rounding import round_int8
-from .sources import Options, Source, open_source
+from ppllava_edge.engines.bundle.bundle import Bundle
+from ppllava_edge.engines.bundle.integrity import write_manifest
+from ppllava_edge.engines.bundle.manifest import Manifest
+from ppllava_edge.engines.errors import EngineError, PPLLaVAError
+from ppllava_edge.engines.machine.estimate import Shape, shape_of
+from ppllava_edge.engines.targets.build import build_cpu
+from ppllava_edge.export.quantisation.precision import Precision, parse_precision
+from ppllava_edge.export.quantisation.quantize import LayerRecord, Plan, quantize, weight_only_plan
+from ppllava_edge.export.quantisation.rounding import round_int8
+from ppllava_edge.export.sources import Options, Source, open_source
 
 EMBEDDINGS = "embed_tokens.safetensors"
 Finish = Callable[[Path, Manifest, dict[str, list[LayerRecord]]], Manifest]
@@ -56,7 +58,11 @@ class Progress:
 
 
 def convert(
-    options: Options, progress: Progress | None = None, source: Source | None = None, plans: Mapping[str, Plan] | None = None, finish: Finish | None = None
+    options: Options,
+    progress: Progress | None = None,
+    source: Source | None = None,
+    plans: Mapping[str, Plan] | None = None,
+    finish: Finish | None = None,
 ) -> tuple[Manifest, list[StageReport]]:
     """Write a bundle. Nothing is left behind when it fails: the bundle is written beside its place and renamed when it is whole.
 
@@ -88,7 +94,9 @@ def convert(
         reports.append(write_embeddings(model, precision, work))
         manifest = model.manifest(precision)
         if precision.quantized if options.engine is None else options.engine:
-            _write_engine(work, write_manifest(work, manifest), progress, reports, needed=bool(options.engine))
+            _write_engine(
+                work, write_manifest(work, manifest), progress, reports, needed=bool(options.engine)
+            )
         if finish:
             manifest = finish(work, manifest, records)
         manifest = write_manifest(work, manifest)
@@ -118,23 +126,33 @@ def _shape(model: Source, options: Options, frames: int | None) -> Shape:
     return shape_of(graphs, manifest, each * (table.count + newline.count), engine, frames)
 
 
-def _write_engine(work: Path, manifest: Manifest, progress: Progress, reports: list[StageReport], needed: bool) -> None:
+def _write_engine(
+    work: Path, manifest: Manifest, progress: Progress, reports: list[StageReport], needed: bool
+) -> None:
     """engines/cpu beside the graphs. Without ONNX Runtime it is left out, unless it was asked for."""
     started = time.perf_counter()
     try:
-        engine = build_cpu(Bundle(work, manifest), lambda stage, done, of: progress.step("engine for this CPU", done, of))
+        engine = build_cpu(
+            Bundle(work, manifest), lambda stage, done, of: progress.step("engine for this CPU", done, of)
+        )
     except EngineError:
         if needed:
             raise
         return
-    reports.append(StageReport("engines/cpu", 0, sum(f.bytes for f in engine.files.values()), time.perf_counter() - started))
+    reports.append(
+        StageReport(
+            "engines/cpu", 0, sum(f.bytes for f in engine.files.values()), time.perf_counter() - started
+        )
+    )
 
 
 def check_output(options: Options) -> Path:
     """The bundle's absolute path. Raises PPLLaVAError if something is there that must not be replaced."""
     output = Path(os.path.abspath(options.output))
     if output.exists() and not options.force:
-        raise PPLLaVAError(f"{options.output} exists already; name another directory, or replace it with --force")
+        raise PPLLaVAError(
+            f"{options.output} exists already; name another directory, or replace it with --force"
+        )
     return output
 
 
@@ -156,7 +174,12 @@ def write_embeddings(model: Source, precision: Precision, work: Path) -> StageRe
             raise OSError(errno.ENOSPC, "No space left on device") from None
         raise
     os.chmod(work / EMBEDDINGS, 0o644)
-    return StageReport("embeddings", table.count + newline.count, (work / EMBEDDINGS).stat().st_size, time.perf_counter() - started)
+    return StageReport(
+        "embeddings",
+        table.count + newline.count,
+        (work / EMBEDDINGS).stat().st_size,
+        time.perf_counter() - started,
+    )
 
 
 @contextlib.contextmanager
@@ -171,7 +194,9 @@ def work_beside(output: Path) -> Iterator[Path]:
         yield work
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise PPLLaVAError(f"the disk that holds {output.parent} is full; nothing was left behind") from None
+            raise PPLLaVAError(
+                f"the disk that holds {output.parent} is full; nothing was left behind"
+            ) from None
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)

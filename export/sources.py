@@ -13,21 +13,29 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..engines.bundle import Bundle, DecoderInfo, Manifest, PoolingInfo, Preprocessing, QuestionInfo, VisionInfo
-from ..engines.errors import PPLLaVAError
-from ..engines.graph import Graph, Tensor
-from ..engines.prompt_template import TEMPLATES, PromptTemplate
-from ..engines.rewrite import to_float32
-from .checkpoint import Checkpoint, locate, locate_checkpoint, read_json
-from .config import Model, Overrides, read_model
-from .decoder import LANGUAGE, build_decoder
-from .pooling import build_pooling
-from .precision import STAGE_PART, Precision
-from .question import build_question
-from .similarity import PROJECTOR, UNUSED, build_similarity
-from .temporal import build_temporal
-from .tokenizers import find_tokenizer, language_tokenizer, question_tokenizer
-from .trunk import TOWER, build_trunk
+from ppllava_edge.engines.bundle.bundle import Bundle
+from ppllava_edge.engines.bundle.manifest import (
+    DecoderInfo,
+    Manifest,
+    PoolingInfo,
+    Preprocessing,
+    QuestionInfo,
+    VisionInfo,
+)
+from ppllava_edge.engines.bundle.prompt_template import TEMPLATES, PromptTemplate
+from ppllava_edge.engines.errors import PPLLaVAError
+from ppllava_edge.engines.graphs.graph import Graph, Tensor
+from ppllava_edge.engines.graphs.rewrite import to_float32
+from ppllava_edge.export.checkpoint import Checkpoint, locate, locate_checkpoint, read_json
+from ppllava_edge.export.config import Model, Overrides, read_model
+from ppllava_edge.export.quantisation.precision import STAGE_PART, Precision
+from ppllava_edge.export.stages.decoder import LANGUAGE, build_decoder
+from ppllava_edge.export.stages.pooling import build_pooling
+from ppllava_edge.export.stages.question import build_question
+from ppllava_edge.export.stages.similarity import PROJECTOR, UNUSED, build_similarity
+from ppllava_edge.export.stages.temporal import build_temporal
+from ppllava_edge.export.stages.trunk import TOWER, build_trunk
+from ppllava_edge.export.tokenizers import find_tokenizer, language_tokenizer, question_tokenizer
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TOKENIZERS = ("tokenizer.json", "question_tokenizer.json")
@@ -84,7 +92,9 @@ class CheckpointSource:
         self.config = read_json(folder / "config.json")
         wanted = options.overrides.pooling or self.config.get("pooling", "avp")
         self.clip = _clip_folder(folder, self.config, options) if wanted == "ppllava" else None
-        self.model = read_model(self.config, read_json(self.clip / "config.json") if self.clip else None, options.overrides)
+        self.model = read_model(
+            self.config, read_json(self.clip / "config.json") if self.clip else None, options.overrides
+        )
         self.template = _template(self.model.template)
         self.checkpoint = Checkpoint(folder)
         self.tokens: dict[str, Any] | None = None
@@ -101,11 +111,22 @@ class CheckpointSource:
 
     def write_tokenizers(self, work: Path) -> None:
         if self.options.tokenizer:
-            self.tokens = _write_tokenizers(self.checkpoint.folder, self.clip, self.model, self.options, self.template, work)
+            self.tokens = _write_tokenizers(
+                self.checkpoint.folder, self.clip, self.model, self.options, self.template, work
+            )
 
     def manifest(self, precision: Precision, hash_weights: bool = True) -> Manifest:
         digest = self.checkpoint.hash() if hash_weights else ""
-        return _manifest(self.checkpoint, self.model, self.options, precision, self.template, self.tokens, self.config, digest)
+        return _manifest(
+            self.checkpoint,
+            self.model,
+            self.options,
+            precision,
+            self.template,
+            self.tokens,
+            self.config,
+            digest,
+        )
 
     def close(self) -> None:
         self.checkpoint.close()
@@ -116,15 +137,27 @@ class BundleSource:
 
     def __init__(self, path: Path, options: Options):
         if vars(options.overrides) != vars(Overrides()) or options.clip or options.base:
-            raise PPLLaVAError(f"{path} is a bundle already: pooling, template and tokenizers are set when a checkpoint is exported")
+            raise PPLLaVAError(
+                f"{path} is a bundle already: pooling, template and tokenizers are set when a checkpoint is exported"
+            )
         self.bundle, self.options = Bundle.open(path), options
         m = self.bundle.manifest
         if any(kind not in ("fp32", "fp16") for kind in m.precision.values()):
-            kinds = ", ".join(f"{part} {kind}" for part, kind in m.precision.items() if kind.startswith("int"))
-            raise PPLLaVAError(f"{path} is quantised already ({kinds}); start from its checkpoint, or from a bundle in fp16 or fp32")
+            kinds = ", ".join(
+                f"{part} {kind}" for part, kind in m.precision.items() if kind.startswith("int")
+            )
+            raise PPLLaVAError(
+                f"{path} is quantised already ({kinds}); start from its checkpoint, or from a bundle in fp16 or fp32"
+            )
         for part, kind in options.precision.parts.items():
-            if m.precision.get(part) == "fp32" and kind == "fp16" and not (part == "kv" and options.precision.integer("decoder")):
-                raise PPLLaVAError(f"{path} holds {part} in fp32, which is not narrowed to fp16; export the checkpoint with --precision fp16")
+            if (
+                m.precision.get(part) == "fp32"
+                and kind == "fp16"
+                and not (part == "kv" and options.precision.integer("decoder"))
+            ):
+                raise PPLLaVAError(
+                    f"{path} holds {part} in fp32, which is not narrowed to fp16; export the checkpoint with --precision fp16"
+                )
 
     def graphs(self, precision: Precision) -> dict[str, Callable[[], Graph]]:
         names = [name for name in STAGE_PART if f"{name}.onnx" in self.bundle.manifest.files]
@@ -147,7 +180,10 @@ class BundleSource:
             with safe_open(self.bundle.file("embed_tokens.safetensors"), "np") as reader:
                 return reader.get_tensor(name)
 
-        table, newline = (Tensor(name, shapes[name], functools.partial(load, name)) for name in ("embed_tokens", "image_newline"))
+        table, newline = (
+            Tensor(name, shapes[name], functools.partial(load, name))
+            for name in ("embed_tokens", "image_newline")
+        )
         return table, newline
 
     def write_tokenizers(self, work: Path) -> None:
@@ -157,11 +193,23 @@ class BundleSource:
 
     def manifest(self, precision: Precision, hash_weights: bool = True) -> Manifest:
         m = self.bundle.manifest
-        if m.precision.get("kv", "fp32" if m.decoder.kv_dtype == "float32" else "fp16") == "fp32" and precision.parts["kv"] == "fp16":
-            precision = Precision({**precision.parts, "kv": "fp32"})  # what isn't quantised stays as wide as it was
+        if (
+            m.precision.get("kv", "fp32" if m.decoder.kv_dtype == "float32" else "fp16") == "fp32"
+            and precision.parts["kv"] == "fp16"
+        ):
+            precision = Precision(
+                {**precision.parts, "kv": "fp32"}
+            )  # what isn't quantised stays as wide as it was
         decoder = replace(m.decoder, kv_dtype=_kv_dtype(precision))
         writer, tokenizer = f"ppllava-edge {tool_version()}", m.tokenizer and self.options.tokenizer
-        return replace(m, precision=_described(precision), decoder=decoder, created_by=writer, files={}, tokenizer=tokenizer)
+        return replace(
+            m,
+            precision=_described(precision),
+            decoder=decoder,
+            created_by=writer,
+            files={},
+            tokenizer=tokenizer,
+        )
 
     def close(self) -> None:
         pass
@@ -184,10 +232,17 @@ def stages(checkpoint: Checkpoint, model: Model, precision: Precision) -> dict[s
         found["temporal"] = stage("temporal", lambda g: build_temporal(g, tower, model.vision))
     if model.question is not None:
         question, size = model.question, embedding_size(checkpoint, model)
-        found["question"] = stage("question", lambda g: build_question(g, checkpoint.source(), checkpoint.shapes, question, model.siglip, size))
-        found["similarity"] = stage("similarity", lambda g: build_similarity(g, projector, model, vision, size))
+        found["question"] = stage(
+            "question",
+            lambda g: build_question(g, checkpoint.source(), checkpoint.shapes, question, model.siglip, size),
+        )
+        found["similarity"] = stage(
+            "similarity", lambda g: build_similarity(g, projector, model, vision, size)
+        )
     found["pooling"] = stage("pooling", lambda g: build_pooling(g, projector, model, vision))
-    found["decoder"] = stage("decoder", lambda g: build_decoder(g, checkpoint.source(LANGUAGE), model.decoder))
+    found["decoder"] = stage(
+        "decoder", lambda g: build_decoder(g, checkpoint.source(LANGUAGE), model.decoder)
+    )
     return found
 
 
@@ -201,19 +256,30 @@ def embedding_size(checkpoint: Checkpoint, model: Model) -> int:
 
 def _clip_folder(folder: Path, config: dict[str, Any], options: Options) -> Path:
     """The directory of the question tower's own checkpoint, for its configuration and tokenizer."""
-    patterns = ("config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "spiece.model")
+    patterns = (
+        "config.json",
+        "tokenizer*",
+        "vocab.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "spiece.model",
+    )
     if options.clip:
         return locate(options.clip, patterns=patterns)
     told = config.get("clip_weight")
     if not told:
-        raise PPLLaVAError(f"{folder / 'config.json'} has no clip_weight; name the question tower's directory with --clip")
+        raise PPLLaVAError(
+            f"{folder / 'config.json'} has no clip_weight; name the question tower's directory with --clip"
+        )
     beside = folder / str(told)
     if beside.is_dir() and folder.resolve() in beside.resolve().parents:
         return beside
     try:
         return locate(str(told), patterns=patterns)
     except PPLLaVAError as error:
-        raise PPLLaVAError(f"the question tower's configuration is not there ({error}); name its directory with --clip") from None
+        raise PPLLaVAError(
+            f"the question tower's configuration is not there ({error}); name its directory with --clip"
+        ) from None
 
 
 def _template(told: str | dict[str, Any]) -> PromptTemplate:
@@ -234,8 +300,12 @@ def _check_tensors(checkpoint: Checkpoint, model: Model, precision: Precision) -
     source = checkpoint.source(LANGUAGE)
     source("model.embed_tokens.weight", model.decoder.vocab, model.decoder.width)
     checkpoint.source()("image_newline", model.decoder.width)
-    unexpected = [name for name in checkpoint.shapes if name not in checkpoint.asked and not _known_unused(name, model)]
-    problems = sorted(set(checkpoint.problems)) + [f"unexpected: {name} {list(checkpoint.shapes[name])}" for name in sorted(unexpected)]
+    unexpected = [
+        name for name in checkpoint.shapes if name not in checkpoint.asked and not _known_unused(name, model)
+    ]
+    problems = sorted(set(checkpoint.problems)) + [
+        f"unexpected: {name} {list(checkpoint.shapes[name])}" for name in sorted(unexpected)
+    ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise PPLLaVAError(f"{checkpoint.folder} doesn't hold this model ({len(problems)} tensors): {shown}")
@@ -248,7 +318,9 @@ def _known_unused(name: str, model: Model) -> bool:
         rest = name[len(TOWER) :]
         above = re.match(r"(?:encoder\.layers|btadapter_[ST]_layers)\.(\d+)\.", rest)
         if above:
-            first, end = (v.used_layers, v.layers) if rest.startswith("encoder") else (v.states, v.adapter_depth)
+            first, end = (
+                (v.used_layers, v.layers) if rest.startswith("encoder") else (v.states, v.adapter_depth)
+            )
             return first <= int(above[1]) < end
         return rest.startswith(("post_layernorm.", "head.")) or rest.endswith("position_ids")
     if name.startswith(PROJECTOR):
@@ -256,43 +328,85 @@ def _known_unused(name: str, model: Model) -> bool:
         if model.pooling != "ppllava":
             return rest.startswith(("clip_", "logit_"))
         return rest.startswith((*UNUSED, "clip_visual_head.probe")) or rest.endswith("position_ids")
-    return name.endswith(("rotary_emb.inv_freq", "position_ids")) or (model.decoder.tied and name == LANGUAGE + "lm_head.weight")
+    return name.endswith(("rotary_emb.inv_freq", "position_ids")) or (
+        model.decoder.tied and name == LANGUAGE + "lm_head.weight"
+    )
 
 
-def _write_tokenizers(folder: Path, clip: Path | None, model: Model, options: Options, template: PromptTemplate, work: Path) -> dict[str, Any]:
+def _write_tokenizers(
+    folder: Path, clip: Path | None, model: Model, options: Options, template: PromptTemplate, work: Path
+) -> dict[str, Any]:
     """Save the tokenizers. Returns the image token's id and the stop tokens' ids as the tokenizer has them."""
-    language = language_tokenizer(find_tokenizer([folder], options.base, "--base", "decoder"), model.image_token, model.decoder.vocab)
+    language = language_tokenizer(
+        find_tokenizer([folder], options.base, "--base", "decoder"), model.image_token, model.decoder.vocab
+    )
     language.save(str(work / "tokenizer.json"))
     if clip is not None:
         told = find_tokenizer([clip, folder], options.clip, "--clip", "question tower")
         question_tokenizer(told).save(str(work / "question_tokenizer.json"))
-    ends = {language.token_to_id(text) for text in (template.separators[1].strip(), "</s>", "<|im_end|>", "<|endoftext|>")}
+    ends = {
+        language.token_to_id(text)
+        for text in (template.separators[1].strip(), "</s>", "<|im_end|>", "<|endoftext|>")
+    }
     return {"image_token": language.token_to_id("<image>"), "stops": {i for i in ends if i is not None}}
 
 
 def _manifest(
-    checkpoint: Checkpoint, model: Model, o: Options, precision: Precision, template: PromptTemplate, tokens: dict[str, Any] | None, config: dict[str, Any],
+    checkpoint: Checkpoint,
+    model: Model,
+    o: Options,
+    precision: Precision,
+    template: PromptTemplate,
+    tokens: dict[str, Any] | None,
+    config: dict[str, Any],
     digest: str,
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     v, d, q = model.vision, model.decoder, model.question
     clip_colours = not model.siglip
     stop_ids = set(model.stop_ids) | (tokens["stops"] if tokens else set())
     return Manifest(
-        name=str(config.get("name") or Path(o.checkpoint).name or checkpoint.folder.name), family=model.family,
+        name=str(config.get("name") or Path(o.checkpoint).name or checkpoint.folder.name),
+        family=model.family,
         precision=_described(precision),
-        vision=VisionInfo(v.image_size, v.grid, v.width, v.class_token, v.states, v.max_frames, min(model.default_frames, v.max_frames or 1 << 16)),
-        preprocessing=Preprocessing(
-            "squash" if clip_colours else "pad", v.image_size, CLIP_MEAN if clip_colours else (0.5, 0.5, 0.5),
-            CLIP_STD if clip_colours else (0.5, 0.5, 0.5), model.image_grids,
+        vision=VisionInfo(
+            v.image_size,
+            v.grid,
+            v.width,
+            v.class_token,
+            v.states,
+            v.max_frames,
+            min(model.default_frames, v.max_frames or 1 << 16),
         ),
-        question=None if q is None else QuestionInfo(q.positions, model.siglip, q.pad_id, embedding_size(checkpoint, model)),
-        pooling=PoolingInfo(model.pooling, model.temperature, model.video_windows, model.image_windows, model.pooled_shape),
-        decoder=DecoderInfo(d.width, d.layers, d.kv_heads, d.head_size, d.vocab, d.context, _kv_dtype(precision)),
-        prompt=template, image_token=tokens["image_token"] if tokens else model.image_token, stop_ids=tuple(sorted(stop_ids)),
-        tokenizer=o.tokenizer, checkpoint={"name": o.checkpoint if "/" in o.checkpoint and not Path(o.checkpoint).exists() else checkpoint.folder.name,
-                                           "sha256": digest, "valuew_plus": model.valuew_plus},
-        created_by=f"ppllava-edge {tool_version()}", demo=bool(config.get("demo", False)),
-    )  # fmt: skip
+        preprocessing=Preprocessing(
+            "squash" if clip_colours else "pad",
+            v.image_size,
+            CLIP_MEAN if clip_colours else (0.5, 0.5, 0.5),
+            CLIP_STD if clip_colours else (0.5, 0.5, 0.5),
+            model.image_grids,
+        ),
+        question=None
+        if q is None
+        else QuestionInfo(q.positions, model.siglip, q.pad_id, embedding_size(checkpoint, model)),
+        pooling=PoolingInfo(
+            model.pooling, model.temperature, model.video_windows, model.image_windows, model.pooled_shape
+        ),
+        decoder=DecoderInfo(
+            d.width, d.layers, d.kv_heads, d.head_size, d.vocab, d.context, _kv_dtype(precision)
+        ),
+        prompt=template,
+        image_token=tokens["image_token"] if tokens else model.image_token,
+        stop_ids=tuple(sorted(stop_ids)),
+        tokenizer=o.tokenizer,
+        checkpoint={
+            "name": o.checkpoint
+            if "/" in o.checkpoint and not Path(o.checkpoint).exists()
+            else checkpoint.folder.name,
+            "sha256": digest,
+            "valuew_plus": model.valuew_plus,
+        },
+        created_by=f"ppllava-edge {tool_version()}",
+        demo=bool(config.get("demo", False)),
+    )
 
 
 def _described(precision: Precision) -> dict[str, str]:

@@ -6,11 +6,20 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from ..engines.errors import PPLLaVAError
-from ..engines.prompt_template import IMAGE
-from .checkpoint import locate
+from ppllava_edge.engines.bundle.prompt_template import IMAGE
+from ppllava_edge.engines.errors import PPLLaVAError
+from ppllava_edge.export.checkpoint import locate
 
-_PATTERNS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "config.json", "spiece.model")
+_PATTERNS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "config.json",
+    "spiece.model",
+)
 
 
 def find_tokenizer(folders: list[Path], told: str | None, option: str, what: str) -> Path:
@@ -21,7 +30,9 @@ def find_tokenizer(folders: list[Path], told: str | None, option: str, what: str
         if (folder / "tokenizer.json").is_file() or _slow_files(folder):
             return folder
     looked = ", ".join(str(f) for f in folders) or "nowhere"
-    raise PPLLaVAError(f"no tokenizer for the {what} (looked in {looked}); name its directory with {option}, or export ids only with --no-tokenizer")
+    raise PPLLaVAError(
+        f"no tokenizer for the {what} (looked in {looked}); name its directory with {option}, or export ids only with --no-tokenizer"
+    )
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -31,7 +42,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         try:
             return Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise PPLLaVAError(f"{path} is not a tokenizer that this version of tokenizers reads: {error}") from None
+            raise PPLLaVAError(
+                f"{path} is not a tokenizer that this version of tokenizers reads: {error}"
+            ) from None
     try:
         from transformers import AutoTokenizer
     except ImportError:
@@ -41,7 +54,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False).backend_tokenizer
     except Exception as error:
-        raise PPLLaVAError(f"the tokenizer in {folder} can't be converted: {str(error).splitlines()[0][:200]}") from None
+        raise PPLLaVAError(
+            f"the tokenizer in {folder} can't be converted: {str(error).splitlines()[0][:200]}"
+        ) from None
 
 
 def language_tokenizer(folder: Path, image_token: int, vocab: int) -> Tokenizer:
@@ -50,8 +65,15 @@ def language_tokenizer(folder: Path, image_token: int, vocab: int) -> Tokenizer:
     if tokenizer.token_to_id(IMAGE) is None:
         tokenizer.add_special_tokens([IMAGE])
     found = tokenizer.token_to_id(IMAGE)
-    if found is not None and found != image_token and found < vocab and tokenizer.id_to_token(image_token) not in (None, IMAGE):
-        raise PPLLaVAError(f"the tokenizer in {folder} has {IMAGE} at {found}, the checkpoint's image_token_index is {image_token}: not its tokenizer")
+    if (
+        found is not None
+        and found != image_token
+        and found < vocab
+        and tokenizer.id_to_token(image_token) not in (None, IMAGE)
+    ):
+        raise PPLLaVAError(
+            f"the tokenizer in {folder} has {IMAGE} at {found}, the checkpoint's image_token_index is {image_token}: not its tokenizer"
+        )
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

@@ -5,11 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def bundle_path() -> Path:
-    """Directory of the packed bundle."""
-    return Path(__file__).resolve().parent / "bundle"
-
-
 def sample_path() -> Path:
     """The packed sample clip: a red circle moves right, a blue square rests, a yellow cross flashes up."""
     return Path(__file__).resolve().parent / "sample" / "shapes.mp4"

@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from .model import Shape
-from .vocabulary import ASK, END, PAD, SPOKEN, UNKNOWN, WORD_ID, WORDS
+from ppllava_edge.nano.model import Shape
+from ppllava_edge.nano.vocabulary import ASK, END, PAD, SPOKEN, UNKNOWN, WORD_ID, WORDS
 
 POSITIONS = 248
 
@@ -22,7 +22,10 @@ def write_checkpoint(weights: dict[str, Tensor], shape: Shape, folder: Path, gui
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "clip").mkdir(exist_ok=True)
     tensors = upstream_tensors({name: w.detach().float().numpy() for name, w in weights.items()}, shape)
-    save_file({name: np.asarray(a, np.float16, order="C") for name, a in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: np.asarray(a, np.float16, order="C") for name, a in tensors.items()},
+        folder / "model.safetensors",
+    )
     (folder / "config.json").write_text(json.dumps(_config(shape, guided), indent=1))
     (folder / "clip" / "config.json").write_text(json.dumps(_clip_config(shape), indent=1))
     _tokenizer(end=False).save(str(folder / "tokenizer.json"))
@@ -89,7 +92,9 @@ def upstream_tensors(w: dict[str, np.ndarray], s: Shape) -> dict[str, np.ndarray
         attention(f"{target}.self_attn", f"{name}.attention", "o_proj")
         out[f"{target}.input_layernorm.weight"] = w[f"{name}.norm1.weight"]
         out[f"{target}.post_attention_layernorm.weight"] = w[f"{name}.norm2.weight"]
-        out[f"{target}.mlp.gate_proj.weight"], out[f"{target}.mlp.up_proj.weight"] = np.split(w[f"{name}.gate_up.weight"], 2)
+        out[f"{target}.mlp.gate_proj.weight"], out[f"{target}.mlp.up_proj.weight"] = np.split(
+            w[f"{name}.gate_up.weight"], 2
+        )
         out[f"{target}.mlp.down_proj.weight"] = w[f"{name}.down.weight"]
     out[language + "model.norm.weight"] = w["decoder_norm.weight"]
     out[language + "lm_head.weight"] = w["lm_head.weight"][:SPOKEN]
@@ -99,40 +104,95 @@ def upstream_tensors(w: dict[str, np.ndarray], s: Shape) -> dict[str, np.ndarray
 
 def _config(s: Shape, guided: bool) -> dict:
     return {
-        "name": "nano" if guided else "nano-unguided", "demo": True, "architectures": ["LlavaInterleaveForConditionalGeneration"], "model_type": "llava_next",
-        "pooling": "ppllava", "pooling_kernel": list(s.kernel), "pooling_stride": list(s.kernel),
+        "name": "nano" if guided else "nano-unguided",
+        "demo": True,
+        "architectures": ["LlavaInterleaveForConditionalGeneration"],
+        "model_type": "llava_next",
+        "pooling": "ppllava",
+        "pooling_kernel": list(s.kernel),
+        "pooling_stride": list(s.kernel),
         "pooling_temp": s.temperature if guided else 1e5,  # so hot that all window weights are equal
-        "image_pooling_kernel": [1, *s.kernel[1:]], "image_pooling_stride": [1, *s.kernel[1:]], "frame_shape": [s.grid, s.grid],
-        "btadapter": True, "btadapter_depth": s.branch_layers + 1, "max_T": s.frames, "extend_clip": True, "clip_weight": "clip",
-        "image_token_index": WORD_ID["<image>"], "image_grid_pinpoints": [[s.image, 2 * s.image], [2 * s.image, s.image], [2 * s.image] * 2],
-        "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "num_frames": s.frames,
-        "prompt_template": {"system": "", "roles": ["", ASK], "separators": [" ", END], "image_tag": "<image> "},
-        "vision_config": {"model_type": "clip_vision_model", "hidden_size": s.vision, "intermediate_size": 4 * s.vision,
-                          "num_hidden_layers": s.vision_layers + 1, "num_attention_heads": s.heads, "image_size": s.image,
-                          "patch_size": s.patch, "hidden_act": "gelu"},
-        "text_config": {"model_type": "llama", "hidden_size": s.decoder, "intermediate_size": s.decoder_mlp, "num_hidden_layers": s.decoder_layers,
-                        "num_attention_heads": s.heads, "vocab_size": SPOKEN, "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
-                        "eos_token_id": WORD_ID[END]},
-    }  # fmt: skip
+        "image_pooling_kernel": [1, *s.kernel[1:]],
+        "image_pooling_stride": [1, *s.kernel[1:]],
+        "frame_shape": [s.grid, s.grid],
+        "btadapter": True,
+        "btadapter_depth": s.branch_layers + 1,
+        "max_T": s.frames,
+        "extend_clip": True,
+        "clip_weight": "clip",
+        "image_token_index": WORD_ID["<image>"],
+        "image_grid_pinpoints": [[s.image, 2 * s.image], [2 * s.image, s.image], [2 * s.image] * 2],
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "num_frames": s.frames,
+        "prompt_template": {
+            "system": "",
+            "roles": ["", ASK],
+            "separators": [" ", END],
+            "image_tag": "<image> ",
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": s.vision,
+            "intermediate_size": 4 * s.vision,
+            "num_hidden_layers": s.vision_layers + 1,
+            "num_attention_heads": s.heads,
+            "image_size": s.image,
+            "patch_size": s.patch,
+            "hidden_act": "gelu",
+        },
+        "text_config": {
+            "model_type": "llama",
+            "hidden_size": s.decoder,
+            "intermediate_size": s.decoder_mlp,
+            "num_hidden_layers": s.decoder_layers,
+            "num_attention_heads": s.heads,
+            "vocab_size": SPOKEN,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 512,
+            "eos_token_id": WORD_ID[END],
+        },
+    }
 
 
 def _clip_config(s: Shape) -> dict:
-    text = {"hidden_size": s.question, "intermediate_size": 4 * s.question, "num_hidden_layers": s.question_layers, "num_attention_heads": s.heads,
-            "vocab_size": SPOKEN, "hidden_act": "gelu", "eos_token_id": WORD_ID[END], "pad_token_id": WORD_ID[PAD]}  # fmt: skip
+    text = {
+        "hidden_size": s.question,
+        "intermediate_size": 4 * s.question,
+        "num_hidden_layers": s.question_layers,
+        "num_attention_heads": s.heads,
+        "vocab_size": SPOKEN,
+        "hidden_act": "gelu",
+        "eos_token_id": WORD_ID[END],
+        "pad_token_id": WORD_ID[PAD],
+    }
     return {"model_type": "clip", "projection_dim": s.projection, "text_config": text}
 
 
 def _tokenizer(end: bool) -> Tokenizer:
     """One token per word, lower case, punctuation apart; a few spellings are brought to the world's own. end: append the end token."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS[:SPOKEN])}, unk_token=UNKNOWN))
-    spellings = [("colour", "color"), (r"\ban\b", "a"), ("what's", "what is"), ("where's", "where is"), ("centre", "center"), (r"\bgrey\b", "gray")]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS[:SPOKEN])}, unk_token=UNKNOWN)
+    )
+    spellings = [
+        ("colour", "color"),
+        (r"\ban\b", "a"),
+        ("what's", "what is"),
+        ("where's", "where is"),
+        ("centre", "center"),
+        (r"\bgrey\b", "gray"),
+    ]
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), *(normalizers.Replace(Regex(old), new) for old, new in spellings)]
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
     tokenizer.add_special_tokens([PAD, ASK, END, "<image>"])
     if end:
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, WORD_ID[END])])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {END}", special_tokens=[(END, WORD_ID[END])]
+        )
     return tokenizer
 
 

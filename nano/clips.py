@@ -3,52 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from .world import STEPS, Scene, draw
+from ppllava_edge.nano.world import STEPS, Scene, draw
+from ppllava_edge.runtime.media.writing import write_video
 
-FILE_FRAMES, FILE_FPS, FILE_SIDE = 40, 20, 216  # five frames a step, two seconds, twice the size that the model sees
+FILE_FRAMES, FILE_FPS, FILE_SIDE = (
+    40,
+    20,
+    216,
+)  # five frames a step, two seconds, twice the size that the model sees
 
 
-def clip_frames(scene: Scene, rng: np.random.Generator, side: int = FILE_SIDE, frames: int = FILE_FRAMES) -> np.ndarray:
+def clip_frames(
+    scene: Scene, rng: np.random.Generator, side: int = FILE_SIDE, frames: int = FILE_FRAMES
+) -> np.ndarray:
     """(frames, side, side, 3) uint8."""
     return draw(scene, np.arange(frames) * STEPS / frames, rng, side)[0]
 
 
-def write_video(
-    path: str | os.PathLike[str],
-    frames: Iterable[np.ndarray],
-    fps: int | Fraction = FILE_FPS,
-    codec: str = "libx264",
-    options: dict[str, str] | None = None,
-) -> Path:
-    """Encode RGB uint8 frames (H,W,3) of one size, at least one, as they come; the container follows the file's suffix. H.264 at quality 20 unless told
-    otherwise."""
-    import av
-
-    path = Path(path)
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream(codec, rate=Fraction(fps))
-        stream.pix_fmt = "yuv420p"
-        stream.options = options if options is not None else ({"crf": "20", "preset": "veryfast"} if codec == "libx264" else {})
-        for i, image in enumerate(frames):
-            if i == 0:
-                stream.height, stream.width = image.shape[:2]
-            for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return path
-
-
 def write_clip(path: str | os.PathLike[str], scene: Scene, rng: np.random.Generator) -> Path:
     """Draw a scene and encode it to H.264."""
-    return write_video(path, clip_frames(scene, rng))
+    return write_video(path, clip_frames(scene, rng), FILE_FPS)
 
 
 def spoken(words: str) -> str:
@@ -59,17 +37,22 @@ def spoken(words: str) -> str:
 
 def sample_scene_for_the_readme() -> Scene:
     """The clip that README, `make demo` and the tests use: a red circle moves right, a blue square rests, a yellow cross flashes up."""
-    from .world import BRIEF, COLOR_NAMES, SHAPE_NAMES, SPEED, STILL, VELOCITY
+    from ppllava_edge.nano.world import BRIEF, COLOR_NAMES, SHAPE_NAMES, SPEED, STILL, VELOCITY
 
     motions = np.array([1, STILL, BRIEF])
     return Scene(
         colors=np.array([COLOR_NAMES.index(c) for c in ("red", "blue", "yellow")]),
         shapes=np.array([SHAPE_NAMES.index(s) for s in ("circle", "square", "cross")]),
-        motions=motions, radius=np.array([7.0, 7.0, 7.0], np.float32),
-        start=np.array([(22, 30), (54, 84), (88, 58)], np.float32), velocity=VELOCITY[motions] * np.float32(sum(SPEED) / 2),
-        appears=np.array([0, 0, 3], np.float32), vanishes=np.array([STEPS, STEPS, 5], np.float32), staggered=False,
-        tint=np.zeros((3, 1), np.float32), background=(90.0, 12.0, -10.0),
-    )  # fmt: skip
+        motions=motions,
+        radius=np.array([7.0, 7.0, 7.0], np.float32),
+        start=np.array([(22, 30), (54, 84), (88, 58)], np.float32),
+        velocity=VELOCITY[motions] * np.float32(sum(SPEED) / 2),
+        appears=np.array([0, 0, 3], np.float32),
+        vanishes=np.array([STEPS, STEPS, 5], np.float32),
+        staggered=False,
+        tint=np.zeros((3, 1), np.float32),
+        background=(90.0, 12.0, -10.0),
+    )
 
 
 if __name__ == "__main__":

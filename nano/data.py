@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .vocabulary import ASK, END, POSITION_BINS, TEXT_ID, encode
-from .world import FRAME, KINDS, MAX_OBJECTS, STEPS, Scene, ask, draw, sample_scene
+from ppllava_edge.nano.vocabulary import ASK, END, POSITION_BINS, TEXT_ID, encode
+from ppllava_edge.nano.world import FRAME, KINDS, MAX_OBJECTS, STEPS, Scene, ask, draw, sample_scene
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -42,7 +42,13 @@ class Batch:
     kinds: Tensor
 
 
-def make_batch(rng: np.random.Generator, clips: int, patch: int, single: bool = False, questions: Sequence[str] = QUESTIONS) -> Batch:
+def make_batch(
+    rng: np.random.Generator,
+    clips: int,
+    patch: int,
+    single: bool = False,
+    questions: Sequence[str] = QUESTIONS,
+) -> Batch:
     """Draw a batch. single: one frame of each scene instead of a clip. questions: kinds to ask about each clip, a description beside them."""
     grid = FRAME // patch
     frames = 1 if single else STEPS
@@ -64,7 +70,9 @@ def make_batch(rng: np.random.Generator, clips: int, patch: int, single: bool = 
             objects[name][b, :n] = getattr(scene, name)
         mine = owner[:, None] == np.arange(n, dtype=np.int8)[:, None, None]
         coverage[b, :n] = mine.reshape(frames, n, grid, patch, grid, patch).mean((3, 5)).transpose(1, 0, 2, 3)
-        bins[b, :n] = np.clip(scene.centers(times) // (FRAME / POSITION_BINS), 0, POSITION_BINS - 1).transpose(1, 0, 2)
+        bins[b, :n] = np.clip(
+            scene.centers(times) // (FRAME / POSITION_BINS), 0, POSITION_BINS - 1
+        ).transpose(1, 0, 2)
         if scene.staggered:
             order[b] = scene.appears.argmin(), scene.appears.argmax()
         if questions:
@@ -77,10 +85,20 @@ def make_batch(rng: np.random.Generator, clips: int, patch: int, single: bool = 
     colors, shapes, motions = (torch.from_numpy(objects[name]) for name in ("colors", "shapes", "motions"))
     first, last = torch.from_numpy(order).unbind(1)
     return Batch(
-        torch.from_numpy(pixels), colors, shapes, motions, flat > COVERED, torch.where(most > COVERED, owner_of, -1),
-        torch.from_numpy(bins[..., 1].copy()), torch.from_numpy(bins[..., 0].copy()), first, last,
-        torch.tensor(text), answers, torch.tensor(kinds),
-    )  # fmt: skip
+        torch.from_numpy(pixels),
+        colors,
+        shapes,
+        motions,
+        flat > COVERED,
+        torch.where(most > COVERED, owner_of, -1),
+        torch.from_numpy(bins[..., 1].copy()),
+        torch.from_numpy(bins[..., 0].copy()),
+        first,
+        last,
+        torch.tensor(text),
+        answers,
+        torch.tensor(kinds),
+    )
 
 
 def _question(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, str, str]:
@@ -96,7 +114,10 @@ def decoder_sequences(questions: list[list[int]], answers: list[list[int]]) -> t
     """Token ids (N,L) "question <a> answer </s>" without the last token, and labels (N,L), -100 outside the answer."""
     ask_id, end_id = encode(f"{ASK} {END}")
     length = max(len(q) + len(a) for q, a in zip(questions, answers)) + 1
-    ids, labels = torch.zeros(len(questions), length, dtype=torch.long), torch.full((len(questions), length), -100)
+    ids, labels = (
+        torch.zeros(len(questions), length, dtype=torch.long),
+        torch.full((len(questions), length), -100),
+    )
     for row, (q, a) in enumerate(zip(questions, answers)):
         sequence = [*q, ask_id, *a]
         ids[row, : len(sequence)] = torch.tensor(sequence)

@@ -1,6 +1,6 @@
 """How often nano is right: draw clips, encode them to H.264, ask the real runtime, compare.
 
-    python -m ppllava_edge.nano.evaluate --questions 2000 --seed 12345 --precision int8
+python -m ppllava_edge.nano.evaluate --questions 2000 --seed 12345 --precision int8
 """
 
 from __future__ import annotations
@@ -15,23 +15,28 @@ from typing import Any
 import click
 import numpy as np
 
-from ..engines.bundle import Bundle
-from ..engines.errors import PPLLaVAError
-from ..engines.terminal import Command, human_bytes, table
-from . import bundle_path
-from .clips import spoken, write_clip
-from .world import KINDS, ask, sample_scene
+from ppllava_edge.engines.bundle.bundle import Bundle
+from ppllava_edge.engines.bundle.packed import packed_bundle
+from ppllava_edge.engines.errors import PPLLaVAError
+from ppllava_edge.engines.terminal import Command, human_bytes, table
+from ppllava_edge.nano.clips import spoken, write_clip
+from ppllava_edge.nano.world import KINDS, ask, sample_scene
 
 
 def evaluate(
-    model: str | Path | None, questions: int, seed: int, uniform: bool = False, progress: Any = None, opening: dict[str, Any] | None = None
+    model: str | Path | None,
+    questions: int,
+    seed: int,
+    uniform: bool = False,
+    progress: Any = None,
+    opening: dict[str, Any] | None = None,
 ) -> list[dict[str, str]]:
     """Ask `questions` questions about freshly drawn clips, every kind that a clip allows once. Returns kind, question, expected, answer.
 
     model: a bundle; None: the packed one. uniform: replace the question's pooling weights by equal ones, to see what guidance does.
     opening: arguments of VideoQA.open.
     """
-    from ..runtime.session import VideoQA
+    from ppllava_edge.runtime.video_qa import VideoQA
 
     qa = VideoQA(model, device="cpu")
     if uniform:
@@ -68,15 +73,15 @@ def summary(answers: list[dict[str, str]]) -> dict[str, dict[str, float]]:
 
 def bundle_at(precision: str, folder: Path) -> Path:
     """Nano at another precision, made in folder from its packed float16 weights; INT8 and INT4 are calibrated on drawn clips of their own seed."""
-    from ..export.convert import convert
-    from ..export.precision import parse_precision
-    from ..export.sources import Options
+    from ppllava_edge.export.convert import convert
+    from ppllava_edge.export.quantisation.precision import parse_precision
+    from ppllava_edge.export.sources import Options
 
     if precision == "fp16":
-        return bundle_path()
-    options = Options(str(bundle_path()), folder / f"nano-{precision}", parse_precision(precision))
+        return packed_bundle()
+    options = Options(str(packed_bundle()), folder / f"nano-{precision}", parse_precision(precision))
     if options.precision.quantized:
-        from ..calibration.calibrate import Job, quantize_with_data
+        from ppllava_edge.calibration.calibrate import Job, quantize_with_data
 
         quantize_with_data(options, Job())
     else:
@@ -86,15 +91,35 @@ def bundle_at(precision: str, folder: Path) -> Path:
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--questions", type=click.IntRange(1, 10**7), default=2000, show_default=True)
-@click.option("--seed", type=int, default=12345, show_default=True, help="Of the clips; training used others.")
+@click.option(
+    "--seed", type=int, default=12345, show_default=True, help="Of the clips; training used others."
+)
 @click.option("--model", metavar="BUNDLE", help="A bundle instead of the packed one.")
-@click.option("--precision", help="fp32, fp16, int8, int4, or per part: the packed weights at that precision, made for this.")
-@click.option("--uniform", is_flag=True, help="Equal pooling weights instead of the question's: accuracy must collapse.")
-@click.option("--select", type=click.Choice(["uniform", "guided"]), default="uniform", show_default=True, help="Which frames are looked at.")
+@click.option(
+    "--precision",
+    help="fp32, fp16, int8, int4, or per part: the packed weights at that precision, made for this.",
+)
+@click.option(
+    "--uniform", is_flag=True, help="Equal pooling weights instead of the question's: accuracy must collapse."
+)
+@click.option(
+    "--select",
+    type=click.Choice(["uniform", "guided"]),
+    default="uniform",
+    show_default=True,
+    help="Which frames are looked at.",
+)
 @click.option("--candidates", type=int, default=40, show_default=True, help="With --select guided.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, every answer included.")
 def main(
-    questions: int, seed: int, model: str | None, precision: str | None, uniform: bool, select: str, candidates: int, as_json: bool
+    questions: int,
+    seed: int,
+    model: str | None,
+    precision: str | None,
+    uniform: bool,
+    select: str,
+    candidates: int,
+    as_json: bool,
 ) -> None:
     """Measure exact answers on held-out clips, through encoded files and the real runtime."""
     if model and precision:
@@ -104,21 +129,41 @@ def main(
         _measure(questions, seed, bundle, uniform, as_json, {"select": select, "candidates": candidates})
 
 
-def _measure(questions: int, seed: int, model: str | None, uniform: bool, as_json: bool, opening: dict[str, Any]) -> None:
+def _measure(
+    questions: int, seed: int, model: str | None, uniform: bool, as_json: bool, opening: dict[str, Any]
+) -> None:
     started = time.perf_counter()
     if sys.stderr.isatty():
         with click.progressbar(length=questions, label="asking", file=sys.stderr) as bar:
-            answers = evaluate(model, questions, seed, uniform, lambda done: bar.update(done - bar.pos), opening)
+            answers = evaluate(
+                model, questions, seed, uniform, lambda done: bar.update(done - bar.pos), opening
+            )
     else:
         answers = evaluate(model, questions, seed, uniform, opening=opening)
     seconds, found = time.perf_counter() - started, summary(answers)
-    bundle = Bundle.open(model or bundle_path())
+    bundle = Bundle.open(model or packed_bundle())
     if as_json:
-        click.echo(json.dumps({"summary": found, "seed": seed, "uniform": uniform, "seconds": seconds, "bytes": bundle.total_bytes,
-                               "precision": bundle.manifest.precision, "parity": bundle.manifest.parity, "answers": answers}))  # fmt: skip
+        click.echo(
+            json.dumps(
+                {
+                    "summary": found,
+                    "seed": seed,
+                    "uniform": uniform,
+                    "seconds": seconds,
+                    "bytes": bundle.total_bytes,
+                    "precision": bundle.manifest.precision,
+                    "parity": bundle.manifest.parity,
+                    "answers": answers,
+                }
+            )
+        )
         return
     title = f"exact answers, seed {seed}{', uniform pooling weights' if uniform else ''}; bundle of {human_bytes(bundle.total_bytes)}; {seconds:.0f} s"
-    table(title, ("kind", "asked", "right", "exact"), [(kind, f["asked"], f["right"], f"{100 * f['exact']:.1f} %") for kind, f in found.items()])
+    table(
+        title,
+        ("kind", "asked", "right", "exact"),
+        [(kind, f["asked"], f["right"], f"{100 * f['exact']:.1f} %") for kind, f in found.items()],
+    )
 
 
 if __name__ == "__main__":

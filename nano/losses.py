@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import Batch, decoder_sequences
-from .model import NanoPPLLaVA
-from .vocabulary import END, GROUPS, TEXT_ID, TEXTS, WORD_ID, encode
-from .world import MOTION_NAMES, SHAPE_NAMES
+from ppllava_edge.nano.data import Batch, decoder_sequences
+from ppllava_edge.nano.model import NanoPPLLaVA
+from ppllava_edge.nano.vocabulary import END, GROUPS, TEXT_ID, TEXTS, WORD_ID, encode
+from ppllava_edge.nano.world import MOTION_NAMES, SHAPE_NAMES
 
 _ENCODED = [encode(text.words) for text in TEXTS]
 TEXT_ENDS = torch.tensor([len(ids) for ids in _ENCODED])
@@ -56,7 +56,9 @@ def referents(batch: Batch) -> Tensor:
     return shown
 
 
-def contrastive_loss(logits: Tensor, batch: Batch, single: bool = False, motion_weight: float = 4.0) -> tuple[Tensor, dict[str, float]]:
+def contrastive_loss(
+    logits: Tensor, batch: Batch, single: bool = False, motion_weight: float = 4.0
+) -> tuple[Tensor, dict[str, float]]:
     """CLIP's loss at the level of patches. logits (B, texts, T*P): cosine × scale.
 
     Patch → text: within every group of texts, which one names the object under the patch. Text → patch: the softmax over all T*P
@@ -72,7 +74,9 @@ def contrastive_loss(logits: Tensor, batch: Batch, single: bool = False, motion_
 
     owned = batch.owner >= 0
     owner = batch.owner.clamp(min=0)
-    color, shape, motion = (torch.gather(a, 1, owner)[owned] for a in (batch.colors, batch.shapes, batch.motions))
+    color, shape, motion = (
+        torch.gather(a, 1, owner)[owned] for a in (batch.colors, batch.shapes, batch.motions)
+    )
     of_patch = logits.transpose(1, 2)[owned]  # (owned patches, texts)
     losses, accuracy = [], {}
     for group, index in _INDEX_IN_GROUP.items():
@@ -93,10 +97,15 @@ def contrastive_loss(logits: Tensor, batch: Batch, single: bool = False, motion_
         if ends.any():
             scores = logits[:, [FIRST, LAST]].transpose(1, 2)[ends]
             losses.append(2 * F.cross_entropy(scores, is_last[ends].long()))
-    return torch.stack(losses).mean() + 0.5 * text_to_patch, {**accuracy, "text to patch": float(text_to_patch.detach())}
+    return torch.stack(losses).mean() + 0.5 * text_to_patch, {
+        **accuracy,
+        "text to patch": float(text_to_patch.detach()),
+    }
 
 
-def answer_loss(model: NanoPPLLaVA, features: Tensor, patches: Tensor, texts: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def answer_loss(
+    model: NanoPPLLaVA, features: Tensor, patches: Tensor, texts: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy on the answers' tokens only; the vision tower ran once per clip.
 
     Returns the loss (short answers and descriptions weigh the same), and for every question whether each of its tokens was

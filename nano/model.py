@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .vocabulary import WORDS
+from ppllava_edge.nano.vocabulary import WORDS
 
 # The trunk's states are about 8 in size where the branch begins. A time embedding much smaller than that is lost in the norm that
 # follows, and the model then learns along which axis things move, but not which way.
@@ -61,12 +61,16 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.out = nn.Linear(width, width, bias=bias)
 
-    def forward(self, x: Tensor, causal: bool = False, rotate: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, causal: bool = False, rotate: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if rotate is not None:
             q, k = rotate(q), rotate(k)
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT  # written out: on CPU in bf16 faster to train than the fused kernel
+        scores = (
+            q * q.shape[-1] ** -0.5
+        ) @ k.mT  # written out: on CPU in bf16 faster to train than the fused kernel
         if causal:
             scores = scores + torch.full((length, length), -1e4, dtype=x.dtype).triu(1)
         y = torch.softmax(scores, -1) @ v
@@ -79,7 +83,11 @@ class ClipLayer(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width), SelfAttention(width, heads)
-        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm2, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
 
     def mlp(self, x: Tensor) -> Tensor:
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -93,12 +101,18 @@ class TemporalLayer(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.norm, self.attention, self.out = nn.LayerNorm(width), SelfAttention(width, heads), nn.Linear(width, width)
+        self.norm, self.attention, self.out = (
+            nn.LayerNorm(width),
+            SelfAttention(width, heads),
+            nn.Linear(width, width),
+        )
 
     def forward(self, patches: Tensor) -> Tensor:  # (B, T, P, D)
         batch, frames, count, width = patches.shape
         along_time = self.norm(patches).transpose(1, 2).reshape(batch * count, frames, width)
-        return patches + self.out(self.attention(along_time)).view(batch, count, frames, width).transpose(1, 2)
+        return patches + self.out(self.attention(along_time)).view(batch, count, frames, width).transpose(
+            1, 2
+        )
 
 
 class RMSNorm(nn.Module):
@@ -152,7 +166,9 @@ class NanoPPLLaVA(nn.Module):
 
         self.linear_1, self.linear_2 = nn.Linear(s.vision, s.decoder), nn.Linear(s.decoder, s.decoder)
         self.token_embedding = nn.Embedding(len(WORDS), s.decoder)
-        self.decoder = nn.ModuleList(DecoderLayer(s.decoder, s.heads, s.decoder_mlp) for _ in range(s.decoder_layers))
+        self.decoder = nn.ModuleList(
+            DecoderLayer(s.decoder, s.heads, s.decoder_mlp) for _ in range(s.decoder_layers)
+        )
         self.decoder_norm = RMSNorm(s.decoder)
         self.lm_head = nn.Linear(s.decoder, len(WORDS), bias=False)
         self._initialise()
@@ -165,7 +181,9 @@ class NanoPPLLaVA(nn.Module):
                 nn.init.normal_(p, std=0.7 * p.shape[1] ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-            if name.endswith(("attention.out.weight", "down.weight")) or (name.startswith("branch_time") and name.endswith(".out.weight")):
+            if name.endswith(("attention.out.weight", "down.weight")) or (
+                name.startswith("branch_time") and name.endswith(".out.weight")
+            ):
                 p.data *= 0.5
         half = sine_cosine(self.shape.grid, self.shape.vision // 2)
         g = self.shape.grid
@@ -179,7 +197,10 @@ class NanoPPLLaVA(nn.Module):
         g, p = s.grid, s.patch
         x = pixels.to(self.patch_embedding.weight.dtype)
         x = x.view(-1, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(batch * frames, g * g, 3 * p * p)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), self.patch_embedding(x)], 1) + self.patch_positions
+        x = (
+            torch.cat([self.class_embedding.expand(len(x), 1, -1), self.patch_embedding(x)], 1)
+            + self.patch_positions
+        )
         x, state = self.pre_norm(x), None
         for i, layer in enumerate(self.trunk):
             x = layer(x)
@@ -214,7 +235,9 @@ class NanoPPLLaVA(nn.Module):
 
     def patch_embeddings(self, features: Tensor) -> Tensor:
         """features (B,T,P,D) → normalised (B, T*P, E), float32."""
-        return F.normalize(self.similarity_projection(self.similarity_norm(features)).float(), dim=-1).flatten(1, 2)
+        return F.normalize(
+            self.similarity_projection(self.similarity_norm(features)).float(), dim=-1
+        ).flatten(1, 2)
 
     def pool(self, features: Tensor, logits: Tensor) -> Tensor:
         """Prompt-guided pooling. features (B,T,P,D), logits (B,K,T*P) cosine × scale of K questions → visual tokens (B*K,N,D)."""
@@ -225,12 +248,23 @@ class NanoPPLLaVA(nn.Module):
         def windows(x: Tensor, lead: int) -> Tensor:
             """(lead.., T, g, g, ...) → (lead.., windows, window, ...)"""
             shape = (*x.shape[:lead], frames // kt, kt, g // kh, kh, g // kw, kw, *x.shape[lead + 3 :])
-            order = [*range(lead), lead, lead + 2, lead + 4, lead + 1, lead + 3, lead + 5, *range(lead + 6, len(shape))]
+            order = [
+                *range(lead),
+                lead,
+                lead + 2,
+                lead + 4,
+                lead + 1,
+                lead + 3,
+                lead + 5,
+                *range(lead + 6, len(shape)),
+            ]
             return x.reshape(shape).permute(order).flatten(lead + 3, lead + 5).flatten(lead, lead + 2)
 
         hidden = windows(F.gelu(self.linear_1(features)).unflatten(2, (g, g)), 1)
         weights = windows(torch.softmax(logits, -1).view(batch, count, frames, g, g), 2).transpose(1, 2)
-        weights = torch.softmax(weights / self.shape.temperature if self.guided else weights * 0, -1).to(hidden.dtype)
+        weights = torch.softmax(weights / self.shape.temperature if self.guided else weights * 0, -1).to(
+            hidden.dtype
+        )
         assert hidden.shape[2] == window
         return self.linear_2((weights @ hidden).transpose(1, 2)).flatten(0, 1)
 

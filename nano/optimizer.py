@@ -17,7 +17,13 @@ class FlatMuon:
     processes can average theirs first.
     """
 
-    def __init__(self, module: nn.Module, muon_rate: float = 0.02, decay: float = 0.02, dtype: torch.dtype = torch.bfloat16):
+    def __init__(
+        self,
+        module: nn.Module,
+        muon_rate: float = 0.02,
+        decay: float = 0.02,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
         named = list(module.named_parameters())
         n = sum(p.numel() for _, p in named)
         self.muon_rate, self.decay, self.steps = muon_rate, decay, 0
@@ -26,7 +32,9 @@ class FlatMuon:
         self.mean, self.square, self.momentum = torch.zeros(n), torch.zeros(n), torch.zeros(n)
         self.decayed = torch.zeros(n)
         self.slots: dict[str, tuple[int, torch.Size]] = {}
-        self.matrices: dict[tuple[int, int], list[int]] = {}  # shape → offsets, so that equal shapes go together
+        self.matrices: dict[
+            tuple[int, int], list[int]
+        ] = {}  # shape → offsets, so that equal shapes go together
         offset = 0
         for name, p in named:
             size = p.numel()
@@ -36,7 +44,9 @@ class FlatMuon:
             if _is_hidden_matrix(name, p):
                 parts = 3 if "qkv" in name else 2 if "gate_up" in name else 1
                 for k in range(parts):
-                    self.matrices.setdefault((p.shape[0] // parts, p.shape[1]), []).append(offset + k * size // parts)
+                    self.matrices.setdefault((p.shape[0] // parts, p.shape[1]), []).append(
+                        offset + k * size // parts
+                    )
             offset += size
         self.working.copy_(self.master)
         for name, p in named:
@@ -44,7 +54,9 @@ class FlatMuon:
             p.data = self.working[offset : offset + p.numel()].view(shape)
             p.grad = self.gradient[offset : offset + p.numel()].view(shape)
 
-    def step(self, rate: float, gradient: Tensor, clip: float = 1.0, betas: tuple[float, float] = (0.9, 0.98)) -> float:
+    def step(
+        self, rate: float, gradient: Tensor, clip: float = 1.0, betas: tuple[float, float] = (0.9, 0.98)
+    ) -> float:
         """Apply one averaged gradient (n) fp32 at AdamW's rate (Muon's scales with it). Returns the gradient's norm."""
         self.steps += 1
         before = self.master.clone()
@@ -60,20 +72,30 @@ class FlatMuon:
         muon_rate = self.muon_rate * rate / 1e-3
         for (rows, columns), offsets in self.matrices.items():
             size = rows * columns
-            directions = orthogonalise(torch.stack([update[o : o + size].view(rows, columns) for o in offsets]))
+            directions = orthogonalise(
+                torch.stack([update[o : o + size].view(rows, columns) for o in offsets])
+            )
             directions *= max(1.0, rows / columns) ** 0.5
             for o, direction in zip(offsets, directions):
-                self.master[o : o + size] = before[o : o + size] * (1 - 0.01 * muon_rate) - muon_rate * direction.flatten()
+                self.master[o : o + size] = (
+                    before[o : o + size] * (1 - 0.01 * muon_rate) - muon_rate * direction.flatten()
+                )
         self.working.copy_(self.master)
         self.gradient.zero_()
         return norm
 
     def weights(self) -> dict[str, Tensor]:
         """The fp32 master weights by parameter name."""
-        return {name: self.master[o : o + shape.numel()].view(shape).clone() for name, (o, shape) in self.slots.items()}
+        return {
+            name: self.master[o : o + shape.numel()].view(shape).clone()
+            for name, (o, shape) in self.slots.items()
+        }
 
     def state(self) -> dict:
-        return {"steps": self.steps, **{k: getattr(self, k) for k in ("master", "mean", "square", "momentum")}}
+        return {
+            "steps": self.steps,
+            **{k: getattr(self, k) for k in ("master", "mean", "square", "momentum")},
+        }
 
     def restore(self, state: dict) -> None:
         self.steps = state["steps"]

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 
-from .checkpoint import write_checkpoint
-from .data import LATE_QUESTIONS, QUESTIONS, make_batch
-from .losses import TEXT_ENDS, TEXT_IDS, answer_loss, contrastive_loss
-from .model import NanoPPLLaVA, Shape
-from .optimizer import FlatMuon
-from .world import KINDS
+from ppllava_edge.nano.checkpoint import write_checkpoint
+from ppllava_edge.nano.data import LATE_QUESTIONS, QUESTIONS, make_batch
+from ppllava_edge.nano.losses import TEXT_ENDS, TEXT_IDS, answer_loss, contrastive_loss
+from ppllava_edge.nano.model import NanoPPLLaVA, Shape
+from ppllava_edge.nano.optimizer import FlatMuon
+from ppllava_edge.nano.world import KINDS
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int = 60, decay_share: float = 0.5) -> float:
@@ -37,7 +37,9 @@ def learning_rate(step: int, total: int, peak: float, warmup: int = 60, decay_sh
     return peak * min(1.0, (step + 1) / warmup, (total - step) / (decay_share * total))
 
 
-def step_loss(model: NanoPPLLaVA, args, stage: str, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+def step_loss(
+    model: NanoPPLLaVA, args, stage: str, rng: np.random.Generator
+) -> tuple[torch.Tensor, dict[str, float]]:
     """The loss of one step's batch in one process."""
     clips = args.clips // args.processes * (8 if stage == "frames" else 1)
     questions = {"joint": QUESTIONS, "late": LATE_QUESTIONS}.get(stage, [])
@@ -101,7 +103,12 @@ def worker(rank: int, args, shared: torch.Tensor, barrier, started: float) -> No
         done = step + 1
         if done % args.report == 0 or done == total:
             seconds = spent + time.time() - started
-            line = {"step": done, "stage": stage, "seconds": round(seconds), "scale": round(float(model.logit_scale.exp()), 1)}
+            line = {
+                "step": done,
+                "stage": stage,
+                "seconds": round(seconds),
+                "scale": round(float(model.logit_scale.exp()), 1),
+            }
             line |= {name: round(float(np.mean(values)), 3) for name, values in recent.items()}
             recent = {}
             if stage in ("joint", "late") and (done % (4 * args.report) == 0 or done == total):
@@ -109,10 +116,19 @@ def worker(rank: int, args, shared: torch.Tensor, barrier, started: float) -> No
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
             eta = seconds / done * (total - done)
-            print(f"{done}/{total} {stage} {seconds:.0f}s, about {eta:.0f}s left: {json.dumps(line)}", file=sys.stderr, flush=True)
+            print(
+                f"{done}/{total} {stage} {seconds:.0f}s, about {eta:.0f}s left: {json.dumps(line)}",
+                file=sys.stderr,
+                flush=True,
+            )
         if done % args.save == 0 or done == total:
             seconds = spent + time.time() - started
-            state = {"step": done, "seconds": seconds, "optimizer": optimizer.state(), "weights": optimizer.weights()}
+            state = {
+                "step": done,
+                "seconds": seconds,
+                "optimizer": optimizer.state(),
+                "weights": optimizer.weights(),
+            }
             torch.save(state, out / "state.pt.part")
             os.replace(out / "state.pt.part", out / "state.pt")
     if rank == 0:
@@ -120,8 +136,12 @@ def worker(rank: int, args, shared: torch.Tensor, barrier, started: float) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder for the log, the resumable state and the finished checkpoint/")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", required=True, help="folder for the log, the resumable state and the finished checkpoint/"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clips", type=int, default=32, help="clips a step, over all processes")
     parser.add_argument("--processes", type=int, default=2)
@@ -129,7 +149,12 @@ def main() -> None:
     parser.add_argument("--frame-steps", type=int, default=200)
     parser.add_argument("--clip-steps", type=int, default=550)
     parser.add_argument("--joint-steps", type=int, default=450)
-    parser.add_argument("--late-steps", type=int, default=700, help="steps like the joint ones, with the mix of questions for the end")
+    parser.add_argument(
+        "--late-steps",
+        type=int,
+        default=700,
+        help="steps like the joint ones, with the mix of questions for the end",
+    )
     parser.add_argument("--report", type=int, default=25)
     parser.add_argument("--save", type=int, default=100)
     parser.add_argument("--unguided", action="store_true", help="uniform window weights, for comparison")
@@ -141,7 +166,10 @@ def main() -> None:
     shared = torch.zeros(2, args.processes, size, dtype=torch.bfloat16).share_memory_()
     context = mp.get_context("spawn")
     barrier, started = context.Barrier(args.processes), time.time()
-    workers = [context.Process(target=worker, args=(rank, args, shared, barrier, started)) for rank in range(args.processes)]
+    workers = [
+        context.Process(target=worker, args=(rank, args, shared, barrier, started))
+        for rank in range(args.processes)
+    ]
     for process in workers:
         process.start()
     for process in workers:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .world import BRIEF, COLOR_NAMES, MOTION_NAMES, NUMBER_NAMES, SHAPE_NAMES, STILL
+from ppllava_edge.nano.world import BRIEF, COLOR_NAMES, MOTION_NAMES, NUMBER_NAMES, SHAPE_NAMES, STILL
 
 PAD, UNKNOWN, BEGIN, ASK, END = "<pad>", "<unk>", "<s>", "<a>", "</s>"
 # Pretraining texts name rows and columns a third of a patch wide: where in its patch an object is tells how it moves.
@@ -15,7 +15,23 @@ POSITION_BINS = 27
 # Id 2 is not the end token: for CLIP's configuration 2 means the legacy pooling rule (see export/checkpoint.py).
 WORDS = [PAD, UNKNOWN, BEGIN, ASK, END, "?", "."]
 WORDS += COLOR_NAMES + SHAPE_NAMES + MOTION_NAMES + NUMBER_NAMES
-WORDS += ["what", "color", "is", "the", "shape", "object", "which", "direction", "does", "move", "how", "many", "objects", "are", "there"]
+WORDS += [
+    "what",
+    "color",
+    "is",
+    "the",
+    "shape",
+    "object",
+    "which",
+    "direction",
+    "does",
+    "move",
+    "how",
+    "many",
+    "objects",
+    "are",
+    "there",
+]
 WORDS += ["a", "appears", "first", "last", "where"]
 WORDS += ["describe", "video", "moves", "stays", "yes", "no", "none", "top", "bottom", "center", "<image>"]
 SPOKEN = len(WORDS)  # the words after these occur in pretraining texts only and are not exported

@@ -30,9 +30,15 @@ RADIUS = (5.5, 7.5)
 SPEED = (5.5, 8.0)  # pixels per step
 
 COLORS = {
-    "red": (230, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230), "yellow": (235, 220, 50),
-    "white": (240, 240, 240), "purple": (150, 40, 180), "orange": (240, 135, 20), "cyan": (60, 210, 225),
-}  # fmt: skip
+    "red": (230, 40, 40),
+    "green": (40, 190, 60),
+    "blue": (50, 80, 230),
+    "yellow": (235, 220, 50),
+    "white": (240, 240, 240),
+    "purple": (150, 40, 180),
+    "orange": (240, 135, 20),
+    "cyan": (60, 210, 225),
+}
 COLOR_NAMES = list(COLORS)
 COLOR_VALUES = np.array(list(COLORS.values()), np.float32)
 SHAPE_NAMES = ["circle", "square", "triangle", "cross", "ring"]
@@ -41,7 +47,17 @@ STILL, BRIEF = 4, 5
 VELOCITY = np.array([(-1, 0), (1, 0), (0, -1), (0, 1), (0, 0), (0, 0)], np.float32)
 MOTION_CHANCE = (0.18, 0.18, 0.18, 0.18, 0.28)
 NUMBER_NAMES = ["zero", "one", "two", "three", "four"]
-PLACE_NAMES = ["top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right"]
+PLACE_NAMES = [
+    "top left",
+    "top",
+    "top right",
+    "left",
+    "center",
+    "right",
+    "bottom left",
+    "bottom",
+    "bottom right",
+]
 KINDS = ["color", "shape", "direction", "count", "presence", "order", "position", "brief", "describe"]
 
 
@@ -76,7 +92,7 @@ class Scene:
         return int(found[0]) if len(found) else None
 
     def name(self, i: int) -> str:
-        """"red circle"."""
+        """ "red circle"."""
         return f"{COLOR_NAMES[self.colors[i]]} {SHAPE_NAMES[self.shapes[i]]}"
 
     def centers(self, times: np.ndarray) -> np.ndarray:
@@ -114,13 +130,23 @@ def sample_scene(rng: np.random.Generator, max_objects: int = MAX_OBJECTS) -> Sc
     radius = rng.uniform(*RADIUS, n).astype(np.float32)
     velocity = VELOCITY[motions] * rng.uniform(*SPEED, (n, 1)).astype(np.float32)
     return Scene(
-        colors, shapes, motions, radius, _place(rng, radius, velocity), velocity, appears, vanishes, staggered,
+        colors,
+        shapes,
+        motions,
+        radius,
+        _place(rng, radius, velocity),
+        velocity,
+        appears,
+        vanishes,
+        staggered,
         rng.uniform(-15, 15, (n, 1)).astype(np.float32),
         (float(rng.uniform(55, 125)), float(rng.uniform(-20, 20)), float(rng.uniform(-20, 20))),
-    )  # fmt: skip
+    )
 
 
-def _place(rng: np.random.Generator, radius: np.ndarray, velocity: np.ndarray, candidates: int = 40) -> np.ndarray:
+def _place(
+    rng: np.random.Generator, radius: np.ndarray, velocity: np.ndarray, candidates: int = 40
+) -> np.ndarray:
     """Starting centres (n,2) such that objects stay in the frame and, if one of the candidates allows it, never touch.
 
     Half of the scenes take the tightest such placement, so that several objects often share one pooling window.
@@ -141,7 +167,9 @@ def _place(rng: np.random.Generator, radius: np.ndarray, velocity: np.ndarray, c
     return starts[free[gap[free].argmin()]] if rng.random() < 0.5 else starts[free[0]]
 
 
-def draw(scene: Scene, times: np.ndarray, rng: np.random.Generator, size: int = FRAME, noise: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    scene: Scene, times: np.ndarray, rng: np.random.Generator, size: int = FRAME, noise: float = 2.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw the scene at the given times (steps).
 
     Returns frames (len(times), size, size, 3) uint8, and owner (len(times), size, size) int8: the object at each pixel, -1 for none.
@@ -164,7 +192,9 @@ def draw(scene: Scene, times: np.ndarray, rng: np.random.Generator, size: int = 
         offset = np.arange(2 * reach + 2, dtype=np.float32) + 0.5
         x = (corner[:, :1] + offset - centers[seen, i, :1]) / scale
         y = (corner[:, 1:] + offset - centers[seen, i, 1:]) / scale
-        alpha = np.clip(0.5 - shape_distance(scene.shapes[i], x[:, None, :], y[:, :, None], scene.radius[i]) * scale, 0, 1)
+        alpha = np.clip(
+            0.5 - shape_distance(scene.shapes[i], x[:, None, :], y[:, :, None], scene.radius[i]) * scale, 0, 1
+        )
         for k, t in enumerate(seen):
             (left, top), width = corner[k], len(offset)
             ys, xs = slice(max(top, 0), min(top + width, size)), slice(max(left, 0), min(left + width, size))
@@ -252,6 +282,12 @@ def describe(scene: Scene) -> str:
     sentences = []
     for i in np.argsort(scene.shapes):
         motion = scene.motions[i]
-        verb = "stays still" if motion == STILL else "appears briefly" if motion == BRIEF else f"moves {MOTION_NAMES[motion]}"
+        verb = (
+            "stays still"
+            if motion == STILL
+            else "appears briefly"
+            if motion == BRIEF
+            else f"moves {MOTION_NAMES[motion]}"
+        )
         sentences.append(f"a {scene.name(i)} {verb} .")
     return " ".join(sentences)

@@ -1,26 +1,49 @@
-"""The lean runtime: from a video and a question to an answer. Imports neither torch nor transformers nor the exporter."""
+"""The lean runtime: from a video and a question to an answer. Imports neither torch nor transformers nor the exporter.
+
+Rooms, each of which may import those after it: cli, live, session, pipeline, decoding, language, vision, media.
+batch.py and video_qa.py, which people embed, stand between cli and live.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .answer import Answer, AnswerStream, Moment
-    from .feature_cache import FeatureCache
-    from .live import Live
-    from .pipeline import Pipeline
-    from .session import Video, VideoQA
+    from ppllava_edge.runtime.language.sampling import Sampling
+    from ppllava_edge.runtime.live.view import Live
+    from ppllava_edge.runtime.pipeline.factory import Pipeline
+    from ppllava_edge.runtime.session.answer import Answer, Moment
+    from ppllava_edge.runtime.session.answer_stream import AnswerStream
+    from ppllava_edge.runtime.session.video import Video
+    from ppllava_edge.runtime.video_qa import VideoQA
+    from ppllava_edge.runtime.vision.feature_cache import FeatureCache
 
-_WHERE = {
-    "Pipeline": "pipeline", "VideoQA": "session", "Video": "session", "Answer": "answer", "AnswerStream": "answer", "Moment": "answer",
-    "FeatureCache": "feature_cache", "Live": "live",
-}  # fmt: skip
-__all__ = ["Answer", "AnswerStream", "FeatureCache", "Live", "Moment", "Pipeline", "Video", "VideoQA"]
+_WHERE = {  # loaded on first use: importing this package loads no engine
+    "Answer": "session.answer",
+    "AnswerStream": "session.answer_stream",
+    "FeatureCache": "vision.feature_cache",
+    "Live": "live.view",
+    "Moment": "session.answer",
+    "Pipeline": "pipeline.factory",
+    "Sampling": "language.sampling",
+    "Video": "session.video",
+    "VideoQA": "video_qa",
+}
+__all__ = [
+    "Answer",
+    "AnswerStream",
+    "FeatureCache",
+    "Live",
+    "Moment",
+    "Pipeline",
+    "Sampling",
+    "Video",
+    "VideoQA",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

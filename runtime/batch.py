@@ -10,19 +10,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from ..engines.errors import BusyError, MediaError, PPLLaVAError
-from .pictures import IMAGE_SUFFIXES
-from .text import clean_question
+from ppllava_edge.engines.errors import BusyError, MediaError, PPLLaVAError
+from ppllava_edge.runtime.language.text_processor import clean_question
+from ppllava_edge.runtime.media.pictures import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
-    from .session import VideoQA
+    from ppllava_edge.runtime.video_qa import VideoQA
 
 VIDEO_SUFFIXES = {
-    ".mp4", ".mkv", ".webm", ".mov", ".avi", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".m4v", ".wmv", ".flv", ".ogv", ".3gp", ".mxf", ".y4m", ".h264",
-    ".hevc", ".apng",
-}  # fmt: skip
-MOST_QUESTIONS = 10_000
-MOST_QUESTION_BYTES = 4 << 20
+    ".mp4",
+    ".mkv",
+    ".webm",
+    ".mov",
+    ".avi",
+    ".ts",
+    ".m2ts",
+    ".mts",
+    ".mpg",
+    ".mpeg",
+    ".m4v",
+    ".wmv",
+    ".flv",
+    ".ogv",
+    ".3gp",
+    ".mxf",
+    ".y4m",
+    ".h264",
+    ".hevc",
+    ".apng",
+}
+MAX_QUESTIONS = 10_000
+MAX_QUESTION_BYTES = 4 << 20
 
 
 @dataclass
@@ -40,7 +58,13 @@ def videos_below(folder: str | os.PathLike[str]) -> list[Path]:
     if not root.is_dir():
         raise MediaError(f"{folder} is not a folder")
     suffixes = VIDEO_SUFFIXES | IMAGE_SUFFIXES
-    found = [p for p in root.rglob("*") if p.suffix.lower() in suffixes and not any(part.startswith(".") for part in p.relative_to(root).parts) and p.is_file()]
+    found = [
+        p
+        for p in root.rglob("*")
+        if p.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in p.relative_to(root).parts)
+        and p.is_file()
+    ]
     if not found:
         raise MediaError(f"there are no videos below {folder} (known: {', '.join(sorted(suffixes))})")
     return sorted(found, key=lambda p: p.relative_to(root).as_posix())
@@ -52,7 +76,7 @@ def read_questions(source: str) -> list[str]:
     try:
         if not path.is_file():
             return [clean_question(source)]
-        if path.stat().st_size > MOST_QUESTION_BYTES:
+        if path.stat().st_size > MAX_QUESTION_BYTES:
             raise MediaError(f"{source} is too large for a file of questions ({path.stat().st_size} bytes)")
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
@@ -61,11 +85,13 @@ def read_questions(source: str) -> list[str]:
         if error.strerror == "File name too long":
             return [clean_question(source)]
         raise MediaError(f"{source} can't be read: {error.strerror}") from None
-    questions = list(dict.fromkeys(clean_question(line) for line in lines if line.strip() and not line.startswith("#")))
+    questions = list(
+        dict.fromkeys(clean_question(line) for line in lines if line.strip() and not line.startswith("#"))
+    )
     if not questions:
         raise MediaError(f"{source} holds no questions (one a line; lines that begin with # don't count)")
-    if len(questions) > MOST_QUESTIONS:
-        raise MediaError(f"{source} holds {len(questions)} questions; {MOST_QUESTIONS} is the most")
+    if len(questions) > MAX_QUESTIONS:
+        raise MediaError(f"{source} holds {len(questions)} questions; {MAX_QUESTIONS} is the most")
     return questions
 
 
@@ -95,13 +121,19 @@ def run_batch(
             for question, line in _answers(qa, path, missing, opening or {}, asking or {}):
                 _append(file, {"video": name, "question": question, **line})
                 failed = "error" in line
-                result.failed, result.answered, done = result.failed + failed, result.answered + (not failed), done + 1
+                result.failed, result.answered, done = (
+                    result.failed + failed,
+                    result.answered + (not failed),
+                    done + 1,
+                )
                 if progress:
                     progress(name, done, total)
     return result
 
 
-def _answers(qa: VideoQA, path: Path, questions: Sequence[str], opening: dict[str, Any], asking: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _answers(
+    qa: VideoQA, path: Path, questions: Sequence[str], opening: dict[str, Any], asking: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(question, what its line holds) for one video: errors are lines too."""
     if not questions:
         return
@@ -141,7 +173,9 @@ def _appending(path: Path) -> Iterator[tuple[IO[bytes], set[tuple[str, str]]]]:
                     value = json.loads(line)
                     pairs.add((str(value["video"]), str(value["question"])))
                 except (ValueError, KeyError, TypeError):
-                    raise PPLLaVAError(f"{path} line {number} is no answer of a batch; give another file with -o, or remove that line") from None
+                    raise PPLLaVAError(
+                        f"{path} line {number} is no answer of a batch; give another file with -o, or remove that line"
+                    ) from None
                 end += len(line)
         file.truncate(end)
         file.seek(end)
@@ -156,7 +190,9 @@ def _lock(file: IO[bytes], path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise PPLLaVAError(f"another run is writing to {path}; wait for it, or give another file with -o") from None
+        raise PPLLaVAError(
+            f"another run is writing to {path}; wait for it, or give another file with -o"
+        ) from None
 
 
 def _append(file: IO[bytes], value: dict[str, Any]) -> None:
@@ -169,4 +205,6 @@ def _append(file: IO[bytes], value: dict[str, Any]) -> None:
         os.fsync(file.fileno())
     except OSError as error:
         file.truncate(end)
-        raise PPLLaVAError(f"can't write {file.name}: {error.strerror}; run it again to go on from here") from None
+        raise PPLLaVAError(
+            f"can't write {file.name}: {error.strerror}; run it again to go on from here"
+        ) from None

@@ -3,49 +3,25 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import settings
 
-settings.register_profile("repeatable", derandomize=True)  # a check must say the same twice; at home every run tries new examples
+from helpers.commands import GOLDEN, run_command
+
+settings.register_profile(
+    "repeatable", derandomize=True
+)  # a check must say the same twice; at home every run tries new examples
 if os.environ.get("CI"):
     settings.load_profile("repeatable")
-
-GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = {
-    "ppllava-run": "ppllava_edge.runtime.cli",
-    "ppllava-export": "ppllava_edge.export.cli",
-    "ppllava-info": "ppllava_edge.engines.info",
-    "ppllava-bench": "ppllava_edge.bench.cli",
-}
-
-
-def run_command(name: str, *arguments: object, stdin: str | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run one of the installed commands as a user would."""
-    script = Path(sys.executable).with_name(name)
-    return subprocess.run([str(script), *map(str, arguments)], capture_output=True, text=True, input=stdin, cwd=cwd, timeout=300)
-
-
-def assert_one_line_error(run: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Exit status 2, one clear line on stderr that holds all words, nothing on stdout, no traceback."""
-    assert run.returncode == 2, (run.returncode, run.stderr)
-    assert "Traceback" not in run.stderr
-    lines = [line for line in run.stderr.splitlines() if line and not line.startswith(("nano is a tiny", "Usage:", "Try "))]
-    assert len(lines) == 1, run.stderr
-    assert lines[0].lower().startswith("error: ")
-    for word in words:
-        assert word in lines[0], lines[0]
-    assert not run.stdout
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random checkpoint with tokenizers, in upstream's layout."""
-    from ppllava_edge.bench.random_checkpoint import TINY, write_random_checkpoint
+    from ppllava_edge.bench.models.random_checkpoint import TINY, write_random_checkpoint
 
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
     write_random_checkpoint(folder, TINY)
@@ -65,7 +41,9 @@ def tiny_bundle(tiny_checkpoint: Path) -> Path:
 def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """vicuna_tiny_bt, exported in fp32 without tokenizers."""
     output = tmp_path_factory.mktemp("golden") / "bundle"
-    run = run_command("ppllava-export", GOLDEN / "vicuna_tiny_bt", "-o", output, "--precision", "fp32", "--no-tokenizer")
+    run = run_command(
+        "ppllava-export", GOLDEN / "vicuna_tiny_bt", "-o", output, "--precision", "fp32", "--no-tokenizer"
+    )
     assert run.returncode == 0, run.stderr
     return output
 
@@ -83,11 +61,8 @@ def moving_frames() -> np.ndarray:
 @pytest.fixture(scope="session")
 def video_file(tmp_path_factory: pytest.TempPathFactory, moving_frames: np.ndarray) -> Path:
     """Those frames as H.264 in MP4, 12 frames a second."""
-    from ppllava_edge.nano.clips import write_video
+    from ppllava_edge.runtime.media.writing import write_video
 
-    return write_video(tmp_path_factory.mktemp("video") / "moving.mp4", moving_frames, fps=12, options={"crf": "10"})
-
-
-def frame_number(image: np.ndarray) -> int:
-    """Which of moving_frames this decoded image is, by its grey level in a corner."""
-    return round((float(image[-20:, -20:].mean()) - 20) / 9)
+    return write_video(
+        tmp_path_factory.mktemp("video") / "moving.mp4", moving_frames, fps=12, options={"crf": "10"}
+    )

@@ -10,20 +10,21 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-from ppllava_edge.engines.bundle import Preprocessing
+
+from helpers.commands import GOLDEN
+from ppllava_edge.engines.bundle.manifest import Preprocessing
+from ppllava_edge.engines.bundle.prompt_template import MVBENCH_SYSTEM, TEMPLATES, PromptTemplate
+from ppllava_edge.engines.bundle.windows import Windows
 from ppllava_edge.engines.errors import PPLLaVAError
-from ppllava_edge.engines.graph import DOMAIN, Graph, Tensor
-from ppllava_edge.engines.pooling import Windows
-from ppllava_edge.engines.prompt_template import MVBENCH_SYSTEM, TEMPLATES, PromptTemplate
-from ppllava_edge.export.pooling import POOL, pool_function
-from ppllava_edge.export.question import stretch_positions
-from ppllava_edge.runtime import frames
-from ppllava_edge.runtime.anyres import best_resolution, unpad
-from ppllava_edge.runtime.preprocess import preprocess_image, preprocess_video
+from ppllava_edge.engines.graphs.graph import DOMAIN, Graph, Tensor
+from ppllava_edge.export.stages.pooling import POOL, pool_function
+from ppllava_edge.export.stages.question import stretch_positions
+from ppllava_edge.runtime.vision import frame_choice as frames
+from ppllava_edge.runtime.vision.anyres import best_resolution, unpad
+from ppllava_edge.runtime.vision.preprocess import preprocess_image, preprocess_video
 
 INDICES = json.loads((GOLDEN / "frames" / "frame_indices.json").read_text())
 PROMPTS = json.loads((GOLDEN / "text" / "prompts.json").read_text())
@@ -39,8 +40,17 @@ INFO = json.loads((GOLDEN / "preprocess" / "info.json").read_text())
 def test_sample_indices(case: dict[str, Any]) -> None:
     segments, bound = case["num_segments"], tuple(case["bound"]) if case["bound"] else None
     duration = bound[1] - bound[0] if bound else case["max_frame"] / case["fps"]
-    wanted = segments if segments > 0 else case["assigned_frame"] if segments == 0 else frames.frames_for_duration(-segments, duration)
-    assert frames.sample_indices(case["n_frames_total"], case["fps"], wanted, bound, case["first_idx"]) == case["indices"]
+    wanted = (
+        segments
+        if segments > 0
+        else case["assigned_frame"]
+        if segments == 0
+        else frames.frames_for_duration(-segments, duration)
+    )
+    assert (
+        frames.sample_indices(case["n_frames_total"], case["fps"], wanted, bound, case["first_idx"])
+        == case["indices"]
+    )
 
 
 @pytest.mark.parametrize("case", INDICES["get_seq_frames"], ids=str)
@@ -58,7 +68,10 @@ def test_indices_of_the_training_sampler(case: dict[str, Any]) -> None:
         assert frames.middle_indices(case["num_frames"], case["vlen"]) == case["indices"]
     else:
         rate = float(case["sample"].removeprefix("fps"))
-        assert frames.indices_at_rate(rate, case["vlen"], case["input_fps"], case["max_num_frames"]) == case["indices"]
+        assert (
+            frames.indices_at_rate(rate, case["vlen"], case["input_fps"], case["max_num_frames"])
+            == case["indices"]
+        )
 
 
 @given(st.integers(1, 5000), st.floats(0.5, 120), st.integers(1, 128))
@@ -77,17 +90,26 @@ def test_prompts(case: dict[str, Any]) -> None:
     if kind == "qabench_flow":
         assert template.question_prompt(case["q1"]) == case["prompt"]
     elif kind == "mvbench_flow":
-        query = (MVBENCH_SYSTEM if case["system_llm"] else "") + case["question"] + "\nOnly give the best option."
+        query = (
+            (MVBENCH_SYSTEM if case["system_llm"] else "") + case["question"] + "\nOnly give the best option."
+        )
         assert template.render([(template.query(query), "Best option:(")]) == case["prompt"]
     elif kind == "videomme_flow":
-        subtitles = f"This video's subtitles are listed below: {case['subtitles']} \n" if case["subtitles"] else ""
+        subtitles = (
+            f"This video's subtitles are listed below: {case['subtitles']} \n" if case["subtitles"] else ""
+        )
         task = (
             "Select the best answer to the following multiple-choice question based on the video and the subtitles. "
             "Respond with only the letter (A, B, C, or D) of the correct option.\n"
         )
-        assert template.render([(template.query(subtitles + task + case["question"]), "The best answer is:")]) == case["prompt"]
+        assert (
+            template.render([(template.query(subtitles + task + case["question"]), "The best answer is:")])
+            == case["prompt"]
+        )
     else:
-        turns: list[tuple[str, str | None]] = [(template.query(case["q1"], images=3 if kind == "three_image_tokens" else 1), case.get("a1"))]
+        turns: list[tuple[str, str | None]] = [
+            (template.query(case["q1"], images=3 if kind == "three_image_tokens" else 1), case.get("a1"))
+        ]
         if "q2" in case:
             turns.append((case["q2"], case.get("a2")))
         assert template.render(turns, final_separator=kind == "two_turn_training_full") == case["prompt"]
@@ -108,14 +130,20 @@ _SIGLIP = Preprocessing("pad", 84, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), _GRIDS)
 
 
 def test_clip_video_pixels() -> None:
-    np.testing.assert_allclose(preprocess_video(_FRAMES, _CLIP), _ARRAYS["clip_video_pixel_values"][:, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        preprocess_video(_FRAMES, _CLIP), _ARRAYS["clip_video_pixel_values"][:, 0], atol=1e-6
+    )
 
 
 def test_siglip_video_pixels() -> None:
     pixels = preprocess_video(_FRAMES, replace(_SIGLIP, size=384))
-    np.testing.assert_allclose(pixels[..., ::12, ::12], _ARRAYS["siglip_video_pixel_values_stride12"][:, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        pixels[..., ::12, ::12], _ARRAYS["siglip_video_pixel_values_stride12"][:, 0], atol=1e-6
+    )
     np.testing.assert_allclose(pixels[:, :, 192], _ARRAYS["siglip_video_row192"][:, 0], atol=1e-6)
-    np.testing.assert_allclose(pixels.astype(np.float64).sum((2, 3)), _ARRAYS["siglip_video_channel_sum"][:, 0], atol=0.05)
+    np.testing.assert_allclose(
+        pixels.astype(np.float64).sum((2, 3)), _ARRAYS["siglip_video_channel_sum"][:, 0], atol=0.05
+    )
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
@@ -123,7 +151,9 @@ def test_siglip_video_pixels() -> None:
 def test_any_resolution_tiles(family: str, i: int) -> None:
     tiles = preprocess_image(_FRAMES[i], _CLIP if family == "clip" else _SIGLIP)
     assert [1, *tiles.shape] == INFO[f"{family}_image_shape_{i}"]
-    np.testing.assert_allclose(tiles[..., ::4, ::4], _ARRAYS[f"{family}_image_pixel_values_{i}"][0], atol=1e-6)
+    np.testing.assert_allclose(
+        tiles[..., ::4, ::4], _ARRAYS[f"{family}_image_pixel_values_{i}"][0], atol=1e-6
+    )
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 40), st.integers(1, 40))
@@ -147,16 +177,32 @@ def test_position_stretch(family: str) -> None:
 # -- pooling ---------------------------------------------------------------------------------------------------------
 
 
-def pool(hidden: np.ndarray, weights: np.ndarray, kernel: tuple[int, ...], stride: tuple[int, ...], temperature: float) -> np.ndarray:
+def pool(
+    hidden: np.ndarray,
+    weights: np.ndarray,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    temperature: float,
+) -> np.ndarray:
     """The exported function alone, on ONNX Runtime. hidden (T,H,W,D), weights (T,H,W) → (N,D)."""
     value, names = helper.make_tensor_value_info, ["hidden", "weights", "kernel", "stride"]
-    inputs = [value(names[0], 1, ["t", "h", "w", "d"]), value(names[1], 1, ["t", "h", "w"]), value(names[2], 7, [3]), value(names[3], 7, [3])]
+    inputs = [
+        value(names[0], 1, ["t", "h", "w", "d"]),
+        value(names[1], 1, ["t", "h", "w"]),
+        value(names[2], 7, [3]),
+        value(names[3], 7, [3]),
+    ]
     node = helper.make_node(POOL, names, ["tokens"], domain=DOMAIN, temperature=float(temperature))
     graph = helper.make_graph([node], "pool", inputs, [value("tokens", TensorProto.FLOAT, ["n", "d"])])
     opsets = [helper.make_opsetid("", 24), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, opset_imports=opsets, functions=[pool_function()], ir_version=11)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    feeds = {"hidden": hidden, "weights": weights, "kernel": np.array(kernel, np.int64), "stride": np.array(stride, np.int64)}
+    feeds = {
+        "hidden": hidden,
+        "weights": weights,
+        "kernel": np.array(kernel, np.int64),
+        "stride": np.array(stride, np.int64),
+    }
     return session.run(None, feeds)[0]
 
 
@@ -172,12 +218,26 @@ def test_pooling_cases(case: dict[str, Any]) -> None:
             windows.resolve(size)
         return
     output, kernel, stride = windows.resolve(size)
-    assert [list(output), list(kernel), list(stride)] == [case["resolved_output"], case["resolved_kernel"], case["resolved_stride"]]
+    assert [list(output), list(kernel), list(stride)] == [
+        case["resolved_output"],
+        case["resolved_kernel"],
+        case["resolved_stride"],
+    ]
     i = case["case"]
     inputs = POOLING_ARRAYS[f"input_{i}"]
-    weights = POOLING_ARRAYS[f"weights_{i}"] if f"weights_{i}" in POOLING_ARRAYS else np.ones(inputs[:, 0].shape, np.float32)
+    weights = (
+        POOLING_ARRAYS[f"weights_{i}"]
+        if f"weights_{i}" in POOLING_ARRAYS
+        else np.ones(inputs[:, 0].shape, np.float32)
+    )
     for n in range(len(inputs)):
-        got = pool(np.ascontiguousarray(inputs[n].transpose(1, 2, 3, 0)), weights[n], kernel, stride, case["temperature"])
+        got = pool(
+            np.ascontiguousarray(inputs[n].transpose(1, 2, 3, 0)),
+            weights[n],
+            kernel,
+            stride,
+            case["temperature"],
+        )
         want = POOLING_ARRAYS[f"output_{i}"][n].reshape(inputs.shape[1], -1).T
         np.testing.assert_allclose(got, want, atol=2e-5)
 
@@ -214,15 +274,22 @@ def test_resolved_windows_cover_what_they_say(frames_: int, side: int, data: st.
 # -- projectors ------------------------------------------------------------------------------------------------------
 
 
-def _projector(folder: Path, model: Any, features: np.ndarray, tmp_path: Path, **feeds: np.ndarray) -> np.ndarray:
-    from ppllava_edge.export.pooling import build_pooling
+def _projector(
+    folder: Path, model: Any, features: np.ndarray, tmp_path: Path, **feeds: np.ndarray
+) -> np.ndarray:
     from safetensors.numpy import load_file
+
+    from ppllava_edge.export.stages.pooling import build_pooling
 
     tensors = load_file(folder / "model.safetensors")
     g = Graph("pooling")
-    build_pooling(g, lambda name, *shape: Tensor.of(name, tensors["multi_modal_projector." + name]), model, "float32")
+    build_pooling(
+        g, lambda name, *shape: Tensor.of(name, tensors["multi_modal_projector." + name]), model, "float32"
+    )
     g.save(tmp_path / "pooling.onnx")
-    return ort.InferenceSession(str(tmp_path / "pooling.onnx"), providers=["CPUExecutionProvider"]).run(None, {"features": features, **feeds})[0]
+    return ort.InferenceSession(str(tmp_path / "pooling.onnx"), providers=["CPUExecutionProvider"]).run(
+        None, {"features": features, **feeds}
+    )[0]
 
 
 _UNGUIDED = [
@@ -248,31 +315,57 @@ def test_unguided_projectors(mode: str, case: dict[str, Any], tmp_path: Path) ->
     model, x, feeds = read_model(config, None, overrides), arrays[f"x_{i}"], {}
     if mode == "pllava_npu":
         _, kernel, stride = model.video_windows.resolve((len(x), *model.vision.grid))
-        feeds = {"weights": np.zeros((len(x), *model.vision.grid), np.float32), "kernel": np.array(kernel), "stride": np.array(stride)}
-    np.testing.assert_allclose(_projector(folder, model, x, tmp_path, **feeds), arrays[f"out_{i}"][0], atol=2e-4)
+        feeds = {
+            "weights": np.zeros((len(x), *model.vision.grid), np.float32),
+            "kernel": np.array(kernel),
+            "stride": np.array(stride),
+        }
+    np.testing.assert_allclose(
+        _projector(folder, model, x, tmp_path, **feeds), arrays[f"out_{i}"][0], atol=2e-4
+    )
 
 
 @pytest.mark.parametrize("variant", ["vicuna_tiny", "qwen_tiny"])
 @pytest.mark.parametrize("case", range(5))
 def test_guided_projectors(variant: str, case: int, tmp_path: Path) -> None:
     """The whole projector, question tower included, on random features with other grids, kernels, output sizes and temperatures."""
-    from ppllava_edge.export.config import Overrides, read_model
-    from ppllava_edge.export.question import build_question
-    from ppllava_edge.export.similarity import build_similarity
     from safetensors.numpy import load_file
 
+    from ppllava_edge.export.config import Overrides, read_model
+    from ppllava_edge.export.stages.question import build_question
+    from ppllava_edge.export.stages.similarity import build_similarity
+
     folder = GOLDEN / variant
-    told, arrays = json.loads((folder / "projector_direct.json").read_text())[case], np.load(folder / "projector_direct.npz")
-    config = json.loads((folder / "config.json").read_text()) | {"frame_shape": told["frame_shape"], "pooling_temp": told["temperature"]}
-    config |= {"pooling_kernel": told["kernel"], "pooling_stride": told["stride"], "pllava_pooling_shape": told["output_size"]}
+    told, arrays = (
+        json.loads((folder / "projector_direct.json").read_text())[case],
+        np.load(folder / "projector_direct.npz"),
+    )
+    config = json.loads((folder / "config.json").read_text()) | {
+        "frame_shape": told["frame_shape"],
+        "pooling_temp": told["temperature"],
+    }
+    config |= {
+        "pooling_kernel": told["kernel"],
+        "pooling_stride": told["stride"],
+        "pllava_pooling_shape": told["output_size"],
+    }
     config |= {"image_pooling_kernel": None, "image_pooling_stride": None, "valuew_plus": False}
-    model = read_model(config, json.loads((folder / config["clip_weight"] / "config.json").read_text()), Overrides())
+    model = read_model(
+        config, json.loads((folder / config["clip_weight"] / "config.json").read_text()), Overrides()
+    )
     x, tensors = arrays[f"x_{case}"], load_file(folder / "model.safetensors")
     size = 32 if model.siglip else 20
     shapes = {name: a.shape for name, a in tensors.items()}
     question, similarity = Graph("question"), Graph("similarity")
     assert model.question is not None
-    build_question(question, lambda name, *shape: Tensor.of(name, tensors[name]), shapes, model.question, model.siglip, size)
+    build_question(
+        question,
+        lambda name, *shape: Tensor.of(name, tensors[name]),
+        shapes,
+        model.question,
+        model.siglip,
+        size,
+    )
     projector = lambda name, *shape: Tensor.of(name, tensors["multi_modal_projector." + name].reshape(shape))  # noqa: E731
     build_similarity(similarity, projector, model, "float32", size)
     question.save(tmp_path / "q.onnx")
@@ -284,5 +377,7 @@ def test_guided_projectors(variant: str, case: int, tmp_path: Path) -> None:
     cosine, weights = open_("s.onnx").run(None, {"features": x, "q": q})
     np.testing.assert_allclose(cosine, arrays[f"similarity_{case}"][0], atol=2e-5)
     _, kernel, stride = model.video_windows.resolve((len(x), *model.vision.grid))
-    got = _projector(folder, model, x, tmp_path, weights=weights, kernel=np.array(kernel), stride=np.array(stride))
+    got = _projector(
+        folder, model, x, tmp_path, weights=weights, kernel=np.array(kernel), stride=np.array(stride)
+    )
     np.testing.assert_allclose(got, arrays[f"out_{case}"][0], atol=1e-3)

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, run_command
-from ppllava_edge.engines.build import build_onnxruntime
-from ppllava_edge.engines.bundle import Bundle
+
+from helpers.commands import GOLDEN, run_command
+from ppllava_edge.engines.bundle.bundle import Bundle
+from ppllava_edge.engines.targets.build import build_onnxruntime
 from ppllava_edge.runtime import Pipeline
-from ppllava_edge.runtime.lookup import Lookup
+from ppllava_edge.runtime.language.prompt_lookup import PromptLookup
 
 _spec = importlib.util.spec_from_file_location("golden_check", GOLDEN / "check.py")
 assert _spec and _spec.loader
@@ -20,7 +21,11 @@ check = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(check)
 
 
-VARIANTS = pytest.mark.parametrize("variant", range(len(check.VARIANTS)), ids=["-".join(map(str, (v[0], v[1], v[3] or ""))) for v in check.VARIANTS])
+VARIANTS = pytest.mark.parametrize(
+    "variant",
+    range(len(check.VARIANTS)),
+    ids=["-".join(map(str, (v[0], v[1], v[3] or ""))) for v in check.VARIANTS],
+)
 
 
 def run_check(variant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,12 +39,16 @@ def run_check(variant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 @VARIANTS
-def test_variant_matches_the_original(variant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_variant_matches_the_original(
+    variant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_check(variant, monkeypatch, capsys)
 
 
 @VARIANTS
-def test_lowered_graphs_match_the_original(variant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lowered_graphs_match_the_original(
+    variant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Basic opset-20 operators and a cache that grows: what JetPack 6 gets."""
     opened = []
 
@@ -57,11 +66,13 @@ def test_lowered_graphs_match_the_original(variant: int, monkeypatch: pytest.Mon
 
 
 @VARIANTS
-def test_looking_ahead_changes_no_answer(variant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_looking_ahead_changes_no_answer(
+    variant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """engines/cpu with drafts that are verified several in a pass, beside the original's tokens. Every other draft is wrong somewhere."""
-    lookups: list[Lookup] = []
+    lookups: list[PromptLookup] = []
 
-    class Drafts(Lookup):
+    class Drafts(PromptLookup):
         def __init__(self, truth: list[int]):
             super().__init__()
             self.truth = truth
@@ -84,7 +95,11 @@ def test_looking_ahead_changes_no_answer(variant: int, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("ppllava_edge.runtime.Pipeline", LookingAhead)
     run_check(variant, monkeypatch, capsys)
-    assert all(0 < one.accepted < one.proposed and one.passes < len(one.truth) for one in lookups if len(one.truth) > 15)
+    assert all(
+        0 < one.accepted < one.proposed and one.passes < len(one.truth)
+        for one in lookups
+        if len(one.truth) > 15
+    )
 
 
 def test_fp16_stays_close(tmp_path: Path) -> None:
@@ -92,7 +107,9 @@ def test_fp16_stays_close(tmp_path: Path) -> None:
     import numpy as np
 
     bundle = tmp_path / "half"
-    run = run_command("ppllava-export", GOLDEN / "vicuna_tiny", "-o", bundle, "--precision", "fp16", "--no-tokenizer")
+    run = run_command(
+        "ppllava-export", GOLDEN / "vicuna_tiny", "-o", bundle, "--precision", "fp16", "--no-tokenizer"
+    )
     assert run.returncode == 0, run.stderr
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["precision"]["decoder"] == "fp16" and manifest["precision"]["similarity"] == "fp32"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import EngineError
+from ppllava_edge.engines.errors import EngineError
 
 
 def open_device(core: Any, device: Any = None) -> tuple[Any, tuple[int, int]]:
@@ -19,10 +19,14 @@ def open_device(core: Any, device: Any = None) -> tuple[Any, tuple[int, int]]:
     return device, (int(major), int(minor))
 
 
-def compile_source(core: Any, source: str, capability: tuple[int, int], names: Sequence[str], what: str, form: str = "cubin") -> Any:
+def compile_source(
+    core: Any, source: str, capability: tuple[int, int], names: Sequence[str], what: str, form: str = "cubin"
+) -> Any:
     """Kernels for one compute capability, as cuda-core's ObjectCode. form: cubin or ptx. Needs no GPU. Raises EngineError, which names `what`."""
     options = core.ProgramOptions(std="c++17", arch=f"sm_{capability[0]}{capability[1]}")
     try:
         return core.Program(source, "c++", options).compile(form, name_expressions=tuple(names))
     except Exception as error:
-        raise EngineError(f"{what} can't be compiled for {capability[0]}.{capability[1]}: {' '.join(str(error).split())[:300]}") from None
+        raise EngineError(
+            f"{what} can't be compiled for {capability[0]}.{capability[1]}: {' '.join(str(error).split())[:300]}"
+        ) from None

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from ...bundle import Preprocessing
-from ...device import Buffer, CudaDevice
-from ...errors import MediaError
-from ..compiling import compile_source, open_device
-from ..weighted_pool.kernel import HEADER, import_cuda_core
+from ppllava_edge.engines.backends.cuda_driver import Buffer, CudaDevice
+from ppllava_edge.engines.bundle.manifest import Preprocessing
+from ppllava_edge.engines.errors import MediaError
+from ppllava_edge.engines.plugins.compiling import compile_source, open_device
+from ppllava_edge.engines.plugins.weighted_pool.kernel import HEADER, import_cuda_core
 
 FOLDER = Path(__file__).parent
 KERNELS = ("resample_rows", "resample_columns", "normalise_frame_f32", "normalise_frame_f16")
@@ -66,7 +66,11 @@ def source() -> str:
     numbers = HEADER.read_text(encoding="utf-8").replace("#pragma once\n", "")
     header = (FOLDER / "prepare_frame.cuh").read_text(encoding="utf-8").replace("#pragma once\n", "")
     header = re.sub('#include "../weighted_pool/weighted_pool.cuh".*\n', lambda match: numbers, header)
-    return (FOLDER / "prepare_frame.cu").read_text(encoding="utf-8").replace('#include "prepare_frame.cuh"\n', header)
+    return (
+        (FOLDER / "prepare_frame.cu")
+        .read_text(encoding="utf-8")
+        .replace('#include "prepare_frame.cuh"\n', header)
+    )
 
 
 @cache
@@ -113,7 +117,14 @@ class FramePreparer:
                 canvas = self._fit(address, shape, strides, side)
             pixels = self.gpu.empty((1, 3, side, side), self.dtype)
             constants = [ctypes.c_float(value) for value in (*p.mean, *p.std)]
-            self._launch(f"normalise_frame_f{8 * self.dtype.itemsize}", 3 * side * side, _pointer(canvas), ctypes.c_int32(side), *constants, _pointer(pixels))
+            self._launch(
+                f"normalise_frame_f{8 * self.dtype.itemsize}",
+                3 * side * side,
+                _pointer(canvas),
+                ctypes.c_int32(side),
+                *constants,
+                _pointer(pixels),
+            )
         return pixels, canvas
 
     def _fit(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], side: int) -> Buffer:
@@ -133,15 +144,45 @@ class FramePreparer:
         return stretched
 
     def _resize(
-        self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], canvas: Buffer, size: tuple[int, int], top: int, left: int
+        self,
+        address: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        canvas: Buffer,
+        size: tuple[int, int],
+        top: int,
+        left: int,
     ) -> None:
         """A picture at an address, resized to (height, width) into a place of the canvas."""
-        (bounds, weights, taps), (bounds_down, weights_down, taps_down) = self._weights_for(shape[1], size[1]), self._weights_for(shape[0], size[0])
+        (bounds, weights, taps), (bounds_down, weights_down, taps_down) = (
+            self._weights_for(shape[1], size[1]),
+            self._weights_for(shape[0], size[0]),
+        )
         rows = self.gpu.empty((shape[0], size[1], 3), np.uint8)
-        self._launch("resample_rows", shape[0] * size[1] * 3, ctypes.c_void_p(address), *map(ctypes.c_int64, strides), ctypes.c_int32(shape[0]),
-                     ctypes.c_int32(size[1]), _pointer(bounds), _pointer(weights), ctypes.c_int32(taps), _pointer(rows))  # fmt: skip
-        self._launch("resample_columns", size[0] * size[1] * 3, _pointer(rows), ctypes.c_int32(size[0]), ctypes.c_int32(size[1]), _pointer(bounds_down),
-                     _pointer(weights_down), ctypes.c_int32(taps_down), _pointer(canvas), *map(ctypes.c_int32, (canvas.shape[1], left, top)))  # fmt: skip
+        self._launch(
+            "resample_rows",
+            shape[0] * size[1] * 3,
+            ctypes.c_void_p(address),
+            *map(ctypes.c_int64, strides),
+            ctypes.c_int32(shape[0]),
+            ctypes.c_int32(size[1]),
+            _pointer(bounds),
+            _pointer(weights),
+            ctypes.c_int32(taps),
+            _pointer(rows),
+        )
+        self._launch(
+            "resample_columns",
+            size[0] * size[1] * 3,
+            _pointer(rows),
+            ctypes.c_int32(size[0]),
+            ctypes.c_int32(size[1]),
+            _pointer(bounds_down),
+            _pointer(weights_down),
+            ctypes.c_int32(taps_down),
+            _pointer(canvas),
+            *map(ctypes.c_int32, (canvas.shape[1], left, top)),
+        )
 
     def _weights_for(self, size: int, wanted: int) -> tuple[Buffer, Buffer, int]:
         if (size, wanted) not in self._weights:
@@ -151,17 +192,28 @@ class FramePreparer:
 
     def _launch(self, name: str, elements: int, *arguments: Any) -> None:
         config = self.core.LaunchConfig(grid=(-(-elements // THREADS), 1, 1), block=THREADS)
-        self.core.launch(self.core.Stream.from_handle(self.gpu.stream), config, self._kernels[name], *arguments)
+        self.core.launch(
+            self.core.Stream.from_handle(self.gpu.stream), config, self._kernels[name], *arguments
+        )
 
     def _view(self, frame: Any) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """Address, shape and strides in bytes. The producer's work is waited for on our stream."""
         try:
             view = self.core.utils.StridedMemoryView.from_any_interface(frame, stream_ptr=self.gpu.stream)
         except Exception as error:
-            raise MediaError(f"the frame can't be taken from the GPU ({' '.join(str(error).split())[:160]})") from None
+            raise MediaError(
+                f"the frame can't be taken from the GPU ({' '.join(str(error).split())[:160]})"
+            ) from None
         shape = tuple(int(n) for n in view.shape)
-        if len(shape) != 3 or shape[2] not in (3, 4) or str(view.dtype) != "uint8" or not view.is_device_accessible:
-            raise MediaError(f"a frame on the GPU must be RGB uint8 (height, width, 3), not {view.dtype} {shape}")
+        if (
+            len(shape) != 3
+            or shape[2] not in (3, 4)
+            or str(view.dtype) != "uint8"
+            or not view.is_device_accessible
+        ):
+            raise MediaError(
+                f"a frame on the GPU must be RGB uint8 (height, width, 3), not {view.dtype} {shape}"
+            )
         strides = view.strides if view.strides is not None else (shape[1] * shape[2], shape[2], 1)
         return int(view.ptr), shape, tuple(int(s) for s in strides)
 

@@ -12,16 +12,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import EngineError
-from .kernel import THREADS, compile_kernels, float_bits, kernel_name, lanes_of
-from .tensorrt_plugin import NAME, NAMESPACE, registered, type_name
+from ppllava_edge.engines.errors import EngineError
+from ppllava_edge.engines.plugins.weighted_pool.kernel import (
+    THREADS,
+    compile_kernels,
+    float_bits,
+    kernel_name,
+    lanes_of,
+)
+from ppllava_edge.engines.plugins.weighted_pool.tensorrt_plugin import NAME, NAMESPACE, registered, type_name
 
 PLUGIN = f"{NAMESPACE}::{NAME}"
 
 
 def is_available(trt: Any, plugin: Any) -> bool:
     """Whether this library can embed kernels. plugin: its module `plugin`, None if it has none."""
-    return plugin is not None and hasattr(plugin, "aot_impl") and hasattr(trt.NetworkDefinitionCreationFlag, "PREFER_AOT_PYTHON_PLUGINS")
+    return (
+        plugin is not None
+        and hasattr(plugin, "aot_impl")
+        and hasattr(trt.NetworkDefinitionCreationFlag, "PREFER_AOT_PYTHON_PLUGINS")
+    )
 
 
 def register_aot(trt: Any, plugin: Any, capability: tuple[int, int]) -> None:
@@ -30,7 +40,9 @@ def register_aot(trt: Any, plugin: Any, capability: tuple[int, int]) -> None:
     if key in registered:
         return
     if trt.__name__ in registered:
-        raise EngineError("the pooling plugin is registered in Python already in this process; build engines that carry it in another one")
+        raise EngineError(
+            "the pooling plugin is registered in Python already in this process; build engines that carry it in another one"
+        )
     describe, implement = _functions(trt, plugin, capability)
     plugin.register(PLUGIN)(describe)
     plugin.aot_impl(PLUGIN)(implement)
@@ -49,13 +61,31 @@ def _functions(trt: Any, trtp: Any, capability: tuple[int, int]) -> tuple[Any, A
         result.shape_expr = trtp.ShapeExprs.from_tuple((t * h * w, hidden.shape_expr[3]))
         return result
 
-    def implement(hidden: Any, weights: Any, kernel: Any, stride: Any, temperature: Any, gelu: Any, outputs: Any, tactic: Any) -> tuple:
+    def implement(
+        hidden: Any,
+        weights: Any,
+        kernel: Any,
+        stride: Any,
+        temperature: Any,
+        gelu: Any,
+        outputs: Any,
+        tactic: Any,
+    ) -> tuple:
         dtype = type_name(trt, hidden.dtype)
         channels = hidden.shape_expr[3].constant_value()
         lanes = lanes_of(dtype, channels)  # engines align their tensors
         launch = trtp.KernelLaunchParams()
-        launch.grid_x, launch.grid_y, launch.block_x = math.prod(counts(weights, kernel, stride), start=1), -(-channels // (THREADS * lanes)), THREADS
-        fixed = [channels, *(int(v) for v in kernel), *(int(v) for v in stride), float_bits(float(temperature))]
+        launch.grid_x, launch.grid_y, launch.block_x = (
+            math.prod(counts(weights, kernel, stride), start=1),
+            -(-channels // (THREADS * lanes)),
+            THREADS,
+        )
+        fixed = [
+            channels,
+            *(int(v) for v in kernel),
+            *(int(v) for v in stride),
+            float_bits(float(temperature)),
+        ]
         extra = trtp.SymIntExprs(3 + len(fixed))
         for i in range(3):
             extra[i] = trtp.SymInt32(weights.shape_expr[i])
@@ -65,8 +95,15 @@ def _functions(trt: Any, trtp: Any, capability: tuple[int, int]) -> tuple[Any, A
 
     triple = npt.NDArray[np.int32]
     describe.__annotations__ = {
-        "hidden": trtp.TensorDesc, "weights": trtp.TensorDesc, "kernel": triple, "stride": triple, "temperature": float, "gelu": int,
+        "hidden": trtp.TensorDesc,
+        "weights": trtp.TensorDesc,
+        "kernel": triple,
+        "stride": triple,
+        "temperature": float,
+        "gelu": int,
         "return": trtp.TensorDesc,
-    }  # fmt: skip
-    implement.__annotations__ = {"return": tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]}
+    }
+    implement.__annotations__ = {
+        "return": tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
+    }
     return describe, implement

@@ -13,9 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ...errors import EngineError
-from ...pooling import Triple
-from ..compiling import compile_source, open_device
+from ppllava_edge.engines.bundle.windows import Triple
+from ppllava_edge.engines.errors import EngineError
+from ppllava_edge.engines.plugins.compiling import compile_source, open_device
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "weighted_pool.cu"
@@ -23,7 +23,7 @@ HEADER = FOLDER / "weighted_pool.cuh"
 THREADS = 128  # kThreads
 SUFFIX = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
-LEAST_CAPABILITY = (7, 5)
+MIN_CAPABILITY = (7, 5)
 
 
 def lanes_of(dtype: str, channels: int, aligned: bool = True) -> int:
@@ -58,8 +58,14 @@ class Call:
     def __post_init__(self) -> None:
         if self.dtype not in SUFFIX:
             raise EngineError(f"weighted pooling takes {', '.join(SUFFIX)}, not {self.dtype}")
-        if self.channels < 1 or min(*self.kernel, *self.stride) < 1 or any(k > s for k, s in zip(self.kernel, self.size)):
-            raise EngineError(f"weighted pooling: windows of {self.kernel} with stride {self.stride} don't fit {self.size}, {self.channels} channels")
+        if (
+            self.channels < 1
+            or min(*self.kernel, *self.stride) < 1
+            or any(k > s for k, s in zip(self.kernel, self.size))
+        ):
+            raise EngineError(
+                f"weighted pooling: windows of {self.kernel} with stride {self.stride} don't fit {self.size}, {self.channels} channels"
+            )
         if not self.temperature > 0:
             raise EngineError(f"weighted pooling: the temperature must be above 0, not {self.temperature}")
         if max(self.windows, self.size[0] * self.size[1] * self.size[2]) >= 1 << 31:
@@ -111,9 +117,16 @@ def source() -> str:
 def compile_kernels(capability: tuple[int, int], form: str = "cubin") -> Any:
     """All variants for one compute capability, as cuda-core's ObjectCode. form: cubin or ptx. Needs no GPU. Raises EngineError."""
     core = import_cuda_core()
-    if capability < LEAST_CAPABILITY:
-        raise EngineError(f"compute capability {capability[0]}.{capability[1]} is too old: the pooling kernel needs 7.5 or later")
-    names = tuple(f"weighted_pool_{suffix}{gelu}{single}" for suffix in SUFFIX.values() for gelu in ("", "_gelu") for single in ("", "_single"))
+    if capability < MIN_CAPABILITY:
+        raise EngineError(
+            f"compute capability {capability[0]}.{capability[1]} is too old: the pooling kernel needs 7.5 or later"
+        )
+    names = tuple(
+        f"weighted_pool_{suffix}{gelu}{single}"
+        for suffix in SUFFIX.values()
+        for gelu in ("", "_gelu")
+        for single in ("", "_single")
+    )
     return compile_source(core, source(), capability, names, "the pooling kernel", form)
 
 
@@ -136,11 +149,24 @@ class Launcher:
         if isinstance(stream, int):
             stream = self.core.Stream.from_handle(stream)
         config = self.core.LaunchConfig(grid=call.grid, block=THREADS)
-        arguments = [ctypes.c_void_p(hidden), ctypes.c_void_p(weights), *map(ctypes.c_int32, call.integers), ctypes.c_void_p(out)]
+        arguments = [
+            ctypes.c_void_p(hidden),
+            ctypes.c_void_p(weights),
+            *map(ctypes.c_int32, call.integers),
+            ctypes.c_void_p(out),
+        ]
         self.core.launch(stream, config, self._kernels[call.name], *arguments)
 
     def pool(
-        self, hidden: Any, weights: Any, out: Any, kernel: Triple, stride: Triple, temperature: float = 0.01, gelu: bool = False, stream: Any = None
+        self,
+        hidden: Any,
+        weights: Any,
+        out: Any,
+        kernel: Triple,
+        stride: Triple,
+        temperature: float = 0.01,
+        gelu: bool = False,
+        stream: Any = None,
     ) -> Any:
         """Pool device arrays: hidden (T,H,W,C), weights (T,H,W) float32, into out (N,C) of hidden's type; returns out. Asynchronous.
 
@@ -148,14 +174,27 @@ class Launcher:
         `__cuda_stream__`, or None for the device's default. Raises EngineError if shapes or types don't fit.
         """
         stream = self.device.default_stream if stream is None else stream
-        views = [_view(self.core, array, name, stream) for array, name in ((hidden, "hidden"), (weights, "weights"), (out, "out"))]
-        (address, shape, dtype), (weights_address, weights_shape, weights_dtype), (out_address, out_shape, out_dtype) = views
+        views = [
+            _view(self.core, array, name, stream)
+            for array, name in ((hidden, "hidden"), (weights, "weights"), (out, "out"))
+        ]
+        (
+            (address, shape, dtype),
+            (weights_address, weights_shape, weights_dtype),
+            (out_address, out_shape, out_dtype),
+        ) = views
         if len(shape) != 4 or weights_shape != shape[:3] or weights_dtype != "float32":
-            raise EngineError(f"weighted pooling takes hidden (T,H,W,C) and weights (T,H,W) float32, not {shape} and {weights_shape} {weights_dtype}")
+            raise EngineError(
+                f"weighted pooling takes hidden (T,H,W,C) and weights (T,H,W) float32, not {shape} and {weights_shape} {weights_dtype}"
+            )
         aligned = (address | out_address) % 16 == 0
-        call = Call((shape[0], shape[1], shape[2]), shape[3], kernel, stride, temperature, dtype, gelu, aligned)
+        call = Call(
+            (shape[0], shape[1], shape[2]), shape[3], kernel, stride, temperature, dtype, gelu, aligned
+        )
         if out_shape != (call.windows, shape[3]) or out_dtype != dtype:
-            raise EngineError(f"weighted pooling gives {(call.windows, shape[3])} {dtype}; out is {out_shape} {out_dtype}")
+            raise EngineError(
+                f"weighted pooling gives {(call.windows, shape[3])} {dtype}; out is {out_shape} {out_dtype}"
+            )
         self.launch(call, address, weights_address, out_address, stream)
         return out
 
@@ -163,9 +202,13 @@ class Launcher:
 def _view(core: Any, array: Any, name: str, stream: Any) -> tuple[int, tuple[int, ...], str]:
     """(address, shape, dtype) of a device array."""
     try:
-        view = core.utils.StridedMemoryView.from_any_interface(array, stream_ptr=int(getattr(stream, "handle", -1)))
+        view = core.utils.StridedMemoryView.from_any_interface(
+            array, stream_ptr=int(getattr(stream, "handle", -1))
+        )
     except Exception as error:
-        raise EngineError(f"weighted pooling: {name} is no device array ({' '.join(str(error).split())[:160]})") from None
+        raise EngineError(
+            f"weighted pooling: {name} is no device array ({' '.join(str(error).split())[:160]})"
+        ) from None
     if not view.is_device_accessible:
         raise EngineError(f"weighted pooling: {name} lies in host memory; it must be on the GPU")
     shape, strides = tuple(view.shape), view.strides

@@ -11,11 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import EngineError
-from .kernel import Call, Launcher
+from ppllava_edge.engines.errors import EngineError
+from ppllava_edge.engines.libraries import import_library
+from ppllava_edge.engines.plugins.weighted_pool.kernel import Call, Launcher
 
 NAME, VERSION, NAMESPACE = "PromptGuidedPool3d", "1", "ppllava_edge"
 registered: dict[str, Any] = {}  # library name → its creator, which must live as long as the registry
+
+
+def import_with_plugin(library: str) -> Any:
+    """Import tensorrt or tensorrt_rtx and register the pooling plugin with it, for engines that need it where they run."""
+    trt = import_library(library)
+    register(trt)
+    return trt
 
 
 def register(trt: Any) -> None:
@@ -24,7 +32,9 @@ def register(trt: Any) -> None:
         return
     creator = _classes(trt)()
     if not trt.get_plugin_registry().register_creator(creator, NAMESPACE):
-        raise EngineError(f"{trt.__name__} {trt.__version__} refuses the pooling plugin; another one has its name")
+        raise EngineError(
+            f"{trt.__name__} {trt.__version__} refuses the pooling plugin; another one has its name"
+        )
     registered[trt.__name__] = creator
 
 
@@ -56,7 +66,9 @@ def _classes(trt: Any) -> Any:
     class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
         """One node: kernel, stride, temperature and whether the GELU is applied are fixed."""
 
-        def __init__(self, kernel: tuple[int, int, int], stride: tuple[int, int, int], temperature: float, gelu: bool):
+        def __init__(
+            self, kernel: tuple[int, int, int], stride: tuple[int, int, int], temperature: float, gelu: bool
+        ):
             for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
                 base.__init__(self)
             self.plugin_name, self.plugin_version, self.plugin_namespace = NAME, VERSION, NAMESPACE
@@ -101,11 +113,28 @@ def _classes(trt: Any) -> Any:
         def attach_to_context(self, context: Any) -> Any:
             return self.clone()
 
-        def enqueue(self, inputs: Any, outputs: Any, input_addresses: Any, output_addresses: Any, workspace: Any, stream: int) -> None:
+        def enqueue(
+            self,
+            inputs: Any,
+            outputs: Any,
+            input_addresses: Any,
+            output_addresses: Any,
+            workspace: Any,
+            stream: int,
+        ) -> None:
             t, h, w, channels = inputs[0].dims
             addresses = int(input_addresses[0]), int(input_addresses[1]), int(output_addresses[0])
             aligned = (addresses[0] | addresses[2]) % 16 == 0
-            call = Call((t, h, w), channels, self.windows, self.steps, self.temperature, type_name(trt, inputs[0].type), self.gelu, aligned)
+            call = Call(
+                (t, h, w),
+                channels,
+                self.windows,
+                self.steps,
+                self.temperature,
+                type_name(trt, inputs[0].type),
+                self.gelu,
+                aligned,
+            )
             _launcher().launch(call, *addresses, stream)
 
     class Creator(trt.IPluginCreatorV3One):
@@ -120,8 +149,15 @@ def _classes(trt: Any) -> Any:
             given = {field.name: np.asarray(field.data).ravel() for field in fields}
             kernel, stride = (tuple(int(v) for v in given[part]) for part in ("kernel", "stride"))
             if len(kernel) != 3 or len(stride) != 3 or min(*kernel, *stride) < 1:
-                raise EngineError(f"{NAME}: kernel and stride must be three whole numbers each, not {kernel} and {stride}")
+                raise EngineError(
+                    f"{NAME}: kernel and stride must be three whole numbers each, not {kernel} and {stride}"
+                )
             gelu = bool(given["gelu"][0]) if "gelu" in given else False
-            return Plugin((kernel[0], kernel[1], kernel[2]), (stride[0], stride[1], stride[2]), float(given["temperature"][0]), gelu)
+            return Plugin(
+                (kernel[0], kernel[1], kernel[2]),
+                (stride[0], stride[1], stride[2]),
+                float(given["temperature"][0]),
+                gelu,
+            )
 
     return Creator

@@ -1,0 +1,74 @@
+"""The bundle: the one contract between export and runtime. docs/bundle.md describes every field.
+
+A bundle is checked when it is opened: names, sizes, schema and shapes always; hashes always below 256 MB in all, else on the first open
+and on request, then remembered by a stamp (size, time, inode) in the user's cache.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ppllava_edge.engines.bundle.integrity import damaged_file
+from ppllava_edge.engines.bundle.manifest import MANIFEST, Manifest
+from ppllava_edge.engines.bundle.manifest_parser import read_manifest
+from ppllava_edge.engines.bundle.packed import find_bundle
+from ppllava_edge.engines.errors import BundleError
+
+
+class Bundle:
+    """An opened, checked bundle directory."""
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self.path, self.manifest = path, manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], verify: bool = False) -> Bundle:
+        """Read the manifest and check every file. verify: check hashes of a large bundle again even if a stamp remembers them.
+
+        Raises BundleError in one line.
+        """
+        folder = find_bundle(path)
+        if not folder.exists():
+            raise BundleError(f"no bundle at {path}: no such directory")
+        if not folder.is_dir():
+            raise BundleError(f"{path} is a file; a bundle is a directory, as ppllava-export writes it")
+        bundle = cls(folder, read_manifest(folder / MANIFEST))
+        bundle._check_sizes()
+        bundle._check_hashes(verify)
+        return bundle
+
+    def file(self, name: str) -> Path:
+        """Path of one of the manifest's files. Raises BundleError for any other name."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path} has no {name}; it was exported without it")
+        return self.path / name
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry.bytes for entry in self.manifest.files.values())
+
+    def _check_sizes(self) -> None:
+        for name, entry in self.manifest.files.items():
+            path = self.path / name
+            if path.is_symlink():
+                target = path.resolve()
+                if self.path.resolve() not in target.parents:
+                    raise BundleError(f"{path} is a link that leaves the bundle; copy the file into it")
+            try:
+                size = path.stat().st_size if path.is_file() else -1
+            except OSError as error:
+                raise BundleError(f"{path} can't be read: {error.strerror}") from None
+            if size < 0:
+                raise BundleError(f"{self.path} is incomplete: {name} is missing; export it again")
+            if size != entry.bytes:
+                raise BundleError(
+                    f"{path} has {size} bytes, the manifest says {entry.bytes}; it is damaged, export it again"
+                )
+
+    def _check_hashes(self, verify: bool) -> None:
+        damaged = damaged_file(self.path, self.manifest.files, verify)
+        if damaged:
+            raise BundleError(
+                f"{self.path / damaged} doesn't match its hash in the manifest; it is damaged, export it again"
+            )

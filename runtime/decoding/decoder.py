@@ -1,0 +1,133 @@
+"""What every decoder can do: hand out sequences, prefill, generate."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable
+from typing import Any
+
+import numpy as np
+
+from ppllava_edge.engines.bundle.engine_manifest import LAST_POSITIONS
+from ppllava_edge.engines.bundle.manifest import DecoderInfo
+from ppllava_edge.engines.errors import EngineError
+from ppllava_edge.runtime.decoding.generate import generate_ids
+from ppllava_edge.runtime.decoding.sequence import Sequence
+from ppllava_edge.runtime.language.prompt_lookup import (
+    LOOKUP_SKIPPED,
+    MAX_DISAGREEMENT,
+    PromptLookup,
+    disagreement,
+)
+from ppllava_edge.runtime.language.sampling import Sampling
+
+
+class Decoder(ABC):
+    """A decoder engine. Several sequences may be under way at once, each with a KV cache of its own.
+
+    Attributes:
+        info: Sizes of the decoder.
+    """
+
+    def __init__(self, info: DecoderInfo):
+        self.info = info
+        # Re-entrant: an abandoned answer may be collected, and give its cache back, anywhere.
+        self._lock = threading.RLock()
+        self._disagreement: float | None = None
+
+    @abstractmethod
+    def start(self, length: int, new_tokens: int) -> Sequence:
+        """A sequence with room for a prompt of `length` tokens and `new_tokens` more.
+
+        Raises:
+            PromptError: If the prompt alone is too long for the model's context; says by how much.
+        """
+
+    def finish(self, sequence: Any) -> None:
+        """Give a sequence back; its buffers may serve the next one."""
+
+    @property
+    @abstractmethod
+    def verifies(self) -> bool:
+        """Whether a pass gives the logits of several positions, so that drafts can be verified."""
+
+    def disagreement(self) -> float:
+        """How far a pass over 8 positions lies from 8 single steps, in standard deviations of the logits.
+
+        Measured once, on the first call.
+        """
+        if self._disagreement is None:
+            tokens = [i % self.info.vocab for i in range(3, 3 + 2 * LAST_POSITIONS)]
+            first, following = tokens[:LAST_POSITIONS], tokens[LAST_POSITIONS:]
+            sequence = self.start(len(tokens), 1)
+            sequence.verify(first)
+            single = []
+            for token in following:
+                sequence.verify([token])
+                single.append(sequence.logits()[-1])
+            sequence.forget(LAST_POSITIONS)
+            sequence.verify(following)
+            self._disagreement = disagreement(single, sequence.logits())
+            self.finish(sequence)
+        return self._disagreement
+
+    def prefill(self, prompt: Any) -> np.ndarray:
+        """A prompt, as Pipeline.prompt makes it → logits (V,) float32 of its last position."""
+        sequence = self.start(len(prompt), 1)
+        try:
+            sequence.feed(prompt)
+            logits: np.ndarray = sequence.logits()[-1]
+            return logits
+        finally:
+            self.finish(sequence)
+
+    def check_lookup(self, sampling: Sampling) -> None:
+        """Raise if drafts can't be verified here: EngineError for the engine, PromptError for the sampling."""
+        if not self.verifies:
+            raise EngineError(
+                "looking ahead needs an engine that verifies several tokens at once; "
+                "lowered graphs don't: ppllava-build BUNDLE --target cpu"
+            )
+
+    def generate(
+        self,
+        prompt: Any,
+        max_new_tokens: int,
+        stop_ids: Iterable[int] = (),
+        sampling: Sampling | None = None,
+        lookup: PromptLookup | None = None,
+        sequence: Any = None,
+    ) -> Generator[int, None, None]:
+        """Generate token ids after a prompt.
+
+        Args:
+            prompt: As Pipeline.prompt makes it.
+            max_new_tokens: The most ids to yield.
+            stop_ids: Ids that end the answer; the one that does is yielded too.
+            sampling: Greedy by default.
+            lookup: Draft tokens and verify several in a pass. Left out, with a note in it, where a pass over
+                several positions computes something else than single steps.
+            sequence: To go on with, the caller's (of `start`). None: one for this answer alone.
+
+        Yields:
+            Token ids, until a stop id, max_new_tokens, or the end of the context or of the engine's cache.
+
+        Raises:
+            PromptError: For a prompt that is too long.
+            EngineError: If the engine fails, or can't verify drafts.
+        """
+        if max_new_tokens < 1:
+            return
+        sampling = sampling or Sampling()
+        if lookup is not None:
+            self.check_lookup(sampling)
+            if self.disagreement() > MAX_DISAGREEMENT:
+                lookup.note, lookup = LOOKUP_SKIPPED, None
+        own = sequence is None
+        sequence = self.start(len(prompt), max_new_tokens) if own else sequence
+        try:
+            yield from generate_ids(sequence, prompt, max_new_tokens, sampling.sampler(), stop_ids, lookup)
+        finally:
+            if own:
+                self.finish(sequence)

@@ -1,0 +1,62 @@
+"""What every KV cache can do: one prompt and what follows it, fed pass by pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from ppllava_edge.engines.errors import EngineError
+from ppllava_edge.runtime.language.sampling import Sampler
+
+
+class Sequence(ABC):
+    """A KV cache and the decoder passes that fill it.
+
+    A pass reads one or more positions after those that the cache holds. Greedy answers and drafts need no
+    more than these four: feed, verify, chosen, forget (runtime/decoding/generate.py).
+
+    Attributes:
+        length: Positions that the cache holds. Invariant: 0 <= length <= capacity.
+        capacity: Positions that it could hold.
+        can_forget: Whether `forget` works.
+    """
+
+    length: int
+    capacity: int
+    can_forget = True
+
+    @abstractmethod
+    def feed(self, prompt: Any) -> None:
+        """Prefill: read a prompt, as Pipeline.prompt makes it, in one pass.
+
+        Raises:
+            EngineError: If it doesn't fit the cache, or the engine fails.
+        """
+
+    @abstractmethod
+    def verify(self, tokens: list[int]) -> None:
+        """Read token ids in one pass: the last one chosen, then the draft's (none: an ordinary decode step)."""
+
+    @abstractmethod
+    def logits(self) -> np.ndarray:
+        """Logits (n, V) float32 of the last pass: of its last position, or of its last min(count, 8)."""
+
+    def chosen(self, sampler: Sampler, ids: list[int]) -> Iterable[int]:
+        """The token that follows each position of the last pass whose logits are there.
+
+        Args:
+            sampler: Chooses from logits (V,) and the ids so far.
+            ids: The answer so far; it may grow while the result is consumed.
+        """
+        return (sampler(row, ids) for row in self.logits())
+
+    def forget(self, count: int) -> None:
+        """Take the last `count` positions back: they will be written again.
+
+        Raises:
+            EngineError: If the cache holds fewer, or can't (can_forget).
+        """
+        raise EngineError("this engine's cache can't take positions back")

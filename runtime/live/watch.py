@@ -1,0 +1,88 @@
+"""A question that is asked again and again, in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from ppllava_edge.engines.errors import PPLLaVAError
+from ppllava_edge.runtime.session.answer import Answer
+from ppllava_edge.runtime.session.answer_stream import AnswerStream
+
+log = logging.getLogger(__name__)
+
+MIN_EVERY = 0.01  # seconds between the questions of a watch
+
+
+class Watch:
+    """A question that is asked every so many seconds until it is stopped.
+
+    Args:
+        ask: Starts an answer from what a live view remembers now.
+        every: Seconds between questions. One that takes longer delays the next; none pile up.
+        on_answer: Called with each answer, in the watch's thread.
+        changes_only: Call on_answer only when the text differs from the last.
+        on_error: Called with what went wrong (nothing seen yet, engine busy); the watch goes on.
+
+    Attributes:
+        answers, errors: How many there were.
+    """
+
+    def __init__(
+        self,
+        ask: Callable[[], AnswerStream],
+        every: float,
+        on_answer: Callable[[Answer], None] | None,
+        changes_only: bool,
+        on_error: Callable[[PPLLaVAError], None] | None,
+    ):
+        self.every, self.answers, self.errors = every, 0, 0
+        self._ask, self._changes_only = ask, changes_only
+        self._on_answer, self._on_error = on_answer, on_error
+        self._stopped = threading.Event()
+        self._stream: AnswerStream | None = None
+        self._last_text: str | None = None
+        self._thread = threading.Thread(target=self._run, name="ppllava-watch", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether it still asks."""
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Ask no more; an answer under way ends within one token."""
+        self._stopped.set()
+        if self._stream is not None:
+            self._stream.close()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            began = time.monotonic()
+            try:
+                self._ask_once()
+            except PPLLaVAError as error:
+                self.errors += 1
+                if self._on_error is not None:
+                    self._on_error(error)
+                log.debug("watch: %s", error)
+            except Exception:
+                log.exception("a watch's callback failed")
+            self._stopped.wait(max(self.every - (time.monotonic() - began), 0))
+
+    def _ask_once(self) -> None:
+        self._stream = self._ask()
+        for _ in self._stream:
+            if self._stopped.is_set():
+                self._stream.close()
+        if self._stopped.is_set():
+            return
+        answer = self._stream.answer
+        self.answers += 1
+        if self._on_answer is not None and not (self._changes_only and answer.text == self._last_text):
+            self._on_answer(answer)
+        self._last_text = answer.text

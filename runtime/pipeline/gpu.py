@@ -1,0 +1,272 @@
+"""The pipeline resident on a GPU: from vision to the decoder everything stays in device memory; only ids come back.
+
+Engines: ONNX Runtime's CUDA provider, TensorRT, TensorRT-RTX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppllava_edge.engines.backends.cuda_driver import Buffer, CudaDevice
+from ppllava_edge.engines.backends.device_stages import OrtDeviceStage, TensorRTStage
+from ppllava_edge.engines.bundle.bundle import Bundle
+from ppllava_edge.engines.bundle.engine_manifest import PLUGIN_STAGE, Engine
+from ppllava_edge.engines.errors import EngineError
+from ppllava_edge.engines.plugins.prepare_frame.kernel import FramePreparer, is_device_frame
+from ppllava_edge.engines.plugins.weighted_pool.kernel import Call, Launcher
+from ppllava_edge.engines.plugins.weighted_pool.tensorrt_plugin import import_with_plugin
+from ppllava_edge.runtime.decoding.decoder import Decoder
+from ppllava_edge.runtime.decoding.gpu_cache import GpuPrompt
+from ppllava_edge.runtime.decoding.gpu_decoder import GpuDecoder, GrowingGpuDecoder
+from ppllava_edge.runtime.pipeline.base import BasePipeline
+
+DeviceStage = OrtDeviceStage | TensorRTStage
+FRAMES_PER_CALL = 8  # what TensorRT's profile allows at most
+
+
+class GpuPipeline(BasePipeline):
+    """A bundle on a GPU.
+
+    Args:
+        bundle: What to open.
+        engine: One of the bundle's, fresh and for this GPU (engines/targets/select.py).
+        threads: Of ONNX Runtime, for what it runs on the CPU.
+        gpu: The device; None: the machine's first.
+        on_cpu: Run ONNX Runtime's graphs on its CPU provider over the device's memory, for tests.
+    """
+
+    engine: Engine
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        threads: int | None = None,
+        gpu: CudaDevice | None = None,
+        on_cpu: bool = False,
+    ):
+        super().__init__(bundle, threads)
+        self.device, self.engine, self.engine_note = "cuda", engine, ""
+        self.gpu = gpu or CudaDevice()
+        self._on_cpu, self._device_stages = on_cpu, dict[str, list[DeviceStage]]()
+        self._launcher: Any = None
+        self._preparer: FramePreparer | None = None
+
+    def load(self) -> None:
+        """As BasePipeline says."""
+        for name in self.engine.stages:
+            self.device_stages(name)
+        _ = self.decoder
+
+    def wait(self) -> None:
+        """Block until queued GPU work completes."""
+        self.gpu.synchronize()
+
+    # -- stages ----------------------------------------------------------------------------------------------
+
+    def device_stages(self, name: str) -> list[DeviceStage]:
+        """The engine files of a stage, opened, in order. Raises EngineError if the engine has none."""
+        with self._lock:
+            if name not in self._device_stages:
+                paths = self.engine.paths(name)
+                if not paths:
+                    raise EngineError(
+                        f"{self.engine.folder} has no {name}; rebuild it: "
+                        f"ppllava-build {self.bundle.path} --target {self.engine.target} --force"
+                    )
+                self._device_stages[name] = [self._open_stage(path, name) for path in paths]
+            return self._device_stages[name]
+
+    def _open_stage(self, path: Path, name: str) -> DeviceStage:
+        library = self.engine.library
+        if library == "onnxruntime":
+            return OrtDeviceStage(path, self.gpu, self._on_cpu)
+        with_plugin = name == PLUGIN_STAGE and self.engine.details.get("plugin") == "python"
+        return TensorRTStage(path, self.gpu, library, import_with_plugin(library) if with_plugin else None)
+
+    def _run(self, name: str, inputs: dict[str, Any], outputs: Mapping[str, tuple[int, ...]]) -> list[Buffer]:
+        """Run a stage of one file: host floats are uploaded, outputs of these shapes are allocated."""
+        stage = self.device_stages(name)[0]
+        values = {key: self._on_device(inputs[key], stage.dtypes[key]) for key in stage.dtypes}
+        made = {key: self.gpu.empty(shape, stage.outputs[key]) for key, shape in outputs.items()}
+        stage.run(values, made)
+        return [made[key] for key in outputs]
+
+    def _on_device(self, value: Any, dtype: np.dtype) -> Any:
+        """A value as a stage takes it; kernel and stride steer the engine and stay on the host."""
+        if isinstance(value, Buffer):
+            return value if value.dtype == dtype else self.gpu.upload(np.asarray(value).astype(dtype))
+        array = np.asarray(value)
+        steers = array.dtype == np.int64 and array.ndim == 1
+        return array if steers else self.gpu.upload(array, dtype=dtype)
+
+    # -- vision ----------------------------------------------------------------------------------------------
+
+    def takes_device_frames(self, frame: Any) -> bool:
+        """As BasePipeline says."""
+        return is_device_frame(frame)
+
+    def prepare_frame(self, frame: Any) -> tuple[Any, Any]:
+        """As BasePipeline says; both results stay in GPU memory."""
+        if self._preparer is None:
+            dtype = self.device_stages("trunk")[0].dtypes["pixels"]
+            self._preparer = FramePreparer(self.gpu, self.manifest.preprocessing, dtype)
+        return self._preparer.prepare(frame)
+
+    def rows(self, array: Any) -> list[Any]:
+        """As BasePipeline says."""
+        return [array.rows(i, 1) for i in range(len(array))]
+
+    def join(self, states: Iterable[Any], count: int) -> Any:
+        """As BasePipeline says."""
+        joined: Buffer | None = None
+        for i, state in enumerate(states):
+            if joined is None:
+                joined = self.gpu.empty((count, *state.shape[1:]), state.dtype)
+            self.gpu.copy(state, joined.rows(i, 1))
+        return joined
+
+    def encode_trunk(self, pixels: Any, more: bool = False) -> Any:
+        """As BasePipeline says; returns before it is done, so that frames are decoded meanwhile."""
+        self.check_pixels(pixels)
+        v, stage, count = self.manifest.vision, self.device_stages("trunk")[0], len(pixels)
+        shape = (count, v.states, v.patches + v.class_token, v.hidden_size)
+        states = self.gpu.empty(shape, stage.outputs["states"])
+        for first in range(0, count, FRAMES_PER_CALL):
+            some = min(FRAMES_PER_CALL, count - first)
+            on_device = isinstance(pixels, Buffer)
+            part = pixels.rows(first, some) if on_device else pixels[first : first + some]
+            inputs = {"pixels": self._on_device(part, stage.dtypes["pixels"])}
+            stage.run(inputs, {"states": states.rows(first, some)})
+        return states
+
+    def branch(self, states: Any) -> Any:
+        """As BasePipeline says."""
+        v = self.manifest.vision
+        if not isinstance(states, Buffer):
+            dtype = self.device_stages("trunk")[0].outputs["states"]
+            states = self.gpu.upload(np.asarray(states), dtype=dtype)
+        shape = (len(states), v.patches, v.hidden_size)
+        if v.max_frames is None:
+            return self._last_states(states, self.gpu.empty(shape, states.dtype))
+        self.check_frames(len(states))
+        return self._run("temporal", {"states": states}, {"features": shape})[0]
+
+    def _last_states(self, states: Buffer, features: Buffer) -> Buffer:
+        """No temporal adapter: copy each frame's last state, without its class token, into features."""
+        v = self.manifest.vision
+        tokens, skipped = v.patches + v.class_token, int(v.class_token)
+        for t in range(len(states)):
+            frame = states.rows(t, 1).reshape(v.states, tokens, v.hidden_size)
+            last = frame.rows(v.states - 1, 1).reshape(tokens, v.hidden_size).rows(skipped, v.patches)
+            self.gpu.copy(last, features.rows(t, 1).reshape(v.patches, v.hidden_size))
+        return features
+
+    # -- question and pooling --------------------------------------------------------------------------------
+
+    def encode_question(self, ids: np.ndarray, mask: np.ndarray | None = None) -> Any:
+        """As BasePipeline says."""
+        ids, mask = self.check_question(ids, mask)
+        assert self.manifest.question is not None
+        shape = (1, self.manifest.question.embedding_size)
+        return self._run("question", {"ids": ids, "mask": mask}, {"q": shape})[0]
+
+    def similarity(self, features: Any, q: Any) -> np.ndarray:
+        """As BasePipeline says."""
+        return np.asarray(self._similarity(features, q)[0])
+
+    def patch_weights(self, features: Any, q: Any) -> Buffer:
+        """As BasePipeline says."""
+        return self._similarity(features, q)[1]
+
+    def equal_weights(self, shape: tuple[int, ...]) -> Buffer:
+        """As BasePipeline says."""
+        return self.gpu.zeros(shape, np.float32)
+
+    def _similarity(self, features: Any, q: Any) -> list[Buffer]:
+        shape = (len(features), *self.manifest.vision.grid)
+        return self._run("similarity", {"features": features, "q": q}, {"cosine": shape, "weights": shape})
+
+    def pool_windows(
+        self, features: Any, weights: Any, count: int, kernel: tuple[int, ...], stride: tuple[int, ...]
+    ) -> Buffer:
+        """Pool the whole clip at once, with our kernel where there is one: it reads linear_1's output once."""
+        size = (len(features), *self.manifest.vision.grid)
+        windows = int(np.prod([(n - k) // s + 1 for n, k, s in zip(size, kernel, stride)]))
+        inputs = {"features": features, "weights": weights}
+        outputs = {"visual_tokens": (windows, self.manifest.decoder.hidden_size)}
+        if self._plugin_fits(kernel, stride):
+            return self._run(PLUGIN_STAGE, inputs, outputs)[0]
+        if "pooling-before" in self.engine.stages and self._kernel() is not None:
+            hidden = self._hidden(features)
+            pooled = self.gpu.empty(outputs["visual_tokens"], hidden.dtype)
+            weights = self._on_device(weights, np.dtype(np.float32))
+            self._launch(hidden, weights, pooled, size, kernel, stride)
+            return self._run("pooling-after", {"pooled": pooled}, outputs)[0]
+        sizes = {"kernel": np.array(kernel, np.int64), "stride": np.array(stride, np.int64)}
+        return self._run("pooling", inputs | sizes, outputs)[0]
+
+    def _plugin_fits(self, kernel: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+        """Whether the engine has a plugin stage, built for these windows."""
+        details = self.engine.details
+        built_for = details.get("kernel"), details.get("stride")
+        return PLUGIN_STAGE in self.engine.stages and built_for == (list(kernel), list(stride))
+
+    def _hidden(self, features: Any) -> Buffer:
+        """linear_1's output (T, P, D), before the GELU that the pooling kernel applies."""
+        shape = (len(features), self.manifest.vision.patches, self.manifest.decoder.hidden_size)
+        return self._run("pooling-before", {"features": features}, {"hidden": shape})[0]
+
+    def _kernel(self) -> Any:
+        """The pooling kernel's launcher; None where it can't be compiled."""
+        if self._launcher is None:
+            try:
+                self._launcher = Launcher()
+            except EngineError:
+                self._launcher = False
+        return self._launcher or None
+
+    def _launch(
+        self,
+        hidden: Buffer,
+        weights: Buffer,
+        pooled: Buffer,
+        size: tuple[int, ...],
+        kernel: tuple[int, ...],
+        stride: tuple[int, ...],
+    ) -> None:
+        launcher = self._kernel()
+        assert launcher is not None
+        size, kernel, stride = ((part[0], part[1], part[2]) for part in (size, kernel, stride))
+        aligned = (hidden.address | pooled.address) % 16 == 0
+        temperature, dtype = self.manifest.pooling.temperature, str(hidden.dtype)
+        call = Call(size, hidden.shape[-1], kernel, stride, temperature, dtype, gelu=True, aligned=aligned)
+        launcher.launch(call, hidden.address, weights.address, pooled.address, self.gpu.stream)
+
+    def pool_clip(self, features: Any) -> Buffer:
+        """As BasePipeline says."""
+        tokens = self.manifest.pooling.tokens(len(features), self.manifest.vision.grid)
+        shape = (tokens, self.manifest.decoder.hidden_size)
+        return self._run("pooling", {"features": features}, {"visual_tokens": shape})[0]
+
+    def _pool_unwindowed(self, features: Any, media: str, image_size: tuple[int, int] | None) -> Any:
+        features = self._on_device(features, self.device_stages("pooling")[0].dtypes["features"])
+        return super()._pool_unwindowed(features, media, image_size)
+
+    # -- decoder ---------------------------------------------------------------------------------------------
+
+    def prompt(self, before: Sequence[int], visual: Any, after: Sequence[int]) -> GpuPrompt:
+        """Token ids, visual tokens, token ids → a prompt whose tokens are embedded on the GPU."""
+        return GpuPrompt(list(before), visual, list(after))
+
+    @cached_property
+    def decoder(self) -> Decoder:  # type: ignore[override]
+        """As BasePipeline says."""
+        kind = GpuDecoder if self.engine.cache == "in place" else GrowingGpuDecoder
+        stages = self.device_stages("decoder")
+        return kind(stages, self.manifest.decoder, self.engine, self.gpu, self.embed_tokens)

@@ -1,0 +1,90 @@
+"""Encoded videos in the feature cache: what identifies one, and what is kept of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+import numpy as np
+
+from ppllava_edge.engines.bundle.windows import Windows
+from ppllava_edge.runtime.media.readers import open_reader
+from ppllava_edge.runtime.media.thumbnails import read_pictures
+from ppllava_edge.runtime.pipeline.base import BasePipeline
+from ppllava_edge.runtime.session.candidates import Candidates
+from ppllava_edge.runtime.session.encoded_video import EncodedVideo
+from ppllava_edge.runtime.vision.feature_cache import CachedVideo, FeatureCache, bundle_hash, content_hash
+from ppllava_edge.runtime.vision.frame_options import FrameOptions
+
+log = logging.getLogger(__name__)
+FACTS = (  # of an EncodedVideo, kept beside its arrays
+    "kind",
+    "media",
+    "indices",
+    "times",
+    "fps",
+    "duration",
+    "source_frames",
+    "count",
+    "image_size",
+    "notes",
+)
+
+
+class CachedFeatures:
+    """Where one source's encoded video lies in the cache.
+
+    Args:
+        cache: The feature cache; None: nothing is kept.
+        pipeline: The model.
+        source: A path; anything else isn't kept.
+        options: How frames are chosen; another choice is another entry.
+    """
+
+    def __init__(
+        self, cache: FeatureCache | None, pipeline: BasePipeline, source: Any, options: FrameOptions
+    ):
+        self.pipeline, self.source = pipeline, source
+        is_path = isinstance(source, (str, os.PathLike)) and (
+            os.path.isfile(source) or os.path.isdir(source)
+        )  # what isn't there, or is no file, is for the reader to refuse
+        self._cache = cache if is_path else None
+        self._key: tuple[object, ...] = ()
+        if self._cache is not None:
+            made_by = repr(pipeline.engine.made_by if pipeline.engine else "")
+            model = bundle_hash(pipeline.bundle), pipeline.engine_name, made_by
+            self._key = content_hash(source), *model, repr(options)
+
+    def load(self) -> EncodedVideo | None:
+        """The encoded video; None if it isn't there, or was written by another version."""
+        started = time.perf_counter()
+        found = self._cache.load(*self._key) if self._cache is not None else None
+        if found is None:
+            return None
+        try:
+            video = EncodedVideo(**found.facts)
+            if "states" in found.arrays:
+                video.candidates = Candidates(self.pipeline, found.arrays["states"], found.arrays["features"])
+            else:
+                video.features = found.arrays["features"]
+        except (TypeError, KeyError):
+            return None
+        video.windows = Windows.from_json(found.facts["windows"]) if found.facts.get("windows") else None
+        video.image_size = (video.image_size[0], video.image_size[1]) if video.image_size else None
+        video.read_again = lambda indices: read_pictures(open_reader(self.source), indices)
+        log.info("features of %s came from the cache in %.3f s", self.source, time.perf_counter() - started)
+        return video
+
+    def store(self, video: EncodedVideo) -> None:
+        """Keep an encoded video."""
+        if self._cache is None:
+            return
+        if video.candidates is None:
+            arrays = {"features": np.asarray(video.features)}
+        else:
+            arrays = {"states": video.candidates.states, "features": video.candidates.features}
+        facts = {name: getattr(video, name) for name in FACTS}
+        facts["windows"] = video.windows.as_json() if video.windows else None
+        self._cache.store(CachedVideo(arrays, facts), *self._key)

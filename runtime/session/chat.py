@@ -1,0 +1,182 @@
+"""A chat about one video: it keeps the first question's visual tokens and the KV cache, so only what is new is read.
+
+The model sees the turns before. The cost: the video stays pooled for the first question (docs/runtime.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ppllava_edge.engines.errors import BusyError, EngineError, PromptError
+from ppllava_edge.runtime.language.text_processor import TextProcessor
+from ppllava_edge.runtime.pipeline.base import BasePipeline
+from ppllava_edge.runtime.session.admission import FairSemaphore
+from ppllava_edge.runtime.session.answer import GenerationOptions
+from ppllava_edge.runtime.session.prepared import Patience, PooledVideo, PreparedQuestion
+
+HEADROOM = 512  # positions for turns to come, when a cache is made
+
+
+class Chat:
+    """One video's visual tokens, the token ids around them, and a KV cache with as much of it as was read.
+
+    Args:
+        pipeline: The model.
+        text: Its tokenizers and prompt template.
+        history: Whether the model sees the turns before.
+
+    Attributes:
+        before: Token ids before the visual tokens.
+        after: Token ids of everything that follows them: questions and answers.
+        sequence: The KV cache; None until the first turn, and after a turn that failed.
+        turn: Held while a question is answered: one at a time.
+    """
+
+    def __init__(self, pipeline: BasePipeline, text: TextProcessor, history: bool = True):
+        self.pipeline, self.text, self.history = pipeline, text, history
+        self.pooled: PooledVideo | None = None
+        self.before: list[int] = []
+        self.after: list[int] = []
+        self.sequence: Any = None
+        self.turn = FairSemaphore()
+
+    def prepare(
+        self,
+        question: str,
+        options: GenerationOptions,
+        timings: dict[str, float],
+        patience: Patience,
+        pool: Callable[[], PooledVideo],
+    ) -> PreparedQuestion | None:
+        """Wait for the last answer's end, then take a turn.
+
+        Args:
+            question: What is asked.
+            options: How it is answered.
+            timings: Records seconds of question tower and pooling: 0 from the second turn on.
+            patience: How long to wait.
+            pool: Pools the video, for the first turn.
+
+        Returns:
+            The question, ready to be answered; None if it was cancelled.
+
+        Raises:
+            EngineError: If it should look ahead.
+            PromptError: If the caller's own last answer is not finished.
+            BusyError: At the deadline.
+        """
+        if options.look_ahead:
+            raise EngineError('looking ahead and keep="tokens" or "prefix" don\'t go together')
+        if self.turn.held_here():
+            raise PromptError(
+                "the chat's last answer is not finished: exhaust its stream, or close it, first"
+            )
+        if not self.turn.acquire(patience.deadline, patience.cancelled):
+            if patience.cancelled():
+                return None
+            raise BusyError(f"the chat's last question was still being answered after {options.timeout:g} s")
+        thread = threading.get_ident()
+        try:
+            pooled, text_ids, new_ids = self._turn(question, timings, pool)
+        except BaseException:
+            self.turn.release()
+            raise
+        return PreparedQuestion(
+            pooled,
+            text_ids,
+            lambda lookup: self.generate(new_ids, options),
+            lambda answer: self.turn.release(thread),
+        )
+
+    def _turn(
+        self, question: str, timings: dict[str, float], pool: Callable[[], PooledVideo]
+    ) -> tuple[PooledVideo, list[int], list[int]]:
+        """The pooled video, the prompt's token ids for the answer, and the ids to read."""
+        if self.pooled is None:
+            pooled = pool()
+            before, new_ids = self.text.prompt_pieces(question)
+            self.begin(pooled, before)
+            return pooled, [*before, *new_ids], new_ids
+        timings |= {"question": 0.0, "select": 0.0, "pooling": 0.0}
+        new_ids = self.next_ids(question)
+        return replace(self.pooled, moments=list), new_ids, new_ids  # where it would attend wasn't computed
+
+    def begin(self, pooled: PooledVideo, before: Sequence[int]) -> None:
+        """Start with the video, pooled for the first question, and the token ids before it."""
+        self.pooled, self.before = pooled, list(before)
+
+    @property
+    def prefix(self) -> int:
+        """Positions up to the last visual token."""
+        return len(self.before) + (len(self.pooled.visual) if self.pooled is not None else 0)
+
+    def next_ids(self, question: str) -> list[int]:
+        """The token ids that a further question adds to the prompt.
+
+        With history: the end of the last answer, the roles, the question. Without: what follows the visual
+        tokens; earlier questions and answers are taken out of the cache.
+        """
+        if self.history:
+            return self.text.follow_up_ids(question)
+        self.after = []
+        if self.sequence is not None and self.sequence.length > self.prefix:
+            if self.sequence.can_forget:
+                self.sequence.forget(self.sequence.length - self.prefix)
+            else:
+                self._drop_cache()
+        return self.text.prompt_pieces(question)[1]
+
+    def generate(self, new_ids: Sequence[int], options: GenerationOptions) -> Generator[int, None, None]:
+        """Read what is new, yield the answer's token ids, remember them.
+
+        Args:
+            new_ids: The first question's ids after the visual tokens, or next_ids.
+            options: How to answer.
+        """
+        stop_ids = self.pipeline.manifest.stop_ids
+        answer, earlier = list[int](), list(self.after)
+        self.after += new_ids
+        try:
+            prompt, most = self._unread(options.max_new_tokens), options.max_new_tokens
+            ids = self.pipeline.generate(prompt, most, stop_ids, options.sampling, None, self.sequence)
+            with contextlib.closing(ids):
+                for token in ids:
+                    answer.append(token)
+                    yield token
+        finally:
+            if answer:
+                self.after += [
+                    token for token in answer if token not in stop_ids
+                ]  # the template writes the end
+            else:  # nothing was read, or not all of it: as if it hadn't been asked
+                self.after = earlier
+                self._drop_cache()
+
+    def _unread(self, new_tokens: int) -> Any:
+        """The part of the prompt that the cache doesn't hold; makes a cache if there is none with room."""
+        assert self.pooled is not None
+        pipeline, sequence, context = self.pipeline, self.sequence, self.pipeline.manifest.decoder.context
+        total = self.prefix + len(self.after)
+        if total >= context:
+            raise PromptError(
+                f"the conversation has {total} tokens, the model's context is {context}: "
+                "open the video again to start a new one"
+            )
+        if sequence is not None and self.prefix <= sequence.length < total:
+            if total + new_tokens <= sequence.capacity or sequence.capacity == context:
+                no_visual = np.zeros((0, pipeline.manifest.decoder.hidden_size), np.float32)
+                return pipeline.prompt([], no_visual, self.after[sequence.length - self.prefix :])
+        self._drop_cache()
+        self.sequence = pipeline.decoder.start(total, new_tokens + HEADROOM)
+        return pipeline.prompt(self.before, self.pooled.visual, self.after)
+
+    def _drop_cache(self) -> None:
+        if self.sequence is not None:
+            self.pipeline.decoder.finish(self.sequence)
+            self.sequence = None

@@ -1,0 +1,63 @@
+"""What the videos and live views of one model share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from ppllava_edge.runtime.language.text_processor import TextProcessor
+from ppllava_edge.runtime.pipeline.base import BasePipeline
+from ppllava_edge.runtime.session.admission import FairSemaphore
+
+log = logging.getLogger(__name__)
+# What happened ("open", "answer", "frame", "live") and its figures; seconds where not said otherwise.
+Metrics = Callable[[str, dict[str, Any]], None]
+
+
+class Session:
+    """One model's pipeline and text processing, and the two queues in front of them.
+
+    Args:
+        pipeline: The opened model.
+        text: Its tokenizers and prompt template.
+        parallel: Answers under way at once, each with a KV cache of its own.
+        queue: How many more may wait; the next raises BusyError.
+        metrics: Called with what happened and its figures, from whichever thread it happened in.
+
+    Attributes:
+        admission: Held by a question from its admission to its last token.
+        engine_lock: Held for one call of the engine: a batch of frames, a pooling, one token.
+    """
+
+    def __init__(
+        self,
+        pipeline: BasePipeline,
+        text: TextProcessor,
+        parallel: int = 4,
+        queue: int = 64,
+        metrics: Metrics | None = None,
+    ):
+        self.pipeline, self.text = pipeline, text
+        self.admission = FairSemaphore(parallel, queue, "questions", own_first=True)
+        self.engine_lock = FairSemaphore()
+        self._metrics = metrics
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.pipeline.manifest.name
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether this is a demonstration model."""
+        return self.pipeline.manifest.demo
+
+    def report(self, event: str, figures: dict[str, Any]) -> None:
+        """Tell the app's metrics callback and the log. A callback that fails is logged, not raised."""
+        log.debug("%s %s", event, figures)
+        if self._metrics is not None:
+            try:
+                self._metrics(event, figures)
+            except Exception:
+                log.exception("the metrics callback failed")

@@ -1,0 +1,231 @@
+"""From a source to features: frames are decoded and prepared in a thread of their own, a few ahead of the engine."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ppllava_edge.engines.errors import MediaError
+from ppllava_edge.runtime.media.arrays import ArrayReader
+from ppllava_edge.runtime.media.prefetch import prefetch
+from ppllava_edge.runtime.media.readers import FrameReader, open_reader
+from ppllava_edge.runtime.media.thumbnails import read_pictures, small_picture
+from ppllava_edge.runtime.pipeline.base import BasePipeline
+from ppllava_edge.runtime.pipeline.clip import ClipEncoder
+from ppllava_edge.runtime.session.candidates import Candidates, array_for
+from ppllava_edge.runtime.session.context import Session
+from ppllava_edge.runtime.session.encoded_video import EncodedVideo
+from ppllava_edge.runtime.vision.frame_choice import choose_frames
+from ppllava_edge.runtime.vision.frame_options import FrameOptions
+from ppllava_edge.runtime.vision.preprocess import preprocess_image, preprocess_video
+
+Progress = Callable[[str, int, int], None]  # what ("decode" or "vision"), done, of how many
+Prepared = tuple[int, float, np.ndarray]  # a frame's number, seconds, pixels (3, size, size)
+
+BATCH = 4  # frames encoded at once
+MAX_PICTURES = 64  # kept; of longer clips they are read again when somebody wants to see them
+
+
+def reader_of(source: str | os.PathLike[str] | Sequence[Any], options: FrameOptions) -> FrameReader:
+    """A reader for a path, or for frames that the app gives. Raises MediaError."""
+    if isinstance(source, (str, os.PathLike)):
+        return open_reader(source)
+    if options.frames is not None:
+        raise MediaError(
+            "frames and a sequence of images don't go together: all images that are given are used"
+        )
+    return ArrayReader(source)
+
+
+def encode_source(
+    session: Session, reader: FrameReader, options: FrameOptions, progress: Progress | None = None
+) -> EncodedVideo:
+    """Choose, decode and encode the frames of a source.
+
+    Args:
+        session: The model, and the lock in front of its engine.
+        reader: The source.
+        options: How many frames, which, and how many visual tokens.
+        progress: Called with ("decode" or "vision", frames done, of how many).
+
+    Returns:
+        Features, or encoded candidates if the question is to choose among them.
+
+    Raises:
+        MediaError: In one line, for what can't be decoded or doesn't suit the model.
+    """
+    pipeline, m = session.pipeline, session.pipeline.manifest
+    media = "video" if reader.kind == "video" or m.pooling.method.startswith("pllava") else "image"
+    if media == "image":
+        return _encode_image(session, reader)
+    if options.select == "guided" and not m.pooling.guided:
+        raise MediaError(
+            f"--select guided needs pooling that the question guides; {m.name} pools with {m.pooling.method}"
+        )
+    guided = options.select == "guided" and not isinstance(reader, ArrayReader)
+    count = reader.count if isinstance(reader, ArrayReader) else options.count(m, reader)
+    pipeline.check_frames(count)
+    windows = options.windows(m, count)
+    many = max(options.candidates, count) if guided else count
+
+    def choice(r: FrameReader) -> list[int]:
+        chosen = choose_frames(r, many, options.start, options.end)
+        return list(dict.fromkeys(chosen)) if guided else chosen
+
+    encoder = _FrameEncoder(session, reader, to_array=guided)
+    encoder.run(choice, progress)
+    if (
+        not guided and len(reader.indices) != count
+    ):  # a single picture, or fewer frames than the file promised
+        windows = options.windows(m, len(reader.indices))
+    video = EncodedVideo(
+        kind="video",
+        media=media,
+        indices=list(reader.indices),
+        times=[encoder.times[i] for i in reader.indices],
+        fps=reader.fps,
+        duration=reader.duration,
+        source_frames=reader.count,
+        count=count,
+        windows=windows,
+        notes=list(reader.notes),
+        pictures=encoder.pictures,
+        read_again=partial(read_pictures, reader),
+    )
+    started = time.perf_counter()
+    with session.engine_lock:
+        if not guided:
+            video.features = encoder.clip.features(reader.indices)
+        elif len(reader.indices) > count:
+            video.candidates = Candidates(pipeline, encoder.states(reader.indices))
+        else:  # a short clip has nothing to choose from
+            video.indices = choose_frames(reader, count, options.start, options.end)
+            video.times = [encoder.times[i] for i in video.indices]
+            video.features = pipeline.branch(encoder.states(video.indices))
+        pipeline.wait()
+    video.vision = encoder.seconds + time.perf_counter() - started
+    return video
+
+
+class _FrameEncoder:
+    """Encodes frames as they are decoded, a batch at a time.
+
+    Args:
+        session: The model, and the lock in front of its engine.
+        reader: The source.
+        to_array: Move states into one array (mapped from a file if it is large), for candidates.
+
+    Attributes:
+        clip: States of the frames, unless to_array.
+        times: Frame number → seconds.
+        pictures: Frame number → small picture, of the first 64.
+        seconds: Spent encoding.
+    """
+
+    def __init__(self, session: Session, reader: FrameReader, to_array: bool):
+        self.session, self.reader, self.to_array = session, reader, to_array
+        self.pipeline: BasePipeline = session.pipeline
+        self.clip = ClipEncoder(self.pipeline)
+        self.times, self.pictures = dict[int, float](), dict[int, np.ndarray]()
+        self.seconds = 0.0
+        self._encoded = 0
+        self._array: np.ndarray | None = None
+        self._rows: dict[int, int] = {}
+
+    def run(self, choice: Callable[[FrameReader], list[int]], progress: Progress | None) -> None:
+        """Read the chosen frames and encode them. Raises MediaError if there are none."""
+        frames = prefetch(self._prepare(choice), 2 * BATCH)
+        batch, more = list[tuple[int, np.ndarray]](), True
+        try:
+            while more:
+                more = self._next(frames, batch)
+                wanted = len(set(self.reader.indices))
+                if batch and (len(batch) == BATCH or not more):
+                    self._encode(batch, wanted, more)
+                    batch.clear()
+                if progress:
+                    progress("decode", min(len(self.times), wanted), wanted)
+                    progress("vision", min(self._encoded, wanted), wanted)
+        finally:
+            frames.close()
+
+    def _prepare(self, choice: Callable[[FrameReader], list[int]]) -> Iterator[Prepared]:
+        """Decode and preprocess, in the prefetch thread."""
+        preprocessing = self.pipeline.manifest.preprocessing
+        for frame in self.reader.frames(choice):
+            if len(self.pictures) < MAX_PICTURES:
+                self.pictures[frame.number] = small_picture(frame.image)
+            yield frame.number, frame.seconds, preprocess_video([frame.image], preprocessing)[0]
+
+    def _next(self, frames: Generator[Prepared, None, None], batch: list[tuple[int, np.ndarray]]) -> bool:
+        """Append the next frame to the batch. Returns whether there was one."""
+        item = next(frames, None)
+        if item is None:
+            return False
+        number, seconds, pixels = item
+        self.times[number] = seconds
+        batch.append((number, pixels))
+        return True
+
+    def _encode(self, batch: list[tuple[int, np.ndarray]], wanted: int, more: bool) -> None:
+        started = time.perf_counter()
+        pixels, numbers = np.stack([pixels for _, pixels in batch]), [number for number, _ in batch]
+        self._encoded += len(batch)
+        with self.session.engine_lock:
+            self.clip.add(pixels, numbers, more=more and self._encoded < wanted)
+        if self.to_array:
+            self._move_to_array(wanted)
+        self.seconds += time.perf_counter() - started
+
+    def _move_to_array(self, capacity: int) -> None:
+        for number, state in self.clip.states.items():
+            state = np.asarray(state)
+            row = self._rows.setdefault(number, len(self._rows))
+            if self._array is None or row >= len(
+                self._array
+            ):  # it grows if a damaged file was chosen from again
+                larger = array_for((capacity + row, *state.shape[1:]), state.dtype)
+                if self._array is not None:
+                    larger[: len(self._array)] = self._array
+                self._array = larger
+            self._array[row] = state[0]
+        self.clip.states.clear()
+
+    def states(self, numbers: Sequence[int]) -> np.ndarray:
+        """States (n, S, P+1, C) of these frames, of the array."""
+        assert self._array is not None
+        rows = [self._rows[number] for number in numbers]
+        in_order = rows == list(range(len(rows)))
+        return self._array[: len(rows)] if in_order else self._array[rows]
+
+
+def _encode_image(session: Session, reader: FrameReader) -> EncodedVideo:
+    """A single image, as a view of the whole and a grid of crops."""
+    pipeline = session.pipeline
+    (frame,) = reader.frames(lambda r: [0])
+    started = time.perf_counter()
+    tiles = preprocess_image(frame.image, pipeline.manifest.preprocessing)
+    with session.engine_lock:
+        features = pipeline.encode_frames(tiles, media="image")
+        pipeline.wait()
+    return EncodedVideo(
+        kind="image",
+        media="image",
+        indices=[0],
+        times=[0.0],
+        fps=1.0,
+        duration=0.0,
+        source_frames=1,
+        count=1,
+        features=features,
+        image_size=(frame.image.shape[0], frame.image.shape[1]),
+        notes=list(reader.notes),
+        pictures={0: small_picture(frame.image)},
+        read_again=partial(read_pictures, reader),
+        vision=time.perf_counter() - started,
+    )

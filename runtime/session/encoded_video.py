@@ -1,0 +1,92 @@
+"""A source after decoding and encoding: features, and what people want to know about the frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ppllava_edge.engines.bundle.windows import Windows
+from ppllava_edge.runtime.media.readers import Frames
+from ppllava_edge.runtime.session.candidates import Candidates
+
+
+@dataclass
+class EncodedVideo:
+    """What one encoding of a source gave.
+
+    Attributes:
+        kind: Of the source, "video" or "image".
+        media: How it is pooled, "video" or "image".
+        indices: Numbers of the T frames, or of the candidates.
+        times: When each is shown, seconds.
+        fps, duration, source_frames: Of the source; duration in seconds.
+        count: Frames that the model sees.
+        features: (T, P, C); None if the question is to choose among the candidates.
+        candidates: Encoded frames to choose from; None: all are used.
+        windows: Pooling windows; None: the model's.
+        image_size: (height, width) of an image.
+        notes: What people should know.
+        pictures: Small RGB uint8 frames by number, as far as they are kept.
+        read_again: Gives pictures that aren't kept.
+        video_decode, vision: Seconds of waiting for frames, and of encoding them.
+    """
+
+    kind: str
+    media: str
+    indices: list[int]
+    times: list[float]
+    fps: float
+    duration: float
+    source_frames: int
+    count: int
+    features: Any = None
+    candidates: Candidates | None = None
+    windows: Windows | None = None
+    image_size: tuple[int, int] | None = None
+    notes: list[str] = field(default_factory=list)
+    pictures: dict[int, np.ndarray] = field(default_factory=dict)
+    read_again: Callable[[Sequence[int]], dict[int, np.ndarray]] | None = None
+    video_decode: float = 0.0
+    vision: float = 0.0
+
+    def pictures_of(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """RGB uint8 (H, W, 3) of these frames, at most 448 pixels a side; read again if they weren't kept.
+
+        Raises:
+            MediaError: If they can't be read again.
+        """
+        missing = [i for i in dict.fromkeys(indices) if i not in self.pictures]
+        read = self.read_again(missing) if missing and self.read_again is not None else {}
+        known = self.pictures | read
+        return [known[i] for i in indices if i in known]
+
+    def frames(self) -> Frames:
+        """The frames, with small pictures as far as they are kept."""
+        return Frames(
+            images=[self.pictures[i] for i in self.indices if i in self.pictures],
+            indices=list(self.indices),
+            times=list(self.times),
+            count=self.source_frames,
+            fps=self.fps,
+            duration=self.duration,
+            kind=self.kind,
+            notes=list(self.notes),
+        )
+
+    def view(self, q: Any, window: int) -> tuple[Any, list[int], list[float]]:
+        """The frames that a question is answered from.
+
+        Args:
+            q: (1, E), the encoded question; it chooses if there are candidates.
+            window: Frames of a pooling window.
+
+        Returns:
+            Features (T, P, C), frame numbers, times in seconds.
+        """
+        if self.candidates is None:
+            return self.features, self.indices, self.times
+        features, chosen = self.candidates.choose(q, self.count, window)
+        return features, [self.indices[i] for i in chosen], [self.times[i] for i in chosen]

@@ -1,0 +1,236 @@
+"""A Video: encoded once, asked again and again. Only pooling and the decoder run for a further question."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ppllava_edge.engines.errors import EngineError
+from ppllava_edge.runtime.language.prompt_lookup import PromptLookup
+from ppllava_edge.runtime.language.sampling import Sampling
+from ppllava_edge.runtime.language.text_processor import clean_question
+from ppllava_edge.runtime.media.readers import Frames
+from ppllava_edge.runtime.session.answer import (
+    STAGES,
+    Answer,
+    GenerationOptions,
+    Moment,
+    attended_moments,
+    record_elapsed,
+)
+from ppllava_edge.runtime.session.answer_stream import AnswerStream
+from ppllava_edge.runtime.session.asynchronous import finished
+from ppllava_edge.runtime.session.chat import Chat
+from ppllava_edge.runtime.session.context import Session
+from ppllava_edge.runtime.session.encoded_video import EncodedVideo
+from ppllava_edge.runtime.session.prepared import Patience, PooledVideo, PreparedQuestion
+
+KEEP = ("features", "tokens", "prefix")
+
+
+class Video:
+    """An encoded video that answers questions. Made by VideoQA.open and Live.video.
+
+    Attributes:
+        media: "video" or "image".
+        features: (T, P, C), what the model sees; None if the question is to choose the frames.
+        keep: As in VideoQA.open.
+    """
+
+    def __init__(self, qa: Session, encoded_video: EncodedVideo, keep: str = "features"):
+        self.qa, self.encoded_video, self.keep = qa, encoded_video, keep
+        self.features, self.media = encoded_video.features, encoded_video.media
+        self._encoding_times = {
+            "video_decode": encoded_video.video_decode,
+            "vision": encoded_video.vision,
+        }
+        self._lock = threading.Lock()
+        self._chat = Chat(qa.pipeline, qa.text, keep == "tokens") if keep != "features" else None
+
+    @property
+    def frames(self) -> Frames:
+        """The sampled frames (or those to choose from): numbers, times in seconds, notes, and small pictures
+        as far as they are kept."""
+        return self.encoded_video.frames()
+
+    def pictures(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """Frames by their number, as small pictures.
+
+        Returns:
+            RGB uint8 (H, W, 3), at most 448 pixels a side. The source is read again if they weren't kept.
+
+        Raises:
+            MediaError: If it can't be read again.
+        """
+        return self.encoded_video.pictures_of(indices)
+
+    # -- questions -------------------------------------------------------------------------------------------
+
+    def ask(
+        self,
+        question: str,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        look_ahead: bool = False,
+        timeout: float | None = None,
+    ) -> Answer:
+        """Answer one question.
+
+        Args:
+            question: In plain words.
+            max_new_tokens: The most tokens of the answer.
+            sampling: Temperature and the like; greedy by default.
+            stop: Texts that end the answer.
+            look_ahead: Draft tokens from the prompt and verify several in a pass (prompt lookup).
+            timeout: Seconds after which the answer ends as it is.
+
+        Returns:
+            The answer, with timings and token counts.
+
+        Raises:
+            PromptError: For an empty question, or one too long.
+            EngineError: If the engine can't look ahead.
+            BusyError: If too many questions wait, or none was admitted in time.
+        """
+        return self.stream(question, max_new_tokens, sampling, stop, look_ahead, timeout).exhaust()
+
+    async def ask_async(
+        self,
+        question: str,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        timeout: float | None = None,
+    ) -> Answer:
+        """`ask` for asyncio: the event loop stays free. Cancelling the task ends the answer within one token."""
+        return await finished(self.stream(question, max_new_tokens, sampling, stop, timeout=timeout))
+
+    def stream(
+        self,
+        question: str,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        look_ahead: bool = False,
+        timeout: float | None = None,
+    ) -> AnswerStream:
+        """`ask`, as an iterator of pieces of text; its `answer` is there when it is exhausted or closed."""
+        options = GenerationOptions(max_new_tokens, sampling or Sampling(), tuple(stop), look_ahead, timeout)
+        return AnswerStream(self.qa, self, clean_question(question), options)
+
+    def similarity(self, question: str) -> np.ndarray:
+        """Cosine (T, rows, columns) float32 of every patch with the question.
+
+        Raises:
+            EngineError: If the model pools without the question.
+        """
+        return self.attention(question)[0]
+
+    def attention(self, question: str) -> tuple[np.ndarray, np.ndarray, list[int], list[float]]:
+        """Where a question attends to.
+
+        Returns:
+            Cosine and pooling weights (T, rows, columns) of every patch, the frames' numbers and times (seconds).
+
+        Raises:
+            EngineError: If the model pools without the question.
+        """
+        pipeline, pooling = self.qa.pipeline, self.qa.pipeline.manifest.pooling
+        if not pooling.guided:
+            raise EngineError(
+                f"{self.qa.name} pools without the question ({pooling.method}): it has no similarity"
+            )
+        ids, _ = self.qa.text.question_ids(clean_question(question))
+        with self.qa.engine_lock:
+            q = pipeline.encode_question(ids)
+            features, indices, times = self._view(q)
+            weights = np.asarray(pipeline.window_weights(features, q))
+            return pipeline.similarity(features, q), weights, indices, times
+
+    # -- what an AnswerStream needs (session/prepared.py) ----------------------------------------------------
+
+    def prepare(
+        self, question: str, options: GenerationOptions, timings: dict[str, float], patience: Patience
+    ) -> PreparedQuestion | None:
+        """Question tower, choice of frames and pooling; a chat waits for its last answer first.
+
+        Returns:
+            The question, ready to be answered; None if it was cancelled.
+
+        Raises:
+            PromptError: For a prompt that is too long.
+            BusyError: At the deadline.
+        """
+        if self._chat is not None:
+            return self._chat.prepare(
+                question, options, timings, patience, lambda: self._pool(question, timings)
+            )
+        pipeline, pooled = self.qa.pipeline, self._pool(question, timings)
+        before, after = self.qa.text.prompt_pieces(question)
+
+        def generate(lookup: PromptLookup | None) -> Generator[int, None, None]:
+            prompt, stop_ids = pipeline.prompt(before, pooled.visual, after), pipeline.manifest.stop_ids
+            return pipeline.generate(prompt, options.max_new_tokens, stop_ids, options.sampling, lookup)
+
+        return PreparedQuestion(pooled, [*before, *after], generate)
+
+    def _view(self, q: Any) -> tuple[Any, list[int], list[float]]:
+        kernel = self.qa.pipeline.manifest.pooling.video.kernel
+        return self.encoded_video.view(q, kernel[0] if kernel else 1)
+
+    def _pool(self, question: str, timings: dict[str, float]) -> PooledVideo:
+        """Pool the video under the guidance of the question; records the seconds of each stage."""
+        qa, video, q, weights = self.qa, self.encoded_video, None, None
+        pipeline, notes = qa.pipeline, list(video.notes)
+        with qa.engine_lock:
+            at = time.perf_counter()
+            if pipeline.manifest.pooling.guided:
+                ids, cut = qa.text.question_ids(question)
+                q = pipeline.encode_question(ids)
+                if cut:
+                    notes.append(
+                        "the question is longer than the question tower reads; its end did not guide the pooling"
+                    )
+            at = record_elapsed(timings, "question", at)
+            features, indices, times = self._view(q)
+            at = record_elapsed(timings, "select", at)
+            if video.media == "video" and q is not None:
+                weights = pipeline.window_weights(features, q)
+            visual = pipeline.visual_tokens(
+                features, q, video.media, video.image_size, weights, video.windows
+            )
+            record_elapsed(timings, "pooling", at)
+
+        def moments() -> list[Moment]:
+            guided = weights is not None and len(times) > 1
+            return attended_moments(np.asarray(weights), times) if guided else []
+
+        return PooledVideo(visual, indices, times, moments, notes)
+
+    def empty_answer(self, question: str, finish: str) -> Answer:
+        """The answer of a question that was cancelled while it waited."""
+        return Answer(
+            question=question,
+            text="",
+            model=self.qa.name,
+            finish=finish,
+            frame_indices=[],
+            frame_times=[],
+            visual_tokens=0,
+            text_tokens=0,
+            new_tokens=0,
+            timings=dict.fromkeys((*STAGES, "first_token", "generate"), 0.0),
+            notes=list(self.encoded_video.notes),
+            engine=self.qa.pipeline.engine_name,
+        )
+
+    def take_encoding_times(self) -> dict[str, float]:
+        """Seconds of decoding and encoding, for the first question; zeros afterwards."""
+        with self._lock:
+            times, self._encoding_times = self._encoding_times, {"video_decode": 0.0, "vision": 0.0}
+        return times

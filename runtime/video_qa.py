@@ -1,0 +1,150 @@
+"""What people embed: a VideoQA opens videos and live views, which answer questions.
+
+A video is decoded and encoded once, when it is opened. Only pooling depends on the question, so every question
+after the first costs the question tower, pooling and the decoder.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from ppllava_edge.engines.bundle.packed import find_bundle
+from ppllava_edge.engines.bundle.prompt_template import PromptTemplate
+from ppllava_edge.engines.errors import EngineError, MediaError
+from ppllava_edge.runtime.language.text_processor import TextProcessor
+from ppllava_edge.runtime.live.view import Live
+from ppllava_edge.runtime.pipeline.factory import Pipeline
+from ppllava_edge.runtime.session.cached_features import CachedFeatures
+from ppllava_edge.runtime.session.context import Metrics, Session
+from ppllava_edge.runtime.session.encode_source import Progress, encode_source, reader_of
+from ppllava_edge.runtime.session.video import KEEP, Video
+from ppllava_edge.runtime.vision.feature_cache import FeatureCache
+from ppllava_edge.runtime.vision.frame_options import DEFAULT_CANDIDATES, FrameOptions
+
+
+class VideoQA(Session):
+    """A model that answers questions about videos. Safe to use from several threads.
+
+    Args:
+        bundle: A directory that ppllava-export wrote; None or "nano": the packed demonstration model.
+        device: auto | cpu | cuda.
+        threads: Of the engine; None: one per core.
+        template: A prompt template's name instead of the bundle's own.
+        engine: auto (the fastest that is built and fits), onnxruntime, tensorrt, rtx, standard, or a target
+            that ppllava-build built.
+        cache: Keep encoded videos on disk: True, a folder, or a FeatureCache.
+        parallel: Answers under way at once, each with a KV cache of its own.
+        queue: How many more may wait; the next raises BusyError.
+        metrics: Called with ("open" | "answer" | "frame" | "live", figures) from whichever thread it happened
+            in; keep it short. Seconds where not said otherwise.
+
+    Raises:
+        BundleError: If the bundle is damaged or none, in one line.
+        EngineError: If the device or the engine isn't there, in one line.
+    """
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+        template: str | PromptTemplate | None = None,
+        engine: str = "auto",
+        cache: bool | str | os.PathLike[str] | FeatureCache = False,
+        parallel: int = 4,
+        queue: int = 64,
+        metrics: Metrics | None = None,
+    ):
+        if parallel < 1 or queue < 0:
+            raise EngineError(f"parallel must be 1 or more and queue 0 or more, not {parallel} and {queue}")
+        pipeline = Pipeline.open(find_bundle(bundle), device, threads, engine)
+        super().__init__(pipeline, TextProcessor(pipeline.bundle, template), parallel, queue, metrics)
+        if isinstance(cache, FeatureCache):
+            self.cache: FeatureCache | None = cache
+        else:
+            self.cache = FeatureCache(None if cache is True else cache) if cache else None
+
+    def open(
+        self,
+        source: str | os.PathLike[str] | Sequence[np.ndarray],
+        frames: int | str | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        progress: Progress | None = None,
+        *,
+        tokens: int | None = None,
+        select: str = "uniform",
+        candidates: int = DEFAULT_CANDIDATES,
+        keep: str = "features",
+    ) -> Video:
+        """Decode and encode a video once.
+
+        Args:
+            source: A video file, an image, an animation, a folder of images, or a sequence of RGB uint8 frames
+                (H, W, 3), all of which are used (frames must be None then).
+            frames: How many the model sees; None: its default; "auto": more for longer videos.
+            start, end: Seconds; None: the whole video.
+            progress: Called with ("decode" | "vision", frames done, of how many).
+            tokens: The most visual tokens; None: what the model's windows give.
+            select: "uniform", or "guided": the question chooses the frames that are pooled out of `candidates`.
+            candidates: Frames to choose among.
+            keep: "features": every question pools anew. "tokens": a chat; further questions reuse the first
+                one's visual tokens and KV cache. "prefix": the same, but the model doesn't see the turns before.
+
+        Returns:
+            The video, ready for questions.
+
+        Raises:
+            MediaError: In one line, for what can't be decoded or doesn't suit the model.
+        """
+        options = FrameOptions(frames, start, end, tokens, select, candidates)
+        if keep not in KEEP:
+            raise MediaError(f"keep must be {', '.join(KEEP)}, not {keep!r}")
+        kept = CachedFeatures(self.cache, self.pipeline, source, options)
+        video = kept.load()
+        cached = video is not None
+        if video is None:
+            started = time.perf_counter()
+            video = encode_source(self, reader_of(source, options), options, progress)
+            # Everything but encoding is waiting for frames.
+            video.video_decode = time.perf_counter() - started - video.vision
+            kept.store(video)
+        figures = {"video_decode": video.video_decode, "vision": video.vision}
+        self.report("open", {**figures, "frames": len(video.indices), "cached": cached})
+        return Video(self, video, keep)
+
+    def live(
+        self,
+        source: str | os.PathLike[str] | None = None,
+        fps: float = 2.0,
+        window: int = 64,
+        *,
+        history: float | None = 3600.0,
+        realtime: bool = True,
+        reconnect: bool = True,
+        timeout: float = 10.0,
+        format: str | None = None,
+        options: Mapping[str, str] | None = None,
+        on_state: Callable[[str, str], None] | None = None,
+    ) -> Live:
+        """Watch a camera, a stream, a file in real time, or (source None) frames that the app pushes.
+
+        Questions can be asked at any moment. Arguments and errors: see Live.
+        """
+        return Live(
+            self,
+            source,
+            fps,
+            window,
+            history=history,
+            realtime=realtime,
+            reconnect=reconnect,
+            timeout=timeout,
+            format=format,
+            options=options,
+            on_state=on_state,
+        )

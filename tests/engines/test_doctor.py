@@ -1,0 +1,180 @@
+"""ppllava-doctor, on this machine and on made-up ones."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.commands import run_command
+from ppllava_edge.engines.cli import doctor
+from ppllava_edge.engines.cli.doctor import Machine, Verdict, judge, look
+from ppllava_edge.engines.machine.gpu_facts import Gpu, driver_version, gpus
+
+DESKTOP = Gpu("NVIDIA GeForce RTX 4090", "8.9", 24 << 30, 20 << 30, 128, False)
+ORIN = Gpu("Orin", "8.7", 8 << 30, 4 << 30, 8, True)
+BARE = Machine(
+    "Linux",
+    "3.11",
+    8,
+    16 << 30,
+    8 << 30,
+    (10, 4 << 20),
+    [],
+    None,
+    None,
+    None,
+    None,
+    {"onnx": "1.23.2", "onnxruntime": "1.31.1"},
+)
+
+
+def verdicts(machine: Machine, monkeypatch: pytest.MonkeyPatch, **libraries: str) -> dict[str, Verdict]:
+    monkeypatch.setattr(doctor, "installed_version", lambda tool: libraries.get(tool, ""))
+    return {v.target: v for v in judge(machine)}
+
+
+def test_this_machine() -> None:
+    run = run_command("ppllava-doctor")
+    assert run.returncode == 0 and "cpu" in run.stdout, run.stderr
+    told = json.loads(run_command("ppllava-doctor", "--json").stdout)
+    by_target = {v["target"]: v for v in told["targets"]}
+    assert by_target["cpu"]["runs"] and told["machine"]["memory"] > 1 << 30
+    if not told["machine"]["gpus"]:
+        assert not any(by_target[t]["runs"] for t in ("cuda", "rtx", "orin", "orin-jp6"))
+        assert all(
+            "driver" in by_target[t]["missing"] or "GPU" in by_target[t]["missing"]
+            for t in ("cuda", "rtx", "orin", "orin-jp6")
+        )
+        assert "'ppllava-edge[cuda]'" in by_target["cuda"]["missing"] and "[cuda]" in run.stdout.replace(
+            "\n", ""
+        ), "extras are not taken for markup"
+
+
+def test_nothing_but_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = verdicts(BARE, monkeypatch, tensorrt_rtx="1.7.1")
+    assert found["cpu"].runs and found["lowered"].runs and found["rtx"].builds and not found["rtx"].runs
+    assert (
+        not found["orin"].builds
+        and "no NVIDIA driver" in found["orin"].missing
+        and "JetPack" in found["orin"].missing
+    )
+    old = verdicts(replace(BARE, packages={"onnxruntime": "1.20.1"}), monkeypatch)
+    assert (
+        not old["cpu"].runs
+        and "lowered" in old["cpu"].missing
+        and old["lowered"].runs
+        and not old["lowered"].builds
+    )
+    none = verdicts(replace(BARE, packages={}), monkeypatch)
+    assert not any(v.runs for v in none.values()) and "ppllava-edge[cpu]" in none["cpu"].missing
+
+
+def test_a_desktop_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = replace(
+        BARE,
+        gpus=[DESKTOP],
+        cuda="13.0",
+        packages={"onnx": "1.23", "onnxruntime-gpu": "1.31.1", "cuda-core": "1.2"},
+    )
+    found = verdicts(machine, monkeypatch, tensorrt_rtx="1.7.1")
+    assert found["cuda"].runs and found["rtx"].runs and not found["rtx"].missing and not found["orin"].runs
+    without = verdicts(
+        replace(machine, packages={"onnx": "1.23", "onnxruntime": "1.31.1"}),
+        monkeypatch,
+        tensorrt_rtx="1.7.1",
+    )
+    assert (
+        not without["rtx"].runs
+        and "cuda-core" in without["rtx"].missing
+        and "pip uninstall onnxruntime" in without["cuda"].missing
+    )
+    old = verdicts(
+        replace(machine, gpus=[replace(DESKTOP, name="GTX 1080", capability="6.1")]),
+        monkeypatch,
+        tensorrt_rtx="1.7.1",
+    )
+    assert not old["rtx"].runs and "6.1; 7.5 is the least" in old["rtx"].missing
+
+
+def test_jetsons(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = replace(
+        BARE,
+        gpus=[ORIN],
+        cuda="12.6",
+        jetpack="6.2 (L4T 36.4.3)",
+        packages={"onnx": "1.23", "cuda-core": "1.2"},
+    )
+    six = verdicts(machine, monkeypatch, tensorrt="10.3.0")
+    assert six["orin-jp6"].runs and not six["orin"].runs and "use orin-jp6" in six["orin"].missing
+    bare = verdicts(replace(machine, packages={"onnx": "1.23"}), monkeypatch, tensorrt="10.3.0")
+    assert not bare["orin-jp6"].runs and "'ppllava-edge[jetson]' (cuda-core)" in bare["orin-jp6"].missing
+    seven = verdicts(machine, monkeypatch, tensorrt="10.16.1")
+    assert seven["orin"].runs and seven["orin"].builds
+    assert "for desktop cards" in verdicts(machine, monkeypatch, tensorrt_rtx="1.7.1")["rtx"].missing
+
+
+def test_what_a_jetson_says_of_itself(tmp_path: Path) -> None:
+    files = {
+        "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n",
+        "var/lib/dpkg/status": "Package: nano\nVersion: 7.2\n\nPackage: nvidia-jetpack\nStatus: install ok installed\nVersion: 6.2+b77\n\n",
+        "proc/meminfo": "MemTotal:        7620620 kB\nMemAvailable:    3000000 kB\n",
+        "proc/buddyinfo": "Node 0, zone      DMA      5     12      0      3\nNode 0, zone   Normal    100      7      1      2\n",
+        "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  540.4.0  Release Build\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    machine = look(tmp_path)
+    assert machine.jetpack == "6.2 (L4T 36.4.3)" and machine.driver == "540.4.0"
+    assert machine.memory == 7620620 * 1024 and machine.free_blocks == (5, 4096 << 3)
+    empty = look(tmp_path / "nothing")
+    assert (
+        empty.jetpack is None and empty.driver is None and empty.memory is None and empty.free_blocks is None
+    )
+
+
+class Driver:
+    """As much of libcuda as is asked: two GPUs."""
+
+    def __init__(self, refuses: str = ""):
+        self.refuses = refuses
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            if name == self.refuses:
+                return 2
+            target = getattr(arguments[0], "_obj", None) if arguments else None
+            values = {
+                "cuDriverGetVersion": 13000,
+                "cuDeviceGetCount": 2,
+                "cuDeviceTotalMem_v2": 8 << 30,
+                "cuDevicePrimaryCtxRetain": 1,
+            }
+            if name == "cuDeviceGet":
+                target.value = arguments[1]
+            elif name == "cuDeviceGetName":
+                arguments[0].value = b"Orin"
+            elif name == "cuDeviceGetAttribute":
+                target.value = {75: 8, 76: 7, 18: 1, 16: 16}[arguments[1]]
+            elif name == "cuMemGetInfo_v2":
+                target.value, arguments[1]._obj.value = 3 << 30, 8 << 30
+            elif name in values:
+                target.value = values[name]
+            return 0
+
+        return call
+
+
+def test_the_driver_is_asked() -> None:
+    assert ctypes and driver_version(Driver()) == "13.0"
+    want = Gpu("Orin", "8.7", 8 << 30, 3 << 30, 16, True)
+    assert gpus(Driver()) == [want, want]
+    assert (
+        gpus(Driver(refuses="cuDevicePrimaryCtxRetain"))[0].free is None
+        and gpus(Driver(refuses="cuDeviceGetCount")) == []
+    )

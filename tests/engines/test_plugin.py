@@ -1,0 +1,278 @@
+"""The pooling plugin in TensorRT: built into real engines by TensorRT-RTX (no GPU needed), run through doubles."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from test_weighted_pool import reference
+
+from helpers.pool_host import FakeCudaCore, library
+from ppllava_edge.engines.bundle.bundle import Bundle
+from ppllava_edge.engines.bundle.packed import packed_bundle
+from ppllava_edge.engines.errors import EngineError
+from ppllava_edge.engines.graphs.graph import Graph
+from ppllava_edge.engines.graphs.plugin_node import with_plugin
+from ppllava_edge.engines.plugins.weighted_pool import aot, kernel, tensorrt_plugin
+from ppllava_edge.engines.plugins.weighted_pool.kernel import FOLDER, Call, Launcher
+
+SHAPE, KERNEL, STRIDE = (4, 6, 6, 16), (2, 3, 3), (2, 3, 3)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return library(tmp_path_factory.mktemp("kernel"))
+
+
+@pytest.fixture
+def fake(host: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    double = FakeCudaCore(host)
+    monkeypatch.setattr(kernel, "import_cuda_core", lambda: double)
+    kernel.compile_kernels.cache_clear()
+    yield double
+    kernel.compile_kernels.cache_clear()
+
+
+def case() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    hidden, weights = rng.standard_normal(SHAPE).astype(np.float32), rng.random(SHAPE[:3]).astype(np.float32)
+    return (
+        hidden,
+        weights,
+        reference(hidden, weights, Call(SHAPE[:3], SHAPE[3], KERNEL, STRIDE, 0.1, "float32", gelu=True)),
+    )
+
+
+# -- the node --------------------------------------------------------------------------------------------------------
+
+
+def test_the_node_takes_the_gelu_and_the_windows() -> None:
+    bundle = Bundle.open(packed_bundle())
+    before = Graph.read(bundle.file("pooling.onnx"))
+    g = with_plugin(before, KERNEL, STRIDE)
+    node = next(n for n in g.nodes if n.op_type == "PromptGuidedPool3d")
+    attributes = {a.name: a for a in node.attribute}
+    assert (
+        list(attributes["kernel"].ints) == list(KERNEL)
+        and attributes["gelu"].i == 1
+        and attributes["plugin_namespace"].s == b"ppllava_edge"
+    )
+    assert len(node.input) == 2 and {v.name for v in g.inputs} == {"features", "weights"}
+    assert "Gelu" not in {n.op_type for n in g.nodes} and "Gelu" in {n.op_type for n in before.nodes}, (
+        "the original stays as it is"
+    )
+    assert set(g.weights) == set(before.weights)
+
+
+def test_unguided_pooling_has_no_plugin() -> None:
+    with pytest.raises(EngineError, match="not guided"):
+        with_plugin(Graph("pooling"), KERNEL, STRIDE)
+
+
+# -- Python ----------------------------------------------------------------------------------------------------------
+
+BUILD = """
+import sys
+from pathlib import Path
+import tensorrt_rtx as trt
+import onnx
+from ppllava_edge.engines.bundle import Bundle
+from ppllava_edge.engines.plugins.weighted_pool import tensorrt_plugin
+from ppllava_edge.engines.profiles import limits, profiles
+from ppllava_edge.engines.tensorrt_worker import Job, build
+if sys.argv[3] == "python":
+    tensorrt_plugin.register(trt)
+    tensorrt_plugin.register(trt)  # twice is harmless
+elif sys.argv[3] != "none":
+    assert trt.get_plugin_registry().load_library(sys.argv[3])
+manifest = Bundle.open(sys.argv[2]).manifest
+inputs = onnx.load(sys.argv[1], load_external_data=False).graph.input
+plan = build(Job(sys.argv[1], "", "tensorrt_rtx", profiles("pooling", inputs, manifest, limits(manifest)), ["8.9"]))
+print(len(plan), plan.count(b"PromptGuidedPool3d"))
+"""
+
+
+def build_with_plugin(folder: Path, plugin: str) -> subprocess.CompletedProcess[str]:
+    """Nano's pooling graph with the plugin's node, built in a process that finds the library under the name that plugins are loaded by."""
+    import tensorrt_rtx_libs
+
+    with_plugin(Graph.read(Bundle.open(packed_bundle()).file("pooling.onnx")), KERNEL, STRIDE).save(
+        folder / "pooling.onnx", check=False
+    )
+    (folder / "libtensorrt_rtx.so").symlink_to(
+        Path(tensorrt_rtx_libs.__file__).with_name("libtensorrt_rtx.so.1")
+    )
+    environment = {**os.environ, "LD_LIBRARY_PATH": f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
+    command = [sys.executable, "-c", BUILD, str(folder / "pooling.onnx"), str(packed_bundle()), plugin]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_an_engine_with_the_python_plugin_builds(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    run = build_with_plugin(tmp_path, "python")
+    assert run.returncode == 0, run.stderr
+    size, mentioned = map(int, run.stdout.split())
+    assert size > 10_000 and mentioned
+
+
+def test_without_the_plugin_its_node_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    run = build_with_plugin(tmp_path, "none")
+    assert run.returncode != 0 and "PromptGuidedPool3d" in run.stderr
+
+
+def test_it_runs_what_an_engine_asks_of_it(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made from fields, saved, made again, cloned; then one call, over host memory."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(tensorrt_plugin, "_launcher", Launcher)
+    creator = tensorrt_plugin._classes(trt)()
+    plugin = creator.create_plugin("pool", tensorrt_plugin._fields(trt, KERNEL, STRIDE, [0.1], [1]), None)
+    plugin = creator.create_plugin("pool", plugin.get_fields_to_serialize(), None).attach_to_context(None)
+    hidden, weights, want = case()
+    out = np.full(want.shape, np.nan, np.float32)
+    description = SimpleNamespace(dims=SHAPE, type=trt.DataType.FLOAT)
+    plugin.enqueue([description], None, [hidden.ctypes.data, weights.ctypes.data], [out.ctypes.data], None, 5)
+    np.testing.assert_allclose(out, want, atol=1e-5)
+    linear = trt.TensorFormat.LINEAR
+
+    def takes(*types: Any, format: Any = linear) -> bool:
+        described = [SimpleNamespace(desc=SimpleNamespace(type=t, format=format)) for t in types]
+        return all(plugin.supports_format_combination(i, described, 2) for i in range(3))
+
+    kinds = trt.DataType
+    assert takes(kinds.HALF, kinds.FLOAT, kinds.HALF) and takes(kinds.BF16, kinds.FLOAT, kinds.BF16)
+    assert (
+        not takes(kinds.HALF, kinds.HALF, kinds.HALF)
+        and not takes(kinds.HALF, kinds.FLOAT, kinds.FLOAT)
+        and not takes(kinds.INT8, kinds.FLOAT, kinds.INT8)
+    )
+    assert not takes(kinds.HALF, kinds.FLOAT, kinds.HALF, format=trt.TensorFormat.CHW4)
+    with pytest.raises(EngineError, match="whole numbers"):
+        creator.create_plugin("pool", tensorrt_plugin._fields(trt, (2, 3), STRIDE, [0.1], [1]), None)
+
+
+def test_a_name_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    double = SimpleNamespace(
+        **{name: getattr(trt, name) for name in dir(trt) if not name.startswith("__")},
+        __name__="double",
+        __version__="0",
+    )
+    double.get_plugin_registry = lambda: SimpleNamespace(register_creator=lambda creator, namespace: False)
+    with pytest.raises(EngineError, match="refuses the pooling plugin"):
+        tensorrt_plugin.register(double)
+
+
+# -- ahead of time ---------------------------------------------------------------------------------------------------
+
+
+class Size(int):
+    """A dimension that is known: as TensorRT's symbolic ones, it can be asked for its value."""
+
+    def constant_value(self) -> int:
+        return int(self)
+
+
+def test_the_embedded_kernel_is_launched_as_the_direct_one(
+    fake: Any, host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered: dict[str, Any] = {}
+
+    class Sequence(list):
+        def __init__(self, length: int):
+            super().__init__([None] * length)
+
+        from_tuple = staticmethod(list)
+
+    trtp = SimpleNamespace(
+        register=lambda name: lambda function: registered.update(describe=function),
+        aot_impl=lambda name: lambda function: registered.update(implement=function),
+        TensorDesc=object,
+        ShapeExprs=Sequence,
+        SymIntExprs=Sequence,
+        SymInt32=int,
+        KernelLaunchParams=SimpleNamespace,
+    )
+    kinds = SimpleNamespace(FLOAT="float", HALF="half", BF16="bf16")
+    trt = SimpleNamespace(
+        __name__="tensorrt double",
+        DataType=kinds,
+        NetworkDefinitionCreationFlag=SimpleNamespace(PREFER_AOT_PYTHON_PLUGINS=1),
+    )
+    monkeypatch.setattr(aot, "registered", {})
+    monkeypatch.setattr(aot, "compile_kernels", lambda capability, form: SimpleNamespace(code=b"// ptx"))
+    older = SimpleNamespace(**{**vars(trt), "NetworkDefinitionCreationFlag": SimpleNamespace()})
+    assert (
+        aot.is_available(trt, trtp) and not aot.is_available(trt, None) and not aot.is_available(older, trtp)
+    )
+    aot.register_aot(trt, trtp, (8, 9))
+    aot.register_aot(trt, trtp, (8, 9))
+    hidden, weights, want = case()
+    described = SimpleNamespace(
+        dtype="float", shape_expr=[Size(n) for n in SHAPE], like=lambda: SimpleNamespace(dtype="float")
+    )
+    window_weights = SimpleNamespace(shape_expr=[Size(n) for n in SHAPE[:3]])
+    attributes = (np.array(KERNEL, np.int32), np.array(STRIDE, np.int32), np.float32(0.1), 1)
+    assert list(registered["describe"](described, window_weights, *attributes).shape_expr) == list(want.shape)
+    name, code, launch, extra = registered["implement"](described, window_weights, *attributes, None, None)
+    call = Call(SHAPE[:3], SHAPE[3], KERNEL, STRIDE, 0.1, "float32", gelu=True)
+    assert (name, tuple(extra), (launch.grid_x, launch.grid_y, 1), launch.block_x) == (
+        call.name,
+        call.integers,
+        call.grid,
+        kernel.THREADS,
+    )
+    assert code == b"// ptx"
+    out = np.full(want.shape, np.nan, np.float32)
+    getattr(host, name)(
+        ctypes.c_void_p(hidden.ctypes.data),
+        ctypes.c_void_p(weights.ctypes.data),
+        *extra,
+        ctypes.c_void_p(out.ctypes.data),
+    )
+    np.testing.assert_allclose(out, want, atol=1e-5)
+
+
+def test_one_form_of_the_plugin_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot, "registered", {"x": object()})
+    with pytest.raises(EngineError, match="another one"):
+        aot.register_aot(SimpleNamespace(__name__="x"), SimpleNamespace(), (8, 9))
+
+
+# -- C++ -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    not os.environ.get("TENSORRT_INCLUDE") or not shutil.which("nvcc"),
+    reason="needs nvcc, and TensorRT's C++ headers in TENSORRT_INCLUDE",
+)
+def test_the_library_compiles_and_builds_an_engine(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    built = tmp_path / "libplugin.so"
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-shared",
+        "-Xcompiler",
+        "-fPIC",
+        "-arch=sm_87",
+        "-isystem",
+        os.environ["TENSORRT_INCLUDE"],
+    ]
+    run = subprocess.run(
+        [*command, str(FOLDER / "tensorrt_plugin.cu"), "-o", str(built)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    run = build_with_plugin(tmp_path, str(built))
+    assert run.returncode == 0 and int(run.stdout.split()[1]), run.stderr

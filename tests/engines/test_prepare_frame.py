@@ -1,0 +1,146 @@
+"""Frames that lie on the GPU: prepared there as Pillow does on the host, bit for bit (the kernels' host build, over doubles of driver and cuda-core)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from helpers.gpu_doubles import FakeDriver
+from helpers.pool_host import FakeCudaCore, library
+from ppllava_edge import MediaError, VideoQA
+from ppllava_edge.engines.backends.cuda_driver import CudaDevice
+from ppllava_edge.engines.bundle.manifest import Preprocessing
+from ppllava_edge.engines.plugins.prepare_frame import kernel
+from ppllava_edge.runtime.vision import preprocess
+from ppllava_edge.runtime.vision.preprocess import preprocess_video
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory: pytest.TempPathFactory) -> FakeCudaCore:
+    return FakeCudaCore(library(tmp_path_factory.mktemp("prepare"), kernel.FOLDER))
+
+
+def rows_first(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Pillow's order up to version 12; from 13 on it takes columns first for some shapes (tall ones, mostly), and rounds otherwise."""
+    return picture.resize((width, picture.height), Image.Resampling.BICUBIC).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def doubles(core: FakeCudaCore) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocess, "_resize", rows_first)
+        patch.setattr(kernel, "import_cuda_core", lambda: core)
+        kernel.compile_kernels.cache_clear()
+        yield
+    kernel.compile_kernels.cache_clear()
+
+
+class OnGpu:
+    """What torch, CuPy and pycuda show of an array on the GPU."""
+
+    def __init__(self, array: np.ndarray):
+        self.in_device_memory, self.shape = array, array.shape
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        a = self.in_device_memory
+        return {
+            "shape": a.shape,
+            "typestr": a.dtype.str,
+            "data": (a.ctypes.data, True),
+            "strides": a.strides,
+            "version": 3,
+        }
+
+
+def preprocessing(size: int, method: str) -> Preprocessing:
+    return Preprocessing(method, size, MEAN, STD, ())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(8, 90),
+    st.integers(8, 90),
+    st.integers(8, 60),
+    st.sampled_from(["squash", "pad"]),
+    st.integers(0, 2**31),
+)
+def test_the_same_pixels_as_on_the_host(height: int, width: int, size: int, method: str, seed: int) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    p = preprocessing(size, method)
+    pixels, picture = kernel.FramePreparer(CudaDevice(FakeDriver()), p).prepare(OnGpu(image))
+    np.testing.assert_array_equal(np.asarray(pixels), preprocess_video([image], p))
+    assert picture.shape == (size, size, 3)
+    half, _ = kernel.FramePreparer(CudaDevice(FakeDriver()), p, np.float16).prepare(OnGpu(image))
+    np.testing.assert_array_equal(np.asarray(half), preprocess_video([image], p).astype(np.float16))
+
+
+@pytest.mark.parametrize("shape", [(1080, 1920), (720, 1280), (240, 320), (336, 336), (100, 2000)])
+def test_real_sizes(shape: tuple[int, int]) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
+    for size, method in ((336, "squash"), (384, "pad")):
+        p = preprocessing(size, method)
+        pixels, picture = kernel.FramePreparer(CudaDevice(FakeDriver()), p).prepare(OnGpu(image))
+        np.testing.assert_array_equal(np.asarray(pixels), preprocess_video([image], p))
+        if method == "squash":
+            np.testing.assert_array_equal(
+                np.asarray(picture), np.asarray(rows_first(Image.fromarray(image), size, size))
+            )
+
+
+def test_strides_of_all_kinds() -> None:
+    """A part of a larger picture, one with alpha, one upside down, planes one after another."""
+    base, p = np.random.default_rng(2).integers(0, 256, (60, 80, 4), np.uint8), preprocessing(28, "squash")
+    planar = np.ascontiguousarray(base[..., :3].transpose(2, 0, 1)).transpose(1, 2, 0)
+    for image in (base[5:50, 7:70, :3], base, base[::-1, :, :3], planar):
+        pixels, _ = kernel.FramePreparer(CudaDevice(FakeDriver()), p).prepare(OnGpu(image))
+        np.testing.assert_array_equal(
+            np.asarray(pixels), preprocess_video([np.ascontiguousarray(image[..., :3])], p)
+        )
+
+
+def test_what_is_no_frame() -> None:
+    preparer = kernel.FramePreparer(CudaDevice(FakeDriver()), preprocessing(28, "squash"))
+    for wrong in (np.zeros((4, 4), np.uint8), np.zeros((9, 9, 3), np.float32), np.zeros((9, 9, 2), np.uint8)):
+        with pytest.raises(MediaError, match="must be RGB uint8"):
+            preparer.prepare(OnGpu(wrong))
+    with pytest.raises(MediaError, match="can't be taken from the GPU"):
+        preparer.prepare(SimpleNamespace(in_device_memory="nothing"))
+    assert kernel.is_device_frame(OnGpu(np.zeros((9, 9, 3), np.uint8))) and not kernel.is_device_frame(
+        np.zeros((9, 9, 3), np.uint8)
+    )
+    there, here = (SimpleNamespace(__dlpack_device__=lambda kind=kind: (kind, 0)) for kind in (2, 1))
+    assert kernel.is_device_frame(there) and not kernel.is_device_frame(here)
+
+
+def test_an_engine_on_the_cpu_says_so() -> None:
+    with (
+        VideoQA(device="cpu").live() as live,
+        pytest.raises(MediaError, match="lies in GPU memory; engines on the CPU"),
+    ):
+        live.push(OnGpu(np.zeros((9, 9, 3), np.uint8)))
+
+
+def test_it_compiles_for_real() -> None:
+    core = pytest.importorskip("cuda.core", reason="NVRTC comes with the extra `cuda`")
+    options = core.ProgramOptions(std="c++17", arch="sm_87")
+    code = core.Program(kernel.source(), "c++", options).compile("cubin", name_expressions=kernel.KERNELS)
+    assert len(code.code) > 10_000 and all(name.encode() in code.code for name in kernel.KERNELS)
+
+
+def test_the_check_that_runs_on_a_gpu(core: FakeCudaCore) -> None:
+    """bench/gpu.py, over the doubles."""
+    from ppllava_edge.bench.gpu import frame_checks
+
+    found = frame_checks(OnGpu, CudaDevice(FakeDriver()), runs=1)
+    assert found["shapes"] == 5 and found["shapes_that_differ"] == 0 and found["microseconds_1080p"] > 0

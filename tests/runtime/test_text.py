@@ -1,0 +1,57 @@
+"""Detokenisation: what is streamed is what the whole decodes to, and half a character is never shown."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ppllava_edge.bench.models.random_checkpoint import byte_tokenizer
+from ppllava_edge.runtime.language.detokenizer import Detokenizer, stream_text
+
+BYTES = byte_tokenizer(["<s>", "</s>"], "<s> $A")
+
+
+def decode(ids: list[int]) -> str:
+    return BYTES.decode(ids, skip_special_tokens=True)
+
+
+def encode(text: str) -> list[int]:
+    return BYTES.encode(text, add_special_tokens=False).ids
+
+
+@given(st.text(max_size=60))
+def test_pieces_add_up_and_are_whole_characters(text: str) -> None:
+    pieces = [piece for _, piece in stream_text(iter(encode(text)), Detokenizer(decode), ())]
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+@given(
+    st.text(alphabet="abcé€😀 ", max_size=40),
+    st.lists(st.text(alphabet="abcé ", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_stop_strings_are_never_shown(text: str, stops: list[str]) -> None:
+    shown = "".join(piece for _, piece in stream_text(iter(encode(text)), Detokenizer(decode, stops), ()))
+    assert not any(stop in shown for stop in stops)
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    assert text.startswith(shown)
+    if not found:
+        assert shown == text
+
+
+def test_a_character_of_four_tokens_appears_with_the_last() -> None:
+    detokenizer, ids = Detokenizer(decode), encode("😀")
+    assert len(ids) == 4
+    assert [detokenizer.push(i) for i in ids] == ["", "", "", "😀"]
+
+
+def test_a_broken_ending_is_given_out_at_the_end() -> None:
+    detokenizer = Detokenizer(decode)
+    assert "".join(detokenizer.push(i) for i in encode("a😀")[:-1]) == "a"
+    assert "\ufffd" in detokenizer.finish()
+
+
+def test_stop_ids_end_the_stream_and_are_not_text() -> None:
+    ids = [*encode("yes"), BYTES.token_to_id("</s>"), *encode("more")]
+    found = list(stream_text(iter(ids), Detokenizer(decode), {BYTES.token_to_id("</s>")}))
+    assert "".join(piece for _, piece in found) == "yes" and len([i for i, _ in found if i >= 0]) == 4
