@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +13,45 @@ import click
 
 from ppllava_edge.engines.errors import PPLLaVAError
 
+HELP_COLUMN = 30  # characters, at most, before the help texts (click's own default)
+
+
+class Option(click.Option):
+    """An option with a heading of its own in `--help`.
+
+    Args:
+        group: The heading; options with the same one are listed together. None: "Other options".
+    """
+
+    def __init__(self, *args: Any, group: str | None = None, **attributes: Any):
+        super().__init__(*args, **attributes)
+        self.group = group
+
+
+option = functools.partial(click.option, cls=Option)  # click.option that takes `group=` too
+
 
 class Command(click.Command):
-    """A click command whose errors are one line on stderr and exit status 2, without a traceback."""
+    """A click command with grouped options in `--help` and one-line errors.
+
+    Errors go to stderr without a traceback; the exit status is the error's, usually 2.
+    """
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the options by group, in the order in which the groups first appear."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                groups.setdefault(getattr(parameter, "group", None) or "", []).append(record)
+        names = [len(name) for records in groups.values() for name, _ in records]
+        width = min(max(names), HELP_COLUMN)  # so that the help texts of all groups line up
+        if "" in groups:
+            ungrouped = groups.pop("")
+            groups["Other options" if groups else "Options"] = ungrouped
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(width), text) for name, text in records], HELP_COLUMN)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

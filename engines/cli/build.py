@@ -19,48 +19,70 @@ from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.engines.machine.estimate import parse_size
 from ppllava_edge.engines.targets.build import build
 from ppllava_edge.engines.targets.select import TARGETS
-from ppllava_edge.engines.terminal import Command, fail, human_bytes, progress_steps, table
+from ppllava_edge.engines.terminal import Command, fail, human_bytes, option, progress_steps, table
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--target", type=click.Choice(TARGETS), default="cpu", show_default=True, help="Kind of machine."
+@option(
+    "--target",
+    group="Engine",
+    type=click.Choice(TARGETS),
+    default="cpu",
+    show_default=True,
+    help="Kind of machine.",
 )
-@click.option("--force", is_flag=True, help="Build it again even if it is there and fresh.")
-@click.option(
+@option("--force", group="Engine", is_flag=True, help="Build it again even if it is there and fresh.")
+@option(
     "--capability",
+    group="TensorRT",
     metavar="8.6,8.9,…",
     help="Compute capabilities that rtx builds for.  [default: 8.6,8.9,12.0]",
 )
-@click.option(
+@option(
     "--capacity",
+    group="TensorRT",
     type=click.IntRange(16),
     help="Positions of the KV cache in a TensorRT engine.  [default: the usual prompt and answer]",
 )
-@click.option("--frames", type=click.IntRange(1), help="Usual length of a clip.  [default: the model's]")
-@click.option(
+@option(
+    "--frames",
+    group="TensorRT",
+    type=click.IntRange(1),
+    help="Usual length of a clip.  [default: the model's]",
+)
+@option(
     "--plugin",
+    group="TensorRT",
     type=click.Choice(("auto", "none", "python", "aot")),
     default="auto",
     show_default=True,
     help="The pooling kernel in TensorRT.",
 )
-@click.option(
+@option(
     "--profiles",
+    group="TensorRT",
     type=click.IntRange(1, 2),
     default=2,
     show_default=True,
     help="Of a TensorRT decoder: prefill and one token, or one for both.",
 )
-@click.option(
-    "--piece", metavar="SIZE", help="Most weights of a decoder in one TensorRT engine.  [default: 512MB]"
+@option(
+    "--piece",
+    group="TensorRT",
+    metavar="SIZE",
+    help="Most weights of a decoder in one TensorRT engine.  [default: 512MB]",
 )
-@click.option("--workspace", metavar="SIZE", help="Most scratch memory of a TensorRT engine.")
-@click.option(
-    "--level", type=click.IntRange(0, 5), default=3, show_default=True, help="TensorRT's optimisation level."
+@option("--workspace", group="TensorRT", metavar="SIZE", help="Most scratch memory of a TensorRT engine.")
+@option(
+    "--level",
+    group="TensorRT",
+    type=click.IntRange(0, 5),
+    default=3,
+    show_default=True,
+    help="TensorRT's optimisation level.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON.")
+@option("--json", "as_json", group="Output", is_flag=True, help="Print what was built as JSON.")
 def main(
     bundle: Path,
     target: str,
