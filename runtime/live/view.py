@@ -264,7 +264,7 @@ class Live:
         chosen = [found[i] for i in evenly_spaced(len(found), max(min(count, len(found)), least))]
         return Video(self.qa, self._encode_window(chosen))
 
-    def _looked(self, chosen: list[LiveFrame]) -> EncodedVideo:
+    def _encode_window(self, chosen: list[LiveFrame]) -> EncodedVideo:
         """Features of these frames; those of the last call, if they are the same."""
         numbers, snapshot = tuple(f.number for f in chosen), self._snapshot
         if snapshot is not None and snapshot[0] == numbers:

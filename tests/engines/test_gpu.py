@@ -46,7 +46,7 @@ def open_double(
     """A bundle's engine for a target, on doubles of driver and library."""
     bundle, driver = Bundle.open(folder), driver or FakeDriver()
     trt = FakeTensorRT(driver)
-    monkeypatch.setattr(device_stage, "_import", lambda library: trt)
+    monkeypatch.setattr(device_stage, "import_library", lambda library: trt)
     engine = (
         build_onnxruntime(bundle, target)
         if target == "cuda"
@@ -61,7 +61,7 @@ def nano(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def open_container(nano: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Opened]:
+def opened(nano: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Opened]:
     return lambda target, **options: open_double(nano, target, monkeypatch, **options)
 
 
@@ -97,8 +97,8 @@ def test_variant_matches_the_original(
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_nano_answers_the_same(open_container: Callable[..., Opened], target: str, want: list[str]) -> None:
-    pipeline, *_ = open_container(target)
+def test_nano_answers_the_same(opened: Callable[..., Opened], target: str, want: list[str]) -> None:
+    pipeline, *_ = opened(target)
     pipeline.load()
     video = asking(pipeline).open(SAMPLE)
     assert [video.ask(question).text for question in QUESTIONS] == want
@@ -106,9 +106,9 @@ def test_nano_answers_the_same(open_container: Callable[..., Opened], target: st
 
 @pytest.mark.parametrize("target", ["orin", "orin-jp6"])
 def test_one_profile_for_both_kinds_of_pass(
-    open_container: Callable[..., Opened], target: str, want: list[str]
+    opened: Callable[..., Opened], target: str, want: list[str]
 ) -> None:
-    pipeline, *_ = open_container(target, decoder_profiles=1)
+    pipeline, *_ = opened(target, decoder_profiles=1)
     video = asking(pipeline).open(SAMPLE)
     assert [video.ask(question).text for question in QUESTIONS] == want
 
@@ -150,21 +150,20 @@ def test_quantised_graphs_on_onnxruntime_cuda(
 
 
 def test_our_kernel_pools_between_two_graphs(
-    open_container: Callable[..., Opened], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, want: list[str]
+    opened: Callable[..., Opened], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, want: list[str]
 ) -> None:
     """engines/cuda with the pooling kernel, whose host build takes the GPU's place."""
-    from pool_host import FakeCudaCore, library
-
+    from helpers.pool_host import FakeCudaCore, library
     from ppllava_edge.engines.plugins.weighted_pool import kernel
 
     fake = FakeCudaCore(library(tmp_path))
     monkeypatch.setattr(kernel, "import_cuda_core", lambda: fake)
     kernel.compile_kernels.cache_clear()
-    pipeline, *_ = open_container("cuda")
+    pipeline, *_ = opened("cuda")
     video = asking(pipeline).open(SAMPLE)
     assert [video.ask(question).text for question in QUESTIONS] == want
     assert [name for name, _ in fake.launches] == ["weighted_pool_f16_gelu"] * len(QUESTIONS)
-    plain, *_ = open_container("cuda")
+    plain, *_ = opened("cuda")
     plain._launcher = False
     q = plain.encode_question(np.array([[1, 5, 9, 2]]))
     got, direct = (np.asarray(p.visual_tokens(video.features, q), np.float32) for p in (pipeline, plain))
@@ -175,18 +174,18 @@ def test_our_kernel_pools_between_two_graphs(
 # -- resident ----------------------------------------------------------------------------------------------------------
 
 
-def test_only_token_ids_come_back(open_container: Callable[..., Opened], want: list[str]) -> None:
+def test_only_token_ids_come_back(opened: Callable[..., Opened], want: list[str]) -> None:
     """And, after the last of them, the weights of 8 frames of 9x9 patches, to say where the question looked."""
-    pipeline, driver, _ = open_container("orin")
+    pipeline, driver, _ = opened("orin")
     video = asking(pipeline).open(SAMPLE)
     answer = video.ask(QUESTIONS[1])
     assert answer.text == want[1] and driver.to_host == [8] * answer.new_tokens + [4 * 8 * 81]
 
 
 def test_a_step_is_captured_once_and_launched_again(
-    open_container: Callable[..., Opened], want: list[str]
+    opened: Callable[..., Opened], want: list[str]
 ) -> None:
-    pipeline, driver, trt = open_container("orin", piece_bytes=200_000)
+    pipeline, driver, trt = opened("orin", piece_bytes=200_000)
     video = asking(pipeline).open(SAMPLE)
     pieces = len(pipeline.device_stages("decoder"))
     assert pieces > 2
@@ -228,8 +227,8 @@ def test_blocks_are_used_again_and_given_back_when_memory_is_short() -> None:
         device.empty((400,), np.uint8)
 
 
-def test_memory_is_given_back(open_container: Callable[..., Opened]) -> None:
-    pipeline, driver, _ = open_container("orin")
+def test_memory_is_given_back(opened: Callable[..., Opened]) -> None:
+    pipeline, driver, _ = opened("orin")
     qa = asking(pipeline)
     used = []
     for _ in range(4):
@@ -240,10 +239,10 @@ def test_memory_is_given_back(open_container: Callable[..., Opened]) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_answers_from_several_threads(
-    open_container: Callable[..., Opened], target: str, want: list[str]
+    opened: Callable[..., Opened], target: str, want: list[str]
 ) -> None:
     """Also while one of them captures a step: nobody else's work gets into its graph."""
-    pipeline, *_ = open_container(target)
+    pipeline, *_ = opened(target)
     qa, found, lock = asking(pipeline), dict[int, str](), threading.Lock()
     video = qa.open(SAMPLE)
 
@@ -262,9 +261,9 @@ def test_answers_from_several_threads(
 
 @pytest.mark.parametrize("target", ["cuda", "orin"])
 def test_sampling_and_penalties_agree_with_the_cpu(
-    open_container: Callable[..., Opened], nano: Path, target: str
+    opened: Callable[..., Opened], nano: Path, target: str
 ) -> None:
-    pipeline, *_ = open_container(target)
+    pipeline, *_ = opened(target)
     on_cpu = Pipeline.open(nano, engine="standard")
     rows = on_cpu.embed_tokens([1, 5, 9, 3])
     for sampling in (
@@ -307,19 +306,19 @@ def test_drafts_change_no_answer(tmp_path_factory: pytest.TempPathFactory, lengt
 # -- refused -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_longer_than_the_engine(open_container: Callable[..., Opened]) -> None:
-    pipeline, *_ = open_container("orin", capacity=32)
+def test_a_prompt_longer_than_the_engine(opened: Callable[..., Opened]) -> None:
+    pipeline, *_ = opened("orin", capacity=32)
     with pytest.raises(PromptError, match=r"40 tokens; this engine's cache holds 32.*--capacity 296"):
         pipeline.prefill(np.zeros((40, pipeline.manifest.decoder.hidden_size), np.float32))
-    jetson, *_ = open_container("orin-jp6", capacity=32)
+    jetson, *_ = opened("orin-jp6", capacity=32)
     with pytest.raises(PromptError, match="this engine's cache holds 32"):
         jetson.prefill(np.zeros((40, pipeline.manifest.decoder.hidden_size), np.float32))
     ids = list(pipeline.generate(pipeline.embed_tokens(range(28)), 100))
     assert len(ids) == 5, "an answer ends where the cache does"
 
 
-def test_too_many_frames_for_the_profile(open_container: Callable[..., Opened]) -> None:
-    pipeline, *_ = open_container("orin")
+def test_too_many_frames_for_the_profile(opened: Callable[..., Opened]) -> None:
+    pipeline, *_ = opened("orin")
     with pytest.raises(EngineError, match=r"states is \(9, .*built for \(1, .* to \(8, "):
         pipeline._run(
             "temporal", {"states": np.zeros((9, 2, 82, 128), np.float16)}, {"features": (9, 81, 128)}
@@ -342,17 +341,17 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault, words", FAULTS)
-def test_what_the_library_refuses(open_container: Callable[..., Opened], fault: str, words: str) -> None:
-    pipeline, _, trt = open_container("orin")
+def test_what_the_library_refuses(opened: Callable[..., Opened], fault: str, words: str) -> None:
+    pipeline, _, trt = opened("orin")
     trt.fail = fault
     with pytest.raises(EngineError, match=words):
         asking(pipeline).open(SAMPLE)
 
 
 def test_a_damaged_engine_never_reaches_the_library(
-    open_container: Callable[..., Opened], nano: Path
+    opened: Callable[..., Opened], nano: Path
 ) -> None:
-    open_container("orin")
+    opened("orin")
     file = nano / "engines" / "orin" / "trunk.engine"
     file.write_bytes(file.read_bytes().replace(b"trunk", b"drunk"))
     monkey = pytest.MonkeyPatch()
@@ -379,12 +378,12 @@ def test_no_gpu_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_fastest_engine_that_fits_is_chosen(
-    open_container: Callable[..., Opened], nano: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Callable[..., Opened], nano: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(nano)
-    open_container("cuda"), open_container("orin-jp6")
+    opened("cuda"), opened("orin-jp6")
     assert select.select(bundle, "cuda")[0].target == "orin-jp6"  # type: ignore[union-attr]
-    open_container("orin")
+    opened("orin")
     assert select.select(bundle, "cuda")[0].target == "orin"  # type: ignore[union-attr]
     assert select.select(bundle, "cuda", "onnxruntime")[0].target == "cuda"  # type: ignore[union-attr]
     assert select.select(bundle, "cpu") == (None, "") and select.select(bundle, "cpu", "standard") == (
@@ -400,41 +399,41 @@ def test_the_fastest_engine_that_fits_is_chosen(
 
 
 def test_a_gpu_engine_is_found_by_itself(
-    open_container: Callable[..., Opened], nano: Path, monkeypatch: pytest.MonkeyPatch, want: list[str]
+    opened: Callable[..., Opened], nano: Path, monkeypatch: pytest.MonkeyPatch, want: list[str]
 ) -> None:
     """VideoQA(bundle) on a machine with a GPU; no ONNX Runtime with CUDA is needed for TensorRT."""
-    from ppllava_edge.runtime.pipeline import base as pipeline
+    from ppllava_edge.runtime.pipeline import factory
     from ppllava_edge.runtime.pipeline import gpu as gpu_pipeline
 
-    open_container("orin")
+    opened("orin")
     driver = FakeDriver()
     trt = FakeTensorRT(driver)
-    monkeypatch.setattr(device_stage, "_import", lambda library: trt)
-    monkeypatch.setattr(pipeline, "load_driver", lambda: driver)
+    monkeypatch.setattr(device_stage, "import_library", lambda library: trt)
+    monkeypatch.setattr(factory, "load_driver", lambda: driver)
     monkeypatch.setattr(gpu_pipeline, "CudaDevice", lambda: CudaDevice(driver))
     for device, engine in (("auto", "auto"), ("cuda", "tensorrt"), ("auto", "orin")):
         qa = VideoQA(nano, device=device, engine=engine)
         answer = qa.open(SAMPLE).ask(QUESTIONS[0])
         assert isinstance(qa.pipeline, GpuPipeline) and (answer.text, answer.engine) == (want[0], "orin")
     assert not isinstance(VideoQA(nano, device="cpu").pipeline, GpuPipeline)
-    monkeypatch.setattr(pipeline, "load_driver", lambda: None)
+    monkeypatch.setattr(factory, "load_driver", lambda: None)
     assert not isinstance(VideoQA(nano, device="auto").pipeline, GpuPipeline)
     with pytest.raises(EngineError, match="--engine tensorrt needs an NVIDIA GPU, and no driver was found"):
         VideoQA(nano, device="auto", engine="tensorrt")
 
 
 def test_an_engine_of_another_gpu_is_refused(
-    open_container: Callable[..., Opened], nano: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Callable[..., Opened], nano: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import json
 
-    open_container("orin")
+    opened("orin")
     description = nano / "engines" / "orin" / "engine.json"
     told = json.loads(description.read_text())
     told["details"] |= {"capabilities": ["8.7"], "device": "Orin"}
     description.write_text(json.dumps(told))
     here = [Gpu("RTX 4090", "8.9", 24 << 30, None, 128, False)]
-    monkeypatch.setattr("ppllava_edge.engines.gpu_facts.gpus", lambda: here)
+    monkeypatch.setattr("ppllava_edge.engines.machine.gpu_facts.gpus", lambda: here)
     with pytest.raises(
         EngineError, match=r"built for compute capability 8.7, this GPU \(RTX 4090\) has 8.9; rebuild it"
     ):
@@ -451,20 +450,20 @@ def test_an_engine_of_another_gpu_is_refused(
 
 
 def test_frames_that_lie_on_the_gpu_stay_there(
-    open_container: Callable[..., Opened], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Callable[..., Opened], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A camera pipeline on the GPU pushes its frames: nothing of them crosses to the host but a small picture, and the answer is that of host frames."""
     import av
-    from pool_host import FakeCudaCore, library
     from test_prepare_frame import OnGpu
 
+    from helpers.pool_host import FakeCudaCore, library
     from ppllava_edge.engines.plugins.prepare_frame import kernel
 
     monkeypatch.setattr(kernel, "import_cuda_core", lambda: FakeCudaCore(library(tmp_path, kernel.FOLDER)))
     kernel.compile_kernels.cache_clear()
     with av.open(str(SAMPLE)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)][::5]
-    pipeline, driver, _ = open_container("orin")
+    pipeline, driver, _ = opened("orin")
     features = []
     for wrap in (OnGpu, np.asarray):
         with asking(pipeline).live(fps=4, window=16) as live:

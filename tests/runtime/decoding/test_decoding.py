@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from ppllava_edge.engines.errors import EngineError, PromptError
 from ppllava_edge.runtime import Pipeline
 from ppllava_edge.runtime.decoding.capacity import CAPACITY_STEP
-from ppllava_edge.runtime.language.sampling import Sampling, penalise, probabilities
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,8 @@ def test_feeding_in_pieces_equals_feeding_at_once(pipeline: Pipeline, pieces: li
     x = embeddings(pipeline, sum(pieces))
     want, sequence, at = pipeline.prefill(x), pipeline.decoder.start(len(x), 1), 0
     for count in pieces:
-        got = sequence.run(x[at : at + count])[-1]
+        sequence.feed(x[at : at + count])
+        got = sequence.logits()[-1]
         at += count
     np.testing.assert_allclose(got, want, atol=2e-5)
     assert sequence.cache.length == len(x)
@@ -45,12 +45,12 @@ def test_the_cache_is_written_in_place_and_only_where_it_should_be(golden_bundle
     sequence = pipeline.decoder.start(12, 8)
     cache = sequence.cache
     addresses = {name: buffer.data_ptr() for name, buffer in cache.buffers.items()}
-    sequence.run(embeddings(pipeline, 12))
+    sequence.feed(embeddings(pipeline, 12))
     before = {name: buffer.numpy().copy() for name, buffer in cache.buffers.items()}
     assert all(np.abs(a[:, :, 12:]).max() == 0 for a in before.values()), (
         "positions after the prompt were touched"
     )
-    sequence.run(embeddings(pipeline, 1, seed=1))
+    sequence.feed(embeddings(pipeline, 1, seed=1))
     for name, buffer in cache.buffers.items():
         after = buffer.numpy()
         assert buffer.data_ptr() == addresses[name], "a buffer moved"
@@ -108,7 +108,7 @@ def test_generation_ends_with_the_context(pipeline: Pipeline) -> None:
 def test_overfilling_the_cache_is_refused(pipeline: Pipeline) -> None:
     sequence = pipeline.decoder.start(1, 1)
     with pytest.raises(EngineError, match="don't fit"):
-        sequence.run(embeddings(pipeline, CAPACITY_STEP + 1))
+        sequence.feed(embeddings(pipeline, CAPACITY_STEP + 1))
     assert sequence.cache.length == 0
 
 
@@ -118,62 +118,3 @@ def test_a_stop_id_is_yielded_and_ends_it(pipeline: Pipeline) -> None:
     stop = ids[4]
     assert list(pipeline.generate(x, 10, stop_ids=(stop,))) == ids[: ids.index(stop) + 1]
     assert list(pipeline.generate(x, 0)) == []
-
-
-# -- sampling --------------------------------------------------------------------------------------------------------
-
-logits_arrays = st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=40).map(
-    lambda v: np.array(v, np.float32)
-)
-
-
-@given(logits_arrays, st.floats(0.05, 5), st.integers(0, 50), st.floats(0.01, 1))
-def test_probabilities(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> None:
-    p = probabilities(logits, temperature, top_k, top_p)
-    assert np.isclose(p.sum(), 1) and (p >= 0).all()
-    assert p[logits.argmax()] == p.max() > 0, "the likeliest token is never cut"
-    if 0 < top_k < len(logits):
-        assert (logits[p > 0] >= np.sort(logits)[-top_k]).all()
-    if top_p < 1:
-        full = probabilities(logits, temperature, top_k)
-        kept = full[p > 0].sum()
-        assert kept >= min(top_p, 1) - 1e-9
-        assert kept - full[p > 0].min() < top_p + 1e-9, "no smaller set would do"
-
-
-@given(logits_arrays, st.floats(1.01, 3), st.data())
-def test_repetition_penalty_lowers_what_was_said_and_nothing_else(
-    logits: np.ndarray, penalty: float, data: st.DataObject
-) -> None:
-    said = data.draw(st.lists(st.integers(0, len(logits) - 1), min_size=1, max_size=5))
-    after = penalise(logits, said, penalty)
-    rest = np.setdiff1d(np.arange(len(logits)), said)
-    assert (after[said] <= logits[said]).all() and np.array_equal(after[rest], logits[rest])
-
-
-def test_sampling_repeats_with_a_seed_and_greedy_is_argmax(pipeline: Pipeline) -> None:
-    x = embeddings(pipeline, 9)
-    hot = [
-        list(pipeline.generate(x, 15, sampling=Sampling(temperature=1.5, seed=seed))) for seed in (1, 1, 2)
-    ]
-    assert hot[0] == hot[1] != hot[2]
-    assert next(iter(pipeline.generate(x, 1))) == int(pipeline.prefill(x).argmax())
-    assert list(pipeline.generate(x, 15, sampling=Sampling(temperature=1.5, top_k=1))) == list(
-        pipeline.generate(x, 15)
-    )
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"temperature": -1},
-        {"top_p": 0},
-        {"top_p": 1.5},
-        {"top_k": -1},
-        {"repetition_penalty": 0},
-        {"temperature": float("nan")},
-    ],
-)
-def test_impossible_sampling_is_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(PromptError):
-        Sampling(**wrong)  # type: ignore[arg-type]

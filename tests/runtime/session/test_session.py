@@ -61,10 +61,8 @@ def test_frames_from_the_app(qa: VideoQA) -> None:
 
 
 def test_questions_from_several_threads_get_the_serial_answers(qa: VideoQA) -> None:
-    videos, questions = (
-        [qa.open(SAMPLE), qa.open(SAMPLE, end=1.0)],
-        ["What color is the circle?", "Describe the video.", "How many objects are there?"],
-    )
+    videos = [qa.open(SAMPLE), qa.open(SAMPLE, end=1.0)]
+    questions = ["What color is the circle?", "Describe the video.", "How many objects are there?"]
     want = {(i, q): v.ask(q).text for i, v in enumerate(videos) for q in questions}
     got: dict[tuple[int, str], str] = {}
 
@@ -109,7 +107,7 @@ def test_metrics_of_opening_and_answering() -> None:
 def test_pooling_window_by_window_equals_pooling_at_once(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ppllava_edge.runtime.pipeline import base as module
+    from ppllava_edge.runtime.pipeline import cpu as module
 
     p = Pipeline.open(tiny_bundle)
     features = p.encode_frames(np.random.default_rng(0).standard_normal((9, 3, 84, 84)).astype(np.float32))
