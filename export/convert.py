@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from ppllava_edge.engines.bundle.integrity import write_manifest
 from ppllava_edge.engines.bundle.manifest import Manifest
 from ppllava_edge.engines.errors import EngineError, PPLLaVAError
 from ppllava_edge.engines.machine.estimate import Shape, shape_of
+from ppllava_edge.engines.staging import staging_folder
 from ppllava_edge.engines.targets.build import build_cpu
 from ppllava_edge.export.quantisation.precision import Precision, parse_precision
 from ppllava_edge.export.quantisation.quantize import LayerRecord, Plan, quantize, weight_only_plan
@@ -185,21 +185,20 @@ def write_embeddings(model: Source, precision: Precision, work: Path) -> StageRe
 @contextlib.contextmanager
 def work_beside(output: Path) -> Iterator[Path]:
     """A scratch directory beside the output; removed on any failure or interrupt. A full disk is one clear line."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent))
-    except OSError as error:
-        raise PPLLaVAError(f"can't write beside {output}: {error.strerror}") from None
-    try:
-        yield work
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    with contextlib.ExitStack() as stack:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            work = stack.enter_context(staging_folder(output))
+        except OSError as error:
+            raise PPLLaVAError(f"can't write beside {output}: {error.strerror}") from None
+        try:
+            yield work
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise PPLLaVAError(
                 f"the disk that holds {output.parent} is full; nothing was left behind"
             ) from None
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _move_into_place(work: Path, output: Path, force: bool) -> None:

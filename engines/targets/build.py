@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
@@ -19,6 +16,7 @@ from ppllava_edge.engines.bundle.engine_manifest import (
     write_engine,
 )
 from ppllava_edge.engines.libraries import import_onnxruntime, minor
+from ppllava_edge.engines.staging import staging_folder
 
 PIECE_BYTES = 1 << 30  # of a decoder's weights on the CPU: pieces are opened side by side
 Tell = Callable[[str, int, int], None]  # stage, done, of how many
@@ -32,8 +30,7 @@ def build_onnxruntime(bundle: Bundle, target: str, tell: Tell = lambda stage, do
     """
     place = engine_folder(bundle.path, target)
     place.parent.mkdir(exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target}.", suffix=".part", dir=place.parent))
-    try:
+    with staging_folder(place) as work:
         stages: dict[str, tuple[str, ...]] = {}
         kv_dtype = bundle.manifest.decoder.kv_dtype
         names = [
@@ -55,8 +52,6 @@ def build_onnxruntime(bundle: Bundle, target: str, tell: Tell = lambda stage, do
             place, target, fingerprint(bundle.manifest), made_by, kv_dtype, stages, {}, "onnxruntime", cache
         )
         engine = write_engine(work, engine)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     tell("all", len(names), len(names))
     return engine
 

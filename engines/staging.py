@@ -1,0 +1,115 @@
+"""Staging folders: what a command writes is built beside its target and renamed when it is complete.
+
+A staging folder is locked (flock) by the process that writes it. The lock ends with the process, even when
+the process is killed, so a folder that can be locked was abandoned, and the next command removes it. The name
+carries the host: some network file systems keep locks per host, so folders of other hosts are left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+
+SUFFIX = ".part"
+MACHINE_ID = Path("/etc/machine-id")
+
+
+@contextlib.contextmanager
+def staging_folder(target: Path, note: Callable[[str], None] | None = None) -> Iterator[Path]:
+    """Create a locked folder beside a target, and remove it at the end unless it was renamed.
+
+    Folders that killed commands left beside the target are removed first.
+
+    Args:
+        target: What the folder will be renamed to. Its parent must exist.
+        note: Called with one line if abandoned folders were removed. The default prints it to stderr.
+
+    Yields:
+        The folder, with permissions for its owner only.
+
+    Raises:
+        OSError: The folder can't be created.
+    """
+    removed = sweep(target.parent)
+    if removed:
+        (note or _print_note)(
+            f"removed unfinished folders of killed commands from {target.parent}: {', '.join(removed)}"
+        )
+    folder, lock = _create_locked(target)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def sweep(parent: Path) -> list[str]:
+    """Remove the staging folders in `parent` whose process on this host is gone.
+
+    Folders of running processes and of other hosts stay, and so do those that can't be removed.
+
+    Args:
+        parent: The folder that holds the targets.
+
+    Returns:
+        The names of the removed folders, sorted.
+    """
+    removed = []
+    for folder in sorted(parent.glob(f".*.{_host_mark()}-*{SUFFIX}")):
+        with contextlib.suppress(OSError):
+            lock = _lock(folder, wait=False)
+            try:
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
+            if not folder.exists():
+                removed.append(folder.name)
+    return removed
+
+
+def _create_locked(target: Path) -> tuple[Path, int]:
+    """A new staging folder and the open, locked descriptor of it."""
+    prefix = f".{target.name}.{_host_mark()}-"
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=SUFFIX, dir=target.parent))
+        try:
+            lock = _lock(folder, wait=True)
+        except FileNotFoundError:  # another command swept it before it was locked
+            continue
+        except OSError:  # this file system has no locks for folders: nobody can sweep it
+            return folder, os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        if folder.exists():
+            return folder, lock
+        os.close(lock)
+
+
+def _lock(folder: Path, wait: bool) -> int:
+    """Lock a folder; OSError if another process holds the lock, or it isn't a folder."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _host_mark() -> str:
+    """The part of a folder's name that identifies this host."""
+    identity = platform.node()  # not unique by itself, and some containers have no machine id
+    with contextlib.suppress(OSError):
+        identity += MACHINE_ID.read_text()
+    return f"ppllava-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+
+def _print_note(text: str) -> None:
+    click.echo(f"note: {text}", err=True)
