@@ -21,10 +21,9 @@ demo: $(VENV)/demo
 test: $(VENV)/dev
 	$(BIN)/python -m pytest
 
-# mypy looks at an installed copy: in the source tree the package's name belongs to no folder. The number of files it must see is checked.
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
-	$(BIN)/python tests/project/lint_types.py
+	$(BIN)/python tests/project/lint.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

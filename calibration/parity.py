@@ -11,7 +11,9 @@ import numpy as np
 from ppllava_edge.calibration.data import Clip
 from ppllava_edge.calibration.reference import Asked, StreamedModel
 from ppllava_edge.engines.errors import PPLLaVAError
-from ppllava_edge.runtime.pipeline.factory import Pipeline
+from ppllava_edge.runtime.decoding.generate import generate_ids
+from ppllava_edge.runtime.language.sampling import Sampler, Sampling
+from ppllava_edge.runtime.pipeline.base import BasePipeline
 
 NEW_TOKENS = 32
 
@@ -99,7 +101,7 @@ class Expected:
     asked: list[Asked]
 
 
-def measure(expected: Expected, bundle: Pipeline, new_tokens: int = NEW_TOKENS) -> Scores:
+def measure(expected: Expected, bundle: BasePipeline, new_tokens: int = NEW_TOKENS) -> Scores:
     """Run both models over held-back clips. The quantised one answers; the float one reads the same answer and says what it would have said.
 
     The bundle's own pipeline is used: the scores are those of what people will run.
@@ -193,16 +195,27 @@ def _scores(
     )
 
 
-def _answer(bundle: Pipeline, embeds: np.ndarray, most: int) -> tuple[list[int], np.ndarray]:
-    """Greedy ids and the logits (n,V) that chose them."""
-    found: list[np.ndarray] = []
+class _RecordingSampler(Sampler):
+    """Greedy, and keeps the logits (V,) that it chose from."""
 
-    def choose(logits: np.ndarray, ids: list[int]) -> int:
-        found.append(logits.copy())
-        return int(logits.argmax())
+    def __init__(self) -> None:
+        super().__init__(Sampling())
+        self.logits: list[np.ndarray] = []
 
-    ids = list(bundle.decoder.generate(embeds, most, bundle.embed_tokens, choose, bundle.manifest.stop_ids))
-    return ids, np.stack(found)
+    def __call__(self, logits: np.ndarray, ids: list[int]) -> int:
+        self.logits.append(logits.copy())
+        return super().__call__(logits, ids)
+
+
+def _answer(pipeline: BasePipeline, embeds: np.ndarray, limit: int) -> tuple[list[int], np.ndarray]:
+    """Greedy token ids, at most `limit`, and the logits (n, V) that they were chosen from."""
+    sampler, decoder = _RecordingSampler(), pipeline.decoder
+    sequence = decoder.start(len(embeds), limit)
+    try:
+        ids = list(generate_ids(sequence, embeds, limit, sampler, pipeline.manifest.stop_ids))
+    finally:
+        decoder.finish(sequence)
+    return ids, np.stack(sampler.logits)
 
 
 def compare(want: np.ndarray, got: np.ndarray) -> tuple[float, float]:

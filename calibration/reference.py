@@ -20,8 +20,7 @@ from ppllava_edge.export.convert import EMBEDDINGS, write_embeddings
 from ppllava_edge.export.quantisation.precision import parse_precision
 from ppllava_edge.export.sources import Source
 from ppllava_edge.runtime.language.text_processor import TextProcessor
-from ppllava_edge.runtime.pipeline.cpu import TOKENS_PER_VISION_CALL
-from ppllava_edge.runtime.pipeline.factory import Pipeline
+from ppllava_edge.runtime.pipeline.cpu import TOKENS_PER_VISION_CALL, CpuPipeline
 
 LAST = 40  # positions whose logits the reference gives: an answer of 32 tokens, and the one before it
 FLOAT = parse_precision("fp32")
@@ -81,7 +80,7 @@ class _InMemory:
         pass
 
 
-class StreamedModel(Pipeline):
+class StreamedModel(CpuPipeline):
     """A model's stages with the interface of runtime's pipeline where they are small, and piece by piece over many samples where not.
 
     bundle: tokenizers and embeddings. graphs: of all stages, in float32 where they are float. scratch: a folder for values and pieces.

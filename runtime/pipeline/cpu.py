@@ -167,7 +167,7 @@ class CpuPipeline(BasePipeline):
     # -- decoder ---------------------------------------------------------------------------------------------
 
     @cached_property
-    def decoder(self) -> OnnxRuntimeDecoder:  # type: ignore[override]
+    def decoder(self) -> OnnxRuntimeDecoder:
         """As BasePipeline says."""
         info, cache = self.manifest.decoder, "in place"
         if self.engine is not None:

@@ -265,7 +265,7 @@ class GpuPipeline(BasePipeline):
         return GpuPrompt(list(before), visual, list(after))
 
     @cached_property
-    def decoder(self) -> Decoder:  # type: ignore[override]
+    def decoder(self) -> Decoder:
         """As BasePipeline says."""
         kind = GpuDecoder if self.engine.cache == "in place" else GrowingGpuDecoder
         stages = self.device_stages("decoder")
