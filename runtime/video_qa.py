@@ -1,7 +1,7 @@
 """What people embed: a VideoQA opens videos and live views, which answer questions.
 
-A video is decoded and encoded once, when it is opened. Only pooling depends on the question, so every question
-after the first costs the question tower, pooling and the decoder.
+A video is decoded and encoded once, when it is opened. Only pooling depends on the question, so every
+question after the first costs the question tower, pooling and the decoder.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 from ppllava_edge.engines.bundle.packed import find_bundle
 from ppllava_edge.engines.bundle.prompt_template import PromptTemplate
 from ppllava_edge.engines.errors import EngineError, MediaError
+from ppllava_edge.runtime.encoding.cached_features import CachedFeatures
+from ppllava_edge.runtime.encoding.encode_source import Progress, encode_source, reader_of
 from ppllava_edge.runtime.language.text_processor import TextProcessor
 from ppllava_edge.runtime.live.view import Live
 from ppllava_edge.runtime.pipeline.factory import Pipeline
-from ppllava_edge.runtime.session.cached_features import CachedFeatures
 from ppllava_edge.runtime.session.context import Metrics, Session
-from ppllava_edge.runtime.session.encode_source import Progress, encode_source, reader_of
 from ppllava_edge.runtime.session.video import KEEP, Video
 from ppllava_edge.runtime.vision.feature_cache import FeatureCache
 from ppllava_edge.runtime.vision.frame_options import DEFAULT_CANDIDATES, FrameOptions
@@ -84,16 +84,17 @@ class VideoQA(Session):
         """Decode and encode a video once.
 
         Args:
-            source: A video file, an image, an animation, a folder of images, or a sequence of RGB uint8 frames
-                (H, W, 3), all of which are used (frames must be None then).
+            source: A video file, an image, an animation, a folder of images, or a sequence of RGB uint8
+                frames (H, W, 3), all of which are used (frames must be None then).
             frames: How many the model sees; None: its default; "auto": more for longer videos.
             start, end: Seconds; None: the whole video.
             progress: Called with ("decode" | "vision", frames done, of how many).
             tokens: The most visual tokens; None: what the model's windows give.
-            select: "uniform", or "guided": the question chooses the frames that are pooled out of `candidates`.
+            select: "uniform", or "guided": the question chooses the frames to pool out of `candidates`.
             candidates: Frames to choose among.
-            keep: "features": every question pools anew. "tokens": a chat; further questions reuse the first
-                one's visual tokens and KV cache. "prefix": the same, but the model doesn't see the turns before.
+            keep: "features": every question pools anew. "tokens": a chat; further questions reuse the
+                first one's visual tokens and KV cache. "prefix": the same, but the model doesn't see the
+                turns before.
 
         Returns:
             The video, ready for questions.
@@ -109,7 +110,8 @@ class VideoQA(Session):
         cached = video is not None
         if video is None:
             started = time.perf_counter()
-            video = encode_source(self, reader_of(source, options), options, progress)
+            reader = reader_of(source, options)
+            video = encode_source(self.pipeline, self.engine_lock, reader, options, progress)
             # Everything but encoding is waiting for frames.
             video.video_decode = time.perf_counter() - started - video.vision
             kept.store(video)

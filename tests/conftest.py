@@ -1,8 +1,10 @@
-"""Shared fixtures: the golden data, small bundles, and one real video."""
+"""Shared fixtures: the golden data, small bundles, and one real video. Each is built once, whatever the workers."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,25 @@ from hypothesis import settings
 
 from helpers.commands import GOLDEN, run_command
 
-settings.register_profile(
-    "repeatable", derandomize=True
-)  # a check must say the same twice; at home every run tries new examples
+# A check must say the same twice; at home every run tries new examples.
+settings.register_profile("repeatable", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("repeatable")
+
+
+def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]) -> Path:
+    """A folder that the first worker to need it fills, and all others use as it is."""
+    shared = factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shared = shared.parent
+    folder, done = shared / name, shared / f"{name}.done"
+    with open(shared / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            folder.mkdir()
+            build(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -23,34 +39,38 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random checkpoint with tokenizers, in upstream's layout."""
     from ppllava_edge.bench.models.random_checkpoint import TINY, write_random_checkpoint
 
-    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
-    write_random_checkpoint(folder, TINY)
-    return folder
+    built = built_once(
+        tmp_path_factory, "tiny-checkpoint", lambda f: write_random_checkpoint(f / "checkpoint", TINY)
+    )
+    return built / "checkpoint"
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path) -> Path:
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
     """That checkpoint, exported in fp32."""
-    output = tiny_checkpoint.parent / "bundle"
-    run = run_command("ppllava-export", tiny_checkpoint, "-o", output, "--precision", "fp32")
-    assert run.returncode == 0, run.stderr
-    return output
+
+    def export(folder: Path) -> None:
+        run = run_command("ppllava-export", tiny_checkpoint, "-o", folder / "bundle", "--precision", "fp32")
+        assert run.returncode == 0, run.stderr
+
+    return built_once(tmp_path_factory, "tiny-bundle", export) / "bundle"
 
 
 @pytest.fixture(scope="session")
 def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """vicuna_tiny_bt, exported in fp32 without tokenizers."""
-    output = tmp_path_factory.mktemp("golden") / "bundle"
-    run = run_command(
-        "ppllava-export", GOLDEN / "vicuna_tiny_bt", "-o", output, "--precision", "fp32", "--no-tokenizer"
-    )
-    assert run.returncode == 0, run.stderr
-    return output
+
+    def export(folder: Path) -> None:
+        source, precision = GOLDEN / "vicuna_tiny_bt", ("--precision", "fp32", "--no-tokenizer")
+        run = run_command("ppllava-export", source, "-o", folder / "bundle", *precision)
+        assert run.returncode == 0, run.stderr
+
+    return built_once(tmp_path_factory, "golden-bundle", export) / "bundle"
 
 
 @pytest.fixture(scope="session")
 def moving_frames() -> np.ndarray:
-    """(24, 96, 128, 3) uint8: every frame has a grey level of its own, so that a frame can be told from its content."""
+    """(24, 96, 128, 3) uint8: each frame has its own grey level, so that a frame can be told from its content."""
     frames = np.zeros((24, 96, 128, 3), np.uint8)
     for i, frame in enumerate(frames):
         frame[:] = 20 + 9 * i
@@ -63,6 +83,9 @@ def video_file(tmp_path_factory: pytest.TempPathFactory, moving_frames: np.ndarr
     """Those frames as H.264 in MP4, 12 frames a second."""
     from ppllava_edge.runtime.media.writing import write_video
 
-    return write_video(
-        tmp_path_factory.mktemp("video") / "moving.mp4", moving_frames, fps=12, options={"crf": "10"}
+    folder = built_once(
+        tmp_path_factory,
+        "moving-video",
+        lambda f: write_video(f / "moving.mp4", moving_frames, fps=12, options={"crf": "10"}) and None,
     )
+    return folder / "moving.mp4"

@@ -83,7 +83,7 @@ class Decoder(ABC):
             self.finish(sequence)
 
     def check_lookup(self, sampling: Sampling) -> None:
-        """Raise if drafts can't be verified here: EngineError for the engine, PromptError for the sampling."""
+        """Raise EngineError if the engine can't verify drafts, PromptError if the sampling doesn't allow them."""
         if not self.verifies:
             raise EngineError(
                 "looking ahead needs an engine that verifies several tokens at once; "

@@ -1,6 +1,7 @@
-"""The KV cache on a GPU: buffers allocated once, the next step fed on the device, one step captured as a CUDA graph.
+"""The KV cache on a GPU: buffers are allocated once, each step feeds the next on the device.
 
-Greedy answers cross to the host as token ids (8 bytes a token); sampling takes the last position's logits along.
+A decode step is captured as a CUDA graph. Greedy answers cross to the host as token ids (8 bytes a token);
+sampling copies the last position's logits.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ TOP = ("top_values", "top_ids")  # for runtimes that sample from a few candidate
 
 @dataclass(frozen=True)
 class GpuPrompt:
-    """A prompt that is embedded on the GPU: token ids, visual tokens (N, D) on the GPU or the host, token ids."""
+    """A prompt to embed on the GPU: token ids, visual tokens (N, D) on the GPU or the host, token ids."""
 
     before: list[int]
     visual: Any

@@ -1,4 +1,7 @@
-"""The KV cache on a GPU over lowered graphs (TensorRT 10.3): past and what is new give present, in two sets of buffers."""
+"""The KV cache on a GPU over lowered graphs (TensorRT 10.3).
+
+Such a graph writes past and new keys and values into another buffer, so two sets of buffers alternate.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The KV cache of lowered graphs, which grows: past and what is new give present (JetPack 6, older ONNX Runtimes)."""
+"""The KV cache of lowered graphs (older ONNX Runtimes): every pass returns a new, longer cache."""
 
 from __future__ import annotations
 

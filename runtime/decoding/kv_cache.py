@@ -107,7 +107,7 @@ class InPlaceSequence(Sequence):
 
 
 class _BoundPass:
-    """A pass over `count` positions, bound once: from pass to pass only the contents of small buffers change."""
+    """A pass over `count` positions, bound once: only the contents of small buffers change between passes."""
 
     def __init__(self, stages: list[Stage], info: DecoderInfo, cache: KVCache, count: int):
         self.stages, self.cache, self.count, self.device = stages, cache, count, stages[0].device

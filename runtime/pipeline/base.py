@@ -180,13 +180,13 @@ class BasePipeline(ABC):
 
     @abstractmethod
     def similarity(self, features: Any, q: Any) -> np.ndarray:
-        """Features (T, P, C), q (1, E) → cosine (T, rows, columns) float32 of every patch with the question.
+        """Cosine of every patch with the question: features (T, P, C), q (1, E) → (T, rows, columns) float32.
 
         On the host: people look at it.
         """
 
     def window_weights(self, features: Any, q: Any) -> Any:
-        """The weights of pooling, (T, rows, columns) float32: softmax over all patches; equal ones if unguided.
+        """Pooling weights (T, rows, columns) float32: softmax over all patches; equal if unguided.
 
         Raises:
             PromptError: If pooling is guided and q is None.
@@ -223,7 +223,7 @@ class BasePipeline(ABC):
             q: (1, E), the encoded question; may be None where pooling isn't guided.
             media: "video", "image" (tile 0 is the whole image, the others are crops) or "multi-image".
             image_size: (height, width) of the original image, needed for crops.
-            weights: (T, rows, columns): the question's, if they are known already, or others, for experiments.
+            weights: (T, rows, columns): the question's, if known already, or others, for experiments.
             windows: Instead of the model's.
 
         Returns:
@@ -245,8 +245,8 @@ class BasePipeline(ABC):
             return tokens
         if output[0] != len(features):
             raise MediaError(
-                f"image pooling must keep every tile apart; its windows ({windows}) mix {len(features)} tiles "
-                f"into {output[0]}"
+                f"image pooling must keep every tile apart; its windows ({windows}) mix "
+                f"{len(features)} tiles into {output[0]}"
             )
         tiles = np.asarray(tokens).reshape(output[0], output[1] * output[2], -1)
         return self._assemble_image(tiles, output[1:], image_size)
@@ -277,7 +277,7 @@ class BasePipeline(ABC):
     def _assemble_image(
         self, tiles: np.ndarray, grid: tuple[int, int], image_size: tuple[int, int] | None
     ) -> np.ndarray:
-        """Tiles (1+crops, tokens, D) → (N, D): the whole image, then the crops with a newline after each row."""
+        """Tiles (1+crops, tokens, D) → (N, D): the whole image, then rows of crops, each with a newline."""
         newline = self.embedding_table.image_newline()
         if len(tiles) == 1:
             return np.concatenate([tiles[0].astype(np.float32), newline[None]])
@@ -294,7 +294,7 @@ class BasePipeline(ABC):
         return EmbeddingTable(self.bundle)
 
     def embed_tokens(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Token ids (L,) → embeddings (L, D) float32. Raises PromptError for an id outside the vocabulary."""
+        """Token ids (L,) → embeddings (L, D) float32. Raises PromptError for an unknown id."""
         return self.embedding_table.rows(ids)
 
     @property

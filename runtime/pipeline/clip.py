@@ -27,7 +27,7 @@ class ClipEncoder:
         self.states |= zip(numbers, self.pipeline.rows(states))
 
     def features(self, order: Sequence[int]) -> Any:
-        """Features (T, P, C) of the frames with these numbers, which may repeat. Call it once: it frees the states."""
+        """Features (T, P, C) of these frames, which may repeat. Call it once: it frees the states."""
         last = {number: at for at, number in enumerate(order)}
         states = (
             self.states.pop(number) if last[number] == at else self.states[number]

@@ -35,7 +35,7 @@ class EmbeddingTable:
             self._scales = self._file.get_tensor(SCALES).astype(np.float32)
 
     def rows(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Token ids (L,) → embeddings (L, D) float32. Raises PromptError for an id outside the vocabulary."""
+        """Token ids (L,) → embeddings (L, D) float32. Raises PromptError for an unknown id."""
         ids = [int(i) for i in np.asarray(ids, np.int64).ravel()]
         if any(not 0 <= i < self.info.vocab for i in ids):
             raise PromptError(f"token ids must lie in 0 to {self.info.vocab - 1}")

@@ -14,7 +14,7 @@ from ppllava_edge.runtime.pipeline.cpu import CpuPipeline
 
 
 class Pipeline(BasePipeline):
-    """The model's stages, one call each (BasePipeline lists them). Made by `open`; never instantiated itself."""
+    """The model's stages, one call each (listed in BasePipeline). Use `open` to make one."""
 
     @classmethod
     def open(
@@ -49,7 +49,7 @@ Pipeline.register(CpuPipeline)
 def open_pipeline(
     bundle: Bundle, device: str = "cpu", threads: int | None = None, engine: str = "auto"
 ) -> BasePipeline:
-    """The pipeline of an opened bundle: on a GPU where there is one and an engine for it, else as `device` says.
+    """The pipeline of an opened bundle, on a GPU if there is one and an engine for it.
 
     Raises:
         EngineError: If the device or the engine isn't there, in one line.

@@ -1,6 +1,6 @@
-"""The pipeline resident on a GPU: from vision to the decoder everything stays in device memory; only ids come back.
+"""The pipeline resident on a GPU: from vision to the decoder everything stays in device memory.
 
-Engines: ONNX Runtime's CUDA provider, TensorRT, TensorRT-RTX.
+Only token ids come back to the host. Engines: ONNX Runtime's CUDA provider, TensorRT, TensorRT-RTX.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class GpuPipeline(BasePipeline):
     def pool_windows(
         self, features: Any, weights: Any, count: int, kernel: tuple[int, ...], stride: tuple[int, ...]
     ) -> Buffer:
-        """Pool the whole clip at once, with our kernel where there is one: it reads linear_1's output once."""
+        """Pool the whole clip at once, with our CUDA kernel where there is one."""
         size = (len(features), *self.manifest.vision.grid)
         windows = int(np.prod([(n - k) // s + 1 for n, k, s in zip(size, kernel, stride)]))
         inputs = {"features": features, "weights": weights}

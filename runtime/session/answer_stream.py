@@ -173,7 +173,7 @@ class _PartialAnswer:
             self.finish = "stop"
 
     def add(self, piece: str) -> str:
-        """Append a piece of text; leading white space of the answer is left out. Returns what was appended."""
+        """Append a piece of text, without white space at the answer's start. Returns what was appended."""
         piece = piece if self.text else piece.lstrip()
         self.text += piece
         return piece

@@ -1,6 +1,6 @@
-"""A chat about one video: it keeps the first question's visual tokens and the KV cache, so only what is new is read.
+"""A chat about one video: it keeps the first question's visual tokens and the KV cache.
 
-The model sees the turns before. The cost: the video stays pooled for the first question (docs/runtime.md).
+Only new tokens are read, and the model sees the turns before. The cost: the video stays pooled for the first question (docs/runtime.md).
 """
 
 from __future__ import annotations

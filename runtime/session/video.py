@@ -26,7 +26,7 @@ from ppllava_edge.runtime.session.answer_stream import AnswerStream
 from ppllava_edge.runtime.session.asynchronous import finished
 from ppllava_edge.runtime.session.chat import Chat
 from ppllava_edge.runtime.session.context import Session
-from ppllava_edge.runtime.session.encoded_video import EncodedVideo
+from ppllava_edge.runtime.encoding.encoded_video import EncodedVideo
 from ppllava_edge.runtime.session.prepared import Patience, PooledVideo, PreparedQuestion
 
 KEEP = ("features", "tokens", "prefix")
@@ -107,7 +107,7 @@ class Video:
         stop: Sequence[str] = (),
         timeout: float | None = None,
     ) -> Answer:
-        """`ask` for asyncio: the event loop stays free. Cancelling the task ends the answer within one token."""
+        """`ask` for asyncio. Cancelling the task ends the answer within one token."""
         return await finished(self.stream(question, max_new_tokens, sampling, stop, timeout=timeout))
 
     def stream(
@@ -135,7 +135,7 @@ class Video:
         """Where a question attends to.
 
         Returns:
-            Cosine and pooling weights (T, rows, columns) of every patch, the frames' numbers and times (seconds).
+            Cosine and pooling weights (T, rows, columns) of every patch, frame numbers, times (seconds).
 
         Raises:
             EngineError: If the model pools without the question.
@@ -194,7 +194,8 @@ class Video:
                 q = pipeline.encode_question(ids)
                 if cut:
                     notes.append(
-                        "the question is longer than the question tower reads; its end did not guide the pooling"
+                        "the question is longer than the question tower reads; "
+                        "its end did not guide the pooling"
                     )
             at = record_elapsed(timings, "question", at)
             features, indices, times = self._view(q)

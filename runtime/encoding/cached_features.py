@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from ppllava_edge.engines.bundle.windows import Windows
+from ppllava_edge.runtime.encoding.candidates import Candidates
+from ppllava_edge.runtime.encoding.encoded_video import EncodedVideo
 from ppllava_edge.runtime.media.readers import open_reader
 from ppllava_edge.runtime.media.thumbnails import read_pictures
 from ppllava_edge.runtime.pipeline.base import BasePipeline
-from ppllava_edge.runtime.session.candidates import Candidates
-from ppllava_edge.runtime.session.encoded_video import EncodedVideo
 from ppllava_edge.runtime.vision.feature_cache import CachedVideo, FeatureCache, bundle_hash, content_hash
 from ppllava_edge.runtime.vision.frame_options import FrameOptions
 

@@ -1,4 +1,4 @@
-"""Frames that were encoded so that a question can choose among them."""
+"""Frames that were encoded so that a question can choose among them (guided selection)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IN_MEMORY = 512 << 20  # bytes of states or features; more are mapped from a tem
 
 
 def array_for(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array in memory or, if it is large, mapped from a file that has no name and goes away with it."""
+    """An empty array in memory or, above 512 MiB, mapped from an unnamed file that goes away with it."""
     if int(np.prod(shape, dtype=np.int64)) * dtype.itemsize <= IN_MEMORY:
         return np.empty(shape, dtype)
     with tempfile.TemporaryFile(prefix="ppllava-") as file:
@@ -23,15 +23,22 @@ def array_for(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 class Candidates:
-    """Frames that were encoded to choose from. states (n,S,P+1,C): of the trunk; features (n,P,C): of the temporal branch, run over neighbours."""
+    """Encoded frames to choose from.
+
+    Args:
+        pipeline: The model.
+        states: (n, S, P+1, C), of the trunk.
+        features: (n, P, C), of the temporal branch over neighbouring frames; None: computed here.
+    """
 
     def __init__(self, pipeline: BasePipeline, states: np.ndarray, features: np.ndarray | None = None):
         self.pipeline, self.states = pipeline, states
         self.features = features if features is not None else self._branch_in_chunks()
 
     def _chunks(self) -> Iterator[slice]:
-        v = self.pipeline.manifest.vision
-        step = v.max_frames or v.default_frames
+        """Runs of neighbouring frames that the temporal adapter takes at once."""
+        vision = self.pipeline.manifest.vision
+        step = vision.max_frames or vision.default_frames
         return (slice(i, i + step) for i in range(0, len(self.states), step))
 
     def _branch_in_chunks(self) -> np.ndarray:
@@ -45,15 +52,21 @@ class Candidates:
         return features
 
     def scores(self, q: Any) -> np.ndarray:
-        """(n,) float32: how much each frame shows of what the question q (1,E) names."""
-        return np.concatenate(
-            [
-                frame_scores(self.pipeline.similarity(np.ascontiguousarray(self.features[chunk]), q))
-                for chunk in self._chunks()
-            ]
-        )
+        """How much each frame shows of what the question names: q (1, E) → (n,) float32."""
+        chunks = (np.ascontiguousarray(self.features[chunk]) for chunk in self._chunks())
+        return np.concatenate([frame_scores(self.pipeline.similarity(chunk, q)) for chunk in chunks])
 
     def choose(self, q: Any, count: int, window: int) -> tuple[Any, list[int]]:
-        """Features (count,P,C) of the frames that q is about, the branch run over them anew, and which of the candidates they are."""
+        """Choose the frames that a question is about.
+
+        Args:
+            q: (1, E), the encoded question.
+            count: Frames to choose.
+            window: Frames of a pooling window; neighbours that share one are chosen together.
+
+        Returns:
+            Features (count, P, C), the temporal branch run over the chosen frames anew, and which of the
+            candidates they are, ascending.
+        """
         chosen = choose_moments(self.scores(q), count, window)
         return self.pipeline.branch(np.ascontiguousarray(self.states[chosen])), chosen

@@ -1,30 +1,31 @@
-"""From a source to features: frames are decoded and prepared in a thread of their own, a few ahead of the engine."""
+"""From a source to features: a background thread decodes and preprocesses frames ahead of the engine."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
+from ppllava_edge.runtime.encoding.candidates import Candidates, array_for
+from ppllava_edge.runtime.encoding.encoded_video import EncodedVideo
 from ppllava_edge.runtime.media.arrays import ArrayReader
 from ppllava_edge.runtime.media.prefetch import prefetch
 from ppllava_edge.runtime.media.readers import FrameReader, open_reader
 from ppllava_edge.runtime.media.thumbnails import read_pictures, small_picture
 from ppllava_edge.runtime.pipeline.base import BasePipeline
 from ppllava_edge.runtime.pipeline.clip import ClipEncoder
-from ppllava_edge.runtime.session.candidates import Candidates, array_for
-from ppllava_edge.runtime.session.context import Session
-from ppllava_edge.runtime.session.encoded_video import EncodedVideo
 from ppllava_edge.runtime.vision.frame_choice import choose_frames
 from ppllava_edge.runtime.vision.frame_options import FrameOptions
 from ppllava_edge.runtime.vision.preprocess import preprocess_image, preprocess_video
 
 Progress = Callable[[str, int, int], None]  # what ("decode" or "vision"), done, of how many
+EngineLock = AbstractContextManager[Any]
 Prepared = tuple[int, float, np.ndarray]  # a frame's number, seconds, pixels (3, size, size)
 
 BATCH = 4  # frames encoded at once
@@ -43,12 +44,17 @@ def reader_of(source: str | os.PathLike[str] | Sequence[Any], options: FrameOpti
 
 
 def encode_source(
-    session: Session, reader: FrameReader, options: FrameOptions, progress: Progress | None = None
+    pipeline: BasePipeline,
+    engine_lock: EngineLock,
+    reader: FrameReader,
+    options: FrameOptions,
+    progress: Progress | None = None,
 ) -> EncodedVideo:
     """Choose, decode and encode the frames of a source.
 
     Args:
-        session: The model, and the lock in front of its engine.
+        pipeline: The model.
+        engine_lock: Held while the engine encodes a batch of frames.
         reader: The source.
         options: How many frames, which, and how many visual tokens.
         progress: Called with ("decode" or "vision", frames done, of how many).
@@ -59,10 +65,10 @@ def encode_source(
     Raises:
         MediaError: In one line, for what can't be decoded or doesn't suit the model.
     """
-    pipeline, m = session.pipeline, session.pipeline.manifest
+    m = pipeline.manifest
     media = "video" if reader.kind == "video" or m.pooling.method.startswith("pllava") else "image"
     if media == "image":
-        return _encode_image(session, reader)
+        return _encode_image(pipeline, engine_lock, reader)
     if options.select == "guided" and not m.pooling.guided:
         raise MediaError(
             f"--select guided needs pooling that the question guides; {m.name} pools with {m.pooling.method}"
@@ -77,7 +83,7 @@ def encode_source(
         chosen = choose_frames(r, many, options.start, options.end)
         return list(dict.fromkeys(chosen)) if guided else chosen
 
-    encoder = _FrameEncoder(session, reader, to_array=guided)
+    encoder = _FrameEncoder(pipeline, engine_lock, reader, to_array=guided)
     encoder.run(choice, progress)
     if (
         not guided and len(reader.indices) != count
@@ -98,7 +104,7 @@ def encode_source(
         read_again=partial(read_pictures, reader),
     )
     started = time.perf_counter()
-    with session.engine_lock:
+    with engine_lock:
         if not guided:
             video.features = encoder.clip.features(reader.indices)
         elif len(reader.indices) > count:
@@ -116,7 +122,8 @@ class _FrameEncoder:
     """Encodes frames as they are decoded, a batch at a time.
 
     Args:
-        session: The model, and the lock in front of its engine.
+        pipeline: The model.
+        engine_lock: Held while the engine encodes a batch.
         reader: The source.
         to_array: Move states into one array (mapped from a file if it is large), for candidates.
 
@@ -127,10 +134,10 @@ class _FrameEncoder:
         seconds: Spent encoding.
     """
 
-    def __init__(self, session: Session, reader: FrameReader, to_array: bool):
-        self.session, self.reader, self.to_array = session, reader, to_array
-        self.pipeline: BasePipeline = session.pipeline
-        self.clip = ClipEncoder(self.pipeline)
+    def __init__(self, pipeline: BasePipeline, engine_lock: EngineLock, reader: FrameReader, to_array: bool):
+        self.pipeline, self.engine_lock, self.reader = pipeline, engine_lock, reader
+        self.to_array = to_array
+        self.clip = ClipEncoder(pipeline)
         self.times, self.pictures = dict[int, float](), dict[int, np.ndarray]()
         self.seconds = 0.0
         self._encoded = 0
@@ -176,7 +183,7 @@ class _FrameEncoder:
         started = time.perf_counter()
         pixels, numbers = np.stack([pixels for _, pixels in batch]), [number for number, _ in batch]
         self._encoded += len(batch)
-        with self.session.engine_lock:
+        with self.engine_lock:
             self.clip.add(pixels, numbers, more=more and self._encoded < wanted)
         if self.to_array:
             self._move_to_array(wanted)
@@ -204,13 +211,12 @@ class _FrameEncoder:
         return self._array[: len(rows)] if in_order else self._array[rows]
 
 
-def _encode_image(session: Session, reader: FrameReader) -> EncodedVideo:
+def _encode_image(pipeline: BasePipeline, engine_lock: EngineLock, reader: FrameReader) -> EncodedVideo:
     """A single image, as a view of the whole and a grid of crops."""
-    pipeline = session.pipeline
     (frame,) = reader.frames(lambda r: [0])
     started = time.perf_counter()
     tiles = preprocess_image(frame.image, pipeline.manifest.preprocessing)
-    with session.engine_lock:
+    with engine_lock:
         features = pipeline.encode_frames(tiles, media="image")
         pipeline.wait()
     return EncodedVideo(

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ppllava_edge.engines.bundle.windows import Windows
+from ppllava_edge.runtime.encoding.candidates import Candidates
 from ppllava_edge.runtime.media.readers import Frames
-from ppllava_edge.runtime.session.candidates import Candidates
 
 
 @dataclass
