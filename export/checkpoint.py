@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ppllava_edge.engines.errors import PPLLaVAError
-from ppllava_edge.engines.graphs.graph import Tensor
+from ppllava_edge.engines.graphs.tensors import Tensor
 
 _SMALL_FILES = ("*.json", "*.model", "*.txt", "clip*/*.json", "siglip*/*.json", "clip*/*.txt")
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

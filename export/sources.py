@@ -24,8 +24,9 @@ from ppllava_edge.engines.bundle.manifest import (
 )
 from ppllava_edge.engines.bundle.prompt_template import TEMPLATES, PromptTemplate
 from ppllava_edge.engines.errors import PPLLaVAError
-from ppllava_edge.engines.graphs.graph import Graph, Tensor
+from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.engines.graphs.rewrite import to_float32
+from ppllava_edge.engines.graphs.tensors import Tensor
 from ppllava_edge.export.checkpoint import Checkpoint, locate, locate_checkpoint, read_json
 from ppllava_edge.export.config import Model, Overrides, read_model
 from ppllava_edge.export.quantisation.precision import STAGE_PART, Precision

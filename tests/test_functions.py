@@ -19,7 +19,8 @@ from ppllava_edge.engines.bundle.manifest import Preprocessing
 from ppllava_edge.engines.bundle.prompt_template import MVBENCH_SYSTEM, TEMPLATES, PromptTemplate
 from ppllava_edge.engines.bundle.windows import Windows
 from ppllava_edge.engines.errors import PPLLaVAError
-from ppllava_edge.engines.graphs.graph import DOMAIN, Graph, Tensor
+from ppllava_edge.engines.graphs.graph import DOMAIN, Graph
+from ppllava_edge.engines.graphs.tensors import Tensor
 from ppllava_edge.export.stages.pooling import POOL, pool_function
 from ppllava_edge.export.stages.question import stretch_positions
 from ppllava_edge.runtime.vision import frame_choice as frames

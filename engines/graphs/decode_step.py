@@ -22,7 +22,8 @@ from safetensors import safe_open
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.engine_manifest import LAST_POSITIONS
 from ppllava_edge.engines.errors import EngineError
-from ppllava_edge.engines.graphs.graph import SCALE, Graph, Tensor, Weight
+from ppllava_edge.engines.graphs.graph import Graph
+from ppllava_edge.engines.graphs.tensors import SCALE, Tensor, Weight
 
 TOP_K = 64  # candidates that sampling on the host gets
 HEAD_BYTES = (

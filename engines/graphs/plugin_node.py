@@ -1,4 +1,4 @@
-"""The pooling graph for engines that have the plugin: windows fixed, the projector's GELU fused into the node."""
+"""The pooling graph for engines with the pooling plugin: fixed windows, the projector's GELU fused into the node."""
 
 from __future__ import annotations
 
@@ -12,27 +12,23 @@ from ppllava_edge.engines.plugins.weighted_pool.tensorrt_plugin import NAME, NAM
 
 
 def with_plugin(g: Graph, kernel: Triple, stride: Triple) -> Graph:
-    """A copy of pooling.onnx whose PromptGuidedPool3d is a plugin's node: kernel, stride and gelu are attributes, and inputs no more.
+    """A copy of pooling.onnx in which PromptGuidedPool3d is the plugin's node.
 
-    The function that the node stood for is dropped: only an engine with the plugin can open the graph. Raises EngineError for graphs
-    without the node (poolings without guidance).
+    Kernel, stride and GELU become attributes. The model-local function behind the node is dropped, so only an
+    engine with the plugin can open the graph.
+
+    Args:
+        g: The pooling stage.
+        kernel, stride: Windows along frames, rows and columns.
+
+    Raises:
+        EngineError: If the pooling is not guided by the question, and so has no such node.
     """
     g = g.copy()
-    producers, consumers = g.producers(), g.consumers()
     node = next((n for n in g.nodes if n.op_type == NAME), None)
     if node is None:
         raise EngineError(f"{g.name} has no {NAME}: this pooling is not guided by the question")
-    reshape = producers[node.input[0]]
-    gelu = producers.get(reshape.input[0])
-    fused = (
-        gelu is not None
-        and gelu.op_type == "Gelu"
-        and not _approximate(gelu)
-        and len(consumers[gelu.output[0]]) == 1
-    )
-    if fused and gelu is not None:
-        reshape.input[0] = gelu.input[0]
-    temperature = next(a.f for a in node.attribute if a.name == "temperature")
+    fused = _take_gelu(g, node)
     plugin = helper.make_node(
         NAME,
         list(node.input[:2]),
@@ -41,7 +37,7 @@ def with_plugin(g: Graph, kernel: Triple, stride: Triple) -> Graph:
         domain=DOMAIN,
         kernel=list(kernel),
         stride=list(stride),
-        temperature=temperature,
+        temperature=next(a.f for a in node.attribute if a.name == "temperature"),
         gelu=int(fused),
         plugin_namespace=NAMESPACE,
         plugin_version=VERSION,
@@ -54,5 +50,18 @@ def with_plugin(g: Graph, kernel: Triple, stride: Triple) -> Graph:
     return g
 
 
-def _approximate(gelu: onnx.NodeProto) -> bool:
+def _take_gelu(g: Graph, node: onnx.NodeProto) -> bool:
+    """Bypass the exact GELU in front of a pooling node if nothing else reads it; False if there is none."""
+    producers = g.producers()
+    reshape = producers[node.input[0]]
+    gelu = producers.get(reshape.input[0])
+    if gelu is None or gelu.op_type != "Gelu" or _is_approximate(gelu):
+        return False
+    if len(g.consumers()[gelu.output[0]]) != 1:
+        return False
+    reshape.input[0] = gelu.input[0]
+    return True
+
+
+def _is_approximate(gelu: onnx.NodeProto) -> bool:
     return any(a.name == "approximate" and a.s == b"tanh" for a in gelu.attribute)

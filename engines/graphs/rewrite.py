@@ -1,4 +1,4 @@
-"""Rewrites that change a graph's floating type."""
+"""Change a graph's floating type."""
 
 from __future__ import annotations
 
@@ -6,11 +6,27 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from ppllava_edge.engines.graphs.graph import ONNX_TYPE, Graph, Weight
+from ppllava_edge.engines.graphs.graph import Graph
+from ppllava_edge.engines.graphs.tensors import ONNX_TYPE, Weight
+
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+_NOT_FLOAT = {
+    "Shape",
+    "Range",
+    "Equal",
+    "And",
+    "LessOrEqual",
+    "Less",
+    "GreaterOrEqual",
+    "ArgMax",
+    "QuantizeLinear",
+    "Not",
+    "Or",
+}
 
 
 def to_float32(g: Graph) -> Graph:
-    """A copy that computes in float32 throughout, for engines that are slow in float16. Integer weights stay as they are."""
+    """A copy that computes in float32 throughout, for engines that are slow in float16. Integer weights stay."""
     g = g.copy()
     g.dtype = "float32"
     for value in [*g.inputs, *g.outputs]:
@@ -30,54 +46,33 @@ def to_float32(g: Graph) -> Graph:
 
 
 def _drop_casts(g: Graph) -> None:
-    """Casts to float16 become nothing, and so do casts to float32 of what is float32 now."""
-    integers = {
-        v.name
-        for v in g.inputs
-        if v.type.tensor_type.elem_type not in (TensorProto.FLOAT, TensorProto.FLOAT16)
-    }
-    outputs, renamed, kept = {v.name for v in g.outputs}, dict[str, str](), list[onnx.NodeProto]()
+    """Remove casts between floating types; casts of integers to float16 become casts to float32."""
+    integers = {v.name for v in g.inputs if v.type.tensor_type.elem_type not in _FLOATS}
+    outputs = {v.name for v in g.outputs}
+    renamed: dict[str, str] = {}
+    kept: list[onnx.NodeProto] = []
     for node in g.nodes:
         for i, name in enumerate(node.input):
             node.input[i] = renamed.get(name, name)
-        if (
-            node.op_type == "Cast"
-            and node.attribute[0].i in (TensorProto.FLOAT, TensorProto.FLOAT16)
-            and _is_float(g, node.input[0], integers, kept)
-        ):
-            if node.output[0] in outputs:
+        if node.op_type == "Cast" and node.attribute[0].i in _FLOATS:
+            if not _is_float(g, node.input[0], integers, kept):
+                node.attribute[0].i = TensorProto.FLOAT
+            elif node.output[0] in outputs:
                 node = helper.make_node("Identity", list(node.input), list(node.output), name=node.name)
             else:
                 renamed[node.output[0]] = node.input[0]
                 continue
-        elif node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT16:
-            node.attribute[0].i = TensorProto.FLOAT
         kept.append(node)
     g.nodes = kept
 
 
-_NOT_FLOAT = (
-    "Shape",
-    "Range",
-    "Equal",
-    "And",
-    "LessOrEqual",
-    "Less",
-    "GreaterOrEqual",
-    "ArgMax",
-    "QuantizeLinear",
-    "Not",
-    "Or",
-)
-
-
-def _is_float(g: Graph, name: str, integers: set[str], kept: list) -> bool:
-    """Whether a value is floating, judged by what makes it."""
+def _is_float(g: Graph, name: str, integers: set[str], nodes: list[onnx.NodeProto]) -> bool:
+    """Whether a value is floating, judged by the node that produces it."""
     if name in integers or name in g.constants:
         return False
-    maker = next((node for node in reversed(kept) if name in node.output), None)
-    if maker is None:
+    producer = next((node for node in reversed(nodes) if name in node.output), None)
+    if producer is None:
         return True
-    if maker.op_type == "Cast":
-        return maker.attribute[0].i == TensorProto.FLOAT
-    return maker.op_type not in _NOT_FLOAT
+    if producer.op_type == "Cast":
+        return producer.attribute[0].i == TensorProto.FLOAT
+    return producer.op_type not in _NOT_FLOAT

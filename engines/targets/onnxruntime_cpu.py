@@ -16,7 +16,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from ppllava_edge.engines.graphs.decode_step import several_logits
-from ppllava_edge.engines.graphs.graph import Graph, Tensor, Weight
+from ppllava_edge.engines.graphs.graph import Graph
+from ppllava_edge.engines.graphs.tensors import Tensor, Weight
 from ppllava_edge.engines.graphs.rewrite import to_float32
 
 VENDOR = "com.microsoft"

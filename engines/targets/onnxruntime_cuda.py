@@ -18,7 +18,8 @@ import onnx
 from onnx import helper
 
 from ppllava_edge.engines.graphs.decode_step import self_feeding
-from ppllava_edge.engines.graphs.graph import DOMAIN, ONNX_TYPE, Graph, Tensor
+from ppllava_edge.engines.graphs.graph import DOMAIN, Graph
+from ppllava_edge.engines.graphs.tensors import ONNX_TYPE, Tensor
 from ppllava_edge.engines.graphs.lower import without_small_attention
 from ppllava_edge.engines.plugins.weighted_pool.tensorrt_plugin import NAME
 from ppllava_edge.engines.targets.onnxruntime_cpu import (

@@ -19,7 +19,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from ppllava_edge.engines.graphs.graph import ONNX_TYPE, SCALE, Graph, Tensor, Weight
+from ppllava_edge.engines.graphs.graph import Graph
+from ppllava_edge.engines.graphs.tensors import ONNX_TYPE, SCALE, Tensor, Weight
 from ppllava_edge.export.quantisation.rounding import Rounded, round_int4, round_int8
 
 NORMS = ("LayerNormalization", "RMSNormalization")

@@ -16,6 +16,7 @@ from helpers.commands import GOLDEN, assert_one_line_error, run_command
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.engines.graphs import graph
+from ppllava_edge.engines.graphs.tensors import Tensor, Weight
 from ppllava_edge.export.convert import convert
 from ppllava_edge.export.quantisation.precision import parse_precision
 from ppllava_edge.export.sources import Options
@@ -379,7 +380,7 @@ def test_linear_rotary_scaling_stretches_positions(golden: Path) -> None:
 def test_a_fault_half_way_leaves_nothing(
     golden: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException
 ) -> None:
-    real, calls = graph._store, 0
+    real, calls = graph.write_weight, 0
 
     def store(*arguments: Any) -> Any:
         nonlocal calls
@@ -388,7 +389,7 @@ def test_a_fault_half_way_leaves_nothing(
             raise fault
         return real(*arguments)
 
-    monkeypatch.setattr(graph, "_store", store)
+    monkeypatch.setattr(graph, "write_weight", store)
     expected = PPLLaVAError if isinstance(fault, OSError) else KeyboardInterrupt
     with pytest.raises(expected, match="full" if isinstance(fault, OSError) else None):
         convert(Options(str(golden), golden.parent / "bundle", FP32, tokenizer=False))
@@ -407,9 +408,9 @@ def test_a_disk_that_fills_up_says_so_with_its_number() -> None:
                 return 0
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    weight = graph.Weight(graph.Tensor.of("w", np.zeros(4096, np.float32)), "float32")
+    weight = Weight(Tensor.of("w", np.zeros(4096, np.float32)), "float32")
     with pytest.raises(OSError) as full:
-        graph._store("w", weight, Full(), "w.data")
+        graph.write_weight("w", weight, Full(), "w.data")
     assert full.value.errno == errno.ENOSPC
 
 
