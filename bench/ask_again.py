@@ -1,4 +1,4 @@
-"""What a question costs: a video's first, the next, and the first after a restart with features on disk.
+"""Time of a video's first question, of the next ones, and of the first after a restart with cached features.
 
 python -m ppllava_edge.bench.ask_again [BUNDLE] [--video FILE]
 """
@@ -16,68 +16,80 @@ import numpy as np
 
 from ppllava_edge.engines.terminal import Command, table
 from ppllava_edge.nano import sample_path
+from ppllava_edge.runtime.video_qa import VideoQA
 
-ONCE = ("video_decode", "vision")
-EACH = ("question", "select", "pooling")  # what is visual about a further question
+ONCE = ("video_decode", "vision")  # visual work of the first question only
+EACH = ("question", "select", "pooling")  # visual work of every question
 ROWS = ("open", *ONCE, *EACH, "prefill", "first_token")
 
 
 def measure(
     bundle: str | None, video: str, frames: int | None, question: str, rounds: int, device: str, engine: str
 ) -> dict[str, Any]:
-    """Seconds by stage: the first ask, the median of the next ones, and an ask from disk; and next to first, visual work only."""
-    from ppllava_edge.runtime.video_qa import VideoQA
+    """Ask about a video: first, again, and after a restart.
 
-    with tempfile.TemporaryDirectory() as folder:
-        qa = VideoQA(bundle, device, engine=engine, cache=folder)
+    Args:
+        bundle: As VideoQA takes it.
+        video: A video file.
+        frames: Frames that the model sees; None: the model's default.
+        question: What to ask.
+        rounds: Next questions; their median counts.
+        device, engine: As VideoQA takes them.
+
+    Returns:
+        "first", "next", "restarted": stage → seconds. "visual_ratio": visual work of a next question over
+        that of the first. "cached_bytes": size of the features on disk. "model", "engine": what ran.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        qa = VideoQA(bundle, device, engine=engine, cache=cache)
         qa.pipeline.load()
-        qa.pipeline.encode_question(
-            qa.text.question_ids(question)[0]
-        )  # engines set themselves up in their first run
-        first = _ask(qa, video, frames, question)
+        # Engines initialise in their first run, which isn't to be measured.
+        qa.pipeline.encode_question(qa.text.question_ids(question)[0])
+        first = _open_and_ask(qa, video, frames, question)
         opened = qa.open(video, frames)
         again = [opened.ask(question, max_new_tokens=2).timings for _ in range(rounds)]
         following = {row: float(np.median([timings.get(row, 0.0) for timings in again])) for row in ROWS}
-        restarted = _ask(
-            VideoQA(bundle, device, engine=engine, cache=folder), video, frames, question, load=True
-        )
-        stored = sum(path.stat().st_size for path in Path(folder).glob("*.features"))
-    visual = [sum(timings[stage] for stage in (*ONCE, *EACH)) for timings in (first, following)]
+        restarted_qa = VideoQA(bundle, device, engine=engine, cache=cache)
+        restarted_qa.pipeline.load()
+        restarted = _open_and_ask(restarted_qa, video, frames, question)
+        cached_bytes = sum(path.stat().st_size for path in Path(cache).glob("*.features"))
+    visual_first, visual_next = (
+        sum(timings[stage] for stage in (*ONCE, *EACH)) for timings in (first, following)
+    )
     return {
         "model": qa.name,
         "engine": qa.pipeline.engine_name,
         "first": first,
         "next": following,
         "restarted": restarted,
-        "visual_ratio": visual[1] / visual[0],
-        "cached_bytes": stored,
+        "visual_ratio": visual_next / visual_first,
+        "cached_bytes": cached_bytes,
     }
 
 
-def _ask(qa: Any, video: str, frames: int | None, question: str, load: bool = False) -> dict[str, float]:
-    if load:
-        qa.pipeline.load()
-    began = time.perf_counter()
+def _open_and_ask(qa: VideoQA, video: str, frames: int | None, question: str) -> dict[str, float]:
+    """Seconds by stage; "open": until the video can be asked."""
+    started = time.perf_counter()
     opened = qa.open(video, frames)
-    opening = time.perf_counter() - began
+    opening = time.perf_counter() - started
     return {"open": opening, **opened.ask(question, max_new_tokens=2).timings}
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", required=False)
 @click.option("--video", type=click.Path(exists=True), help="A video file.  [default: nano's sample]")
-@click.option("--frames", type=int)
-@click.option("--question", default="What color is the circle?", show_default=True)
+@click.option("--frames", type=int, help="Frames that the model sees.  [default: the model's]")
+@click.option("--question", default="What color is the circle?", show_default=True, help="What to ask.")
 @click.option(
     "--rounds",
     type=click.IntRange(1, 1000),
     default=5,
     show_default=True,
-    help="Of next asks; the median counts.",
+    help="Next questions; their median counts.",
 )
-@click.option("--device", default="auto", show_default=True)
-@click.option("--engine", default="auto", show_default=True)
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--engine", default="auto", show_default=True, help="As for ppllava-run.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def main(
     bundle: str | None,
     video: str | None,
@@ -88,31 +100,21 @@ def main(
     engine: str,
     as_json: bool,
 ) -> None:
-    """Seconds by stage for the first ask, the next, and the first after a restart."""
-    video = video or str(sample_path())
-    found = measure(bundle, video, frames, question, rounds, device, engine)
+    """Time the first question about a video, the next, and the first after a restart, stage by stage."""
+    report = measure(bundle, video or str(sample_path()), frames, question, rounds, device, engine)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(report))
         return
-    columns = [found[name] for name in ("first", "next", "restarted")]
-    rows = [
-        (
-            row,
-            *(
-                "-" if row == "open" and column is found["next"] else f"{1000 * column.get(row, 0.0):.2f}"
-                for column in columns
-            ),
-        )
-        for row in ROWS
-    ]
-    table(
-        f"{found['model']} ({found['engine']}), ms; open: until the video can be asked",
-        ("stage", "first ask", "next ask", "restarted, from disk"),
-        rows,
-    )
-    print(
-        f"visual work of a next ask: {100 * found['visual_ratio']:.2f} % of a first one; on disk: {found['cached_bytes'] / 1e6:.1f} MB"
-    )
+    rows = []
+    for row in ROWS:
+        cells = {name: f"{1000 * report[name].get(row, 0.0):.2f}" for name in ("first", "next", "restarted")}
+        if row == "open":
+            cells["next"] = "-"
+        rows.append((row, *cells.values()))
+    title = f"{report['model']} ({report['engine']}), ms; open: until the video can be asked"
+    table(title, ("stage", "first ask", "next ask", "restarted, from disk"), rows)
+    share, size = 100 * report["visual_ratio"], report["cached_bytes"] / 1e6
+    print(f"visual work of a next ask: {share:.2f} % of a first one; on disk: {size:.1f} MB")
 
 
 if __name__ == "__main__":

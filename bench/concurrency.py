@@ -1,4 +1,4 @@
-"""Many questions at once on one engine: same answers as one after another, how fast, and how soon a cancelled answer ends.
+"""Many threads asking one engine: are answers the same, how fast, and how soon does a cancelled answer end?
 
 python -m ppllava_edge.bench.concurrency --threads 8 --questions 50
 """
@@ -15,6 +15,8 @@ import numpy as np
 
 from ppllava_edge.engines.terminal import Command, table
 from ppllava_edge.nano import sample_path
+from ppllava_edge.runtime.session.video import Video
+from ppllava_edge.runtime.video_qa import VideoQA
 
 QUESTIONS = (
     "What color is the circle?",
@@ -26,34 +28,48 @@ QUESTIONS = (
 
 
 def measure(threads: int, questions: int, cancels: int, model: str | None, video: str) -> dict[str, Any]:
-    """Serial and concurrent seconds for threads × questions, wrong answers, spread of the threads' finishing times, cancel latencies (seconds)."""
-    from ppllava_edge.runtime.video_qa import VideoQA
+    """Ask the same questions one after another, then from many threads at once.
 
+    Args:
+        threads: Threads that ask.
+        questions: Questions of every thread.
+        cancels: Streams to close early.
+        model: As VideoQA takes it.
+        video: A video file.
+
+    Returns:
+        "serial", "concurrent", "first_thread" (when the first thread was done): seconds. "wrong": concurrent
+        answers that differ. "cancel": seconds of every cancellation. "threads", "questions": as given.
+    """
     qa = VideoQA(model, device="cpu")
     videos = [qa.open(video), qa.open(video, end=1.0)]
-    want = {(i, q): v.ask(q).text for i, v in enumerate(videos) for q in QUESTIONS}
+    expected = {(i, question): v.ask(question).text for i, v in enumerate(videos) for question in QUESTIONS}
     plans = [
         [((t + n) % 2, QUESTIONS[(3 * t + n) % len(QUESTIONS)]) for n in range(questions)]
         for t in range(threads)
     ]
-    wrong, ended = list[tuple[int, str]](), list[float]()
+    wrong = list[tuple[int, str]]()
+    ended = list[float]()
 
     def work(plan: list[tuple[int, str]]) -> None:
-        wrong.extend((i, q) for i, q in plan if videos[i].ask(q).text != want[i, q])
+        wrong.extend(
+            (i, question) for i, question in plan if videos[i].ask(question).text != expected[i, question]
+        )
         ended.append(time.perf_counter())
 
-    began = time.perf_counter()
+    started = time.perf_counter()
     for plan in plans:
         work(plan)
-    serial, wrong_serial = time.perf_counter() - began, len(wrong)
+    serial = time.perf_counter() - started
+    wrong_serial = len(wrong)
     ended.clear()
-    began = time.perf_counter()
+    started = time.perf_counter()
     workers = [threading.Thread(target=work, args=(plan,)) for plan in plans]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    finished = [t - began for t in ended]
+    finished = [t - started for t in ended]
     return {
         "threads": threads,
         "questions": questions,
@@ -61,18 +77,20 @@ def measure(threads: int, questions: int, cancels: int, model: str | None, video
         "concurrent": max(finished),
         "first_thread": min(finished),
         "wrong": len(wrong) - wrong_serial,
-        "cancel": [_cancel(videos[0]) for _ in range(cancels)],
+        "cancel": [cancel_latency(videos[0]) for _ in range(cancels)],
     }
 
 
-def _cancel(video: Any) -> float:
+def cancel_latency(video: Video) -> float:
     """Seconds from close() in one thread until the stream ended in another."""
-    stream, begun, over = video.stream("Describe the video."), threading.Event(), list[float]()
+    stream = video.stream("Describe the video.")
+    begun = threading.Event()
+    ended = list[float]()
 
     def read() -> None:
         for _ in stream:
             begun.set()
-        over.append(time.perf_counter())
+        ended.append(time.perf_counter())
 
     reader = threading.Thread(target=read)
     reader.start()
@@ -80,33 +98,41 @@ def _cancel(video: Any) -> float:
     closed = time.perf_counter()
     stream.close()
     reader.join()
-    return max(over[0] - closed, 0.0)
+    return max(ended[0] - closed, 0.0)
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--threads", type=click.IntRange(1, 64), default=8, show_default=True)
 @click.option(
-    "--questions", type=click.IntRange(1, 100000), default=50, show_default=True, help="Of every thread."
+    "--threads", type=click.IntRange(1, 64), default=8, show_default=True, help="Threads that ask at once."
 )
-@click.option("--cancels", type=click.IntRange(1, 10000), default=50, show_default=True)
-@click.option("--model", metavar="BUNDLE")
-@click.option("--video", type=click.Path(exists=True))
-@click.option("--json", "as_json", is_flag=True)
+@click.option(
+    "--questions",
+    type=click.IntRange(1, 100000),
+    default=50,
+    show_default=True,
+    help="Questions of every thread.",
+)
+@click.option(
+    "--cancels", type=click.IntRange(1, 10000), default=50, show_default=True, help="Answers to cancel."
+)
+@click.option("--model", metavar="BUNDLE", help="A bundle instead of the packed one.")
+@click.option("--video", type=click.Path(exists=True), help="A video file.  [default: nano's sample]")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def main(
     threads: int, questions: int, cancels: int, model: str | None, video: str | None, as_json: bool
 ) -> None:
-    """Ask from many threads, compare with asking one after another."""
-    found = measure(threads, questions, cancels, model, video or str(sample_path()))
+    """Ask from many threads at once, and compare with asking one after another."""
+    report = measure(threads, questions, cancels, model, video or str(sample_path()))
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(report))
         return
-    cancel = [1000 * seconds for seconds in found["cancel"]]
+    cancel = [1000 * seconds for seconds in report["cancel"]]
     rows = [
-        ("one after another, s", f"{found['serial']:.2f}"),
-        ("at once, s", f"{found['concurrent']:.2f}"),
-        ("first thread done after, s", f"{found['first_thread']:.2f}"),
-        ("answers that differ", found["wrong"]),
-        ("cancelled within, ms: median, most", f"{np.median(cancel):.2f}, {max(cancel):.2f}"),
+        ("one after another, s", f"{report['serial']:.2f}"),
+        ("at once, s", f"{report['concurrent']:.2f}"),
+        ("first thread done after, s", f"{report['first_thread']:.2f}"),
+        ("answers that differ", report["wrong"]),
+        ("time to cancel, ms: median, maximum", f"{np.median(cancel):.2f}, {max(cancel):.2f}"),
     ]
     table(f"{threads} threads x {questions} questions", ("what", "value"), rows)
 

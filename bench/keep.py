@@ -1,4 +1,4 @@
-"""What it costs to keep the first question's visual tokens: next questions about nano's clips, answered three ways.
+"""Accuracy and speed of the three `keep` options: further questions about nano's clips, answered in each way.
 
 python -m ppllava_edge.bench.keep --questions 1000
 """
@@ -17,59 +17,72 @@ import numpy as np
 from ppllava_edge.engines.terminal import Command, table
 from ppllava_edge.nano.clips import spoken, write_clip
 from ppllava_edge.nano.world import KINDS, ask, sample_scene
+from ppllava_edge.runtime.video_qa import VideoQA
 
 WAYS = ("features", "prefix", "tokens")
-PER_CLIP = 6  # the first opens the chat and isn't counted
+PER_CLIP = 6  # questions; the first one opens the chat and isn't counted
 
 
 def evaluate(questions: int, seed: int, model: str | None) -> dict[str, dict[str, float]]:
-    """Ask about fresh clips; the first question of each is about something else. Returns right answers, asked, and seconds to the first token, by way."""
-    from ppllava_edge.runtime.video_qa import VideoQA
+    """Ask about fresh clips in every way; the first question about a clip isn't counted.
 
-    qa, rng = VideoQA(model, device="cpu"), np.random.default_rng([seed, 55])
-    found = {way: {"right": 0.0, "asked": 0.0, "first_token": 0.0} for way in WAYS}
+    Args:
+        questions: Counted questions, at least.
+        seed: Of scenes and questions.
+        model: As VideoQA takes it.
+
+    Returns:
+        Way → "right" (exact answers), "asked", "first_token" (seconds to the first token, summed).
+    """
+    qa = VideoQA(model, device="cpu")
+    rng = np.random.default_rng([seed, 55])
+    report = {way: {"right": 0.0, "asked": 0.0, "first_token": 0.0} for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
-        while found[WAYS[0]]["asked"] < questions:
+        while report[WAYS[0]]["asked"] < questions:
             scene = sample_scene(rng)
             path = write_clip(Path(folder) / "clip.mp4", scene, rng)
-            asked = [a for kind in rng.permutation(KINDS) if (a := ask(scene, str(kind), rng))][:PER_CLIP]
+            pairs = [pair for kind in rng.permutation(KINDS) if (pair := ask(scene, str(kind), rng))]
             for way in WAYS:
-                video = qa.open(path, keep=way)
-                for n, (question, expected) in enumerate(asked):
-                    answer = video.ask(spoken(question), max_new_tokens=40)
-                    if n:
-                        found[way]["right"] += answer.text == expected
-                        found[way]["asked"] += 1
-                        found[way]["first_token"] += answer.timings["first_token"]
-    return found
+                _ask_all(qa, path, way, pairs[:PER_CLIP], report[way])
+    return report
+
+
+def _ask_all(qa: VideoQA, path: Path, way: str, pairs: list[tuple[str, str]], row: dict[str, float]) -> None:
+    """Ask (question, expected answer) pairs about one clip and count in a row of the report."""
+    video = qa.open(path, keep=way)
+    for number, (question, expected) in enumerate(pairs):
+        answer = video.ask(spoken(question), max_new_tokens=40)
+        if number:
+            row["right"] += answer.text == expected
+            row["asked"] += 1
+            row["first_token"] += answer.timings["first_token"]
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--questions", type=click.IntRange(1, 10**6), default=1000, show_default=True)
-@click.option("--seed", type=int, default=12345, show_default=True)
-@click.option("--model", metavar="BUNDLE")
-@click.option("--json", "as_json", is_flag=True)
+@click.option(
+    "--questions",
+    type=click.IntRange(1, 10**6),
+    default=1000,
+    show_default=True,
+    help="Counted questions, in each way.",
+)
+@click.option("--seed", type=int, default=12345, show_default=True, help="Of clips and questions.")
+@click.option("--model", metavar="BUNDLE", help="A bundle of nano's instead of the packed one.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def main(questions: int, seed: int, model: str | None, as_json: bool) -> None:
-    """Exact answers to next questions, by what is kept."""
-    began = time.perf_counter()
-    found: Any = evaluate(questions, seed, model)
+    """Count exact answers to further questions, by what is kept between questions."""
+    started = time.perf_counter()
+    report: Any = evaluate(questions, seed, model)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(report))
         return
-    rows = [
-        (
-            way,
-            int(f["asked"]),
-            f"{100 * f['right'] / f['asked']:.1f}",
-            f"{1000 * f['first_token'] / f['asked']:.2f}",
-        )
-        for way, f in found.items()
-    ]
-    table(
-        f"next questions, seed {seed}; {time.perf_counter() - began:.0f} s",
-        ("keep", "asked", "exact, %", "to the first token, ms"),
-        rows,
-    )
+    rows = []
+    for way, row in report.items():
+        exact = f"{100 * row['right'] / row['asked']:.1f}"
+        milliseconds = f"{1000 * row['first_token'] / row['asked']:.2f}"
+        rows.append((way, int(row["asked"]), exact, milliseconds))
+    title = f"next questions, seed {seed}; {time.perf_counter() - started:.0f} s"
+    table(title, ("keep", "asked", "exact, %", "to the first token, ms"), rows)
 
 
 if __name__ == "__main__":

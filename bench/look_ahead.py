@@ -1,9 +1,9 @@
-"""Looking ahead: how many guessed tokens are right, and what that is worth on this CPU.
+"""Prompt lookup: how many drafted tokens are right, and what that is worth on this CPU.
 
     python -m ppllava_edge.bench.look_ahead [--model BUNDLE] [--questions 300] [--kind describe]
 
-Answers questions about drawn clips (nano's world) with and without drafts, in turns, and compares every token. Then: what a pass over 1 to 8
-positions costs, which says when drafts pay.
+Answers questions about drawn clips (nano's world) with and without drafts, in turns, and compares answers.
+Then it measures passes over 1 to 8 positions, which says when drafts pay.
 """
 
 from __future__ import annotations
@@ -20,127 +20,142 @@ import numpy as np
 
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.engine_manifest import find_engine
-from ppllava_edge.engines.bundle.packed import packed_bundle
+from ppllava_edge.engines.bundle.packed import find_bundle, packed_bundle
 from ppllava_edge.engines.targets.build import build_cpu
 from ppllava_edge.engines.terminal import Command, table
 from ppllava_edge.nano.clips import spoken, write_clip
 from ppllava_edge.nano.world import KINDS, ask, sample_scene
+from ppllava_edge.runtime.pipeline.factory import Pipeline
+from ppllava_edge.runtime.session.answer import Answer
+from ppllava_edge.runtime.video_qa import VideoQA
 
 COUNTS = ("asked", "equal", "tokens", "passes", "proposed", "accepted", "plain", "ahead")
+WARMUP = 2  # rounds that aren't measured
 
 
 def compare(bundle: str, questions: int, seed: int, kinds: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """kind → asked, equal (answers), tokens, passes, proposed, accepted, seconds with and without."""
-    from ppllava_edge.runtime.video_qa import VideoQA
+    """Answer questions with and without looking ahead.
 
-    qa, rng, found, asked_all = (
-        VideoQA(bundle, device="cpu", engine="cpu"),
-        np.random.default_rng([seed, 78]),
-        dict[str, dict[str, float]](),
-        0,
-    )
+    Args:
+        bundle: A bundle of nano's with an engine for the CPU.
+        questions: How many to ask, at least.
+        seed: Of scenes and questions.
+        kinds: Kinds of questions.
+
+    Returns:
+        Kind, and "all" → "asked", "equal" (answers), "tokens", "passes", "proposed", "accepted", and seconds
+        of generation without ("plain") and with drafts ("ahead").
+    """
+    qa = VideoQA(bundle, device="cpu", engine="cpu")
+    rng = np.random.default_rng([seed, 78])
+    report = dict[str, dict[str, float]]()
+    count = 0
     with tempfile.TemporaryDirectory() as folder:
-        while asked_all < questions:
+        while count < questions:
             scene = sample_scene(rng)
             video = qa.open(write_clip(Path(folder) / "clip.mp4", scene, rng))
             for kind in kinds:
-                asked = ask(scene, kind, rng)
-                if asked is None:
+                pair = ask(scene, kind, rng)
+                if pair is None:
                     continue
-                question, asked_all = spoken(asked[0]), asked_all + 1
-                first, second = (
-                    video.ask(question, 48, look_ahead=ahead)
-                    for ahead in ((False, True) if asked_all % 2 else (True, False))
-                )
-                plain, ahead = (first, second) if asked_all % 2 else (second, first)
+                count += 1
+                answers = dict[bool, Answer]()
+                for look_ahead in (False, True) if count % 2 else (True, False):
+                    answers[look_ahead] = video.ask(spoken(pair[0]), 48, look_ahead=look_ahead)
                 for name in (kind, "all"):
-                    row = found.setdefault(name, dict.fromkeys(COUNTS, 0.0))
-                    assert ahead.lookup is not None
-                    seconds = {"plain": plain.timings["generate"], "ahead": ahead.timings["generate"]}
-                    counted = {
-                        "asked": 1,
-                        "equal": plain.text == ahead.text,
-                        "tokens": ahead.new_tokens - 1,
-                        **seconds,
-                        **ahead.lookup,
-                    }
-                    for key, value in counted.items():
-                        row[key] += value
-    return found
+                    row = report.setdefault(name, dict.fromkeys(COUNTS, 0.0))
+                    _count(row, plain=answers[False], ahead=answers[True])
+    return report
+
+
+def _count(row: dict[str, float], plain: Answer, ahead: Answer) -> None:
+    """Add one question, answered in both ways, to a row of the report."""
+    assert ahead.lookup is not None
+    row["asked"] += 1
+    row["equal"] += plain.text == ahead.text
+    row["tokens"] += ahead.new_tokens - 1
+    row["plain"] += plain.timings["generate"]
+    row["ahead"] += ahead.timings["generate"]
+    for name, value in ahead.lookup.items():
+        row[name] += value
 
 
 def cost_of_passes(bundle: str, rounds: int = 30) -> dict[int, float]:
-    """Positions in a pass → seconds, with 256 positions in the cache before it; medians, in turns."""
-    from ppllava_edge.runtime import Pipeline
+    """Time decoder passes over 1 to 8 positions, in turns, after 256 cached ones.
 
-    p = Pipeline.open(bundle, engine="cpu")
-    rng, times = np.random.default_rng(0), dict[int, list[float]]()
-    before = min(256, p.manifest.decoder.context // 2)
-    rows = rng.standard_normal((before + 8, p.manifest.decoder.hidden_size)).astype(np.float32) * 0.02
-    sequence = p.decoder.start(before + 8, 64)
-    sequence.run(rows[:before])
-    for turn in range(rounds + 2):
+    Args:
+        bundle: Any bundle with an engine for the CPU.
+        rounds: Measured passes of every length.
+
+    Returns:
+        Positions in a pass → median seconds.
+    """
+    pipeline = Pipeline.open(bundle, engine="cpu")
+    decoder = pipeline.manifest.decoder
+    cached = min(256, decoder.context // 2)
+    embeddings = np.random.default_rng(0).standard_normal((cached, decoder.hidden_size)).astype(np.float32)
+    tokens = [i % decoder.vocab for i in range(3, 11)]
+    times = dict[int, list[float]]()
+    sequence = pipeline.decoder.start(cached + 8, 64)
+    sequence.feed(0.02 * embeddings)
+    for round_number in range(rounds + WARMUP):
         for count in range(1, 9):
             started = time.perf_counter()
-            sequence.run(rows[before : before + count])
+            sequence.verify(tokens[:count])
+            sequence.logits()
             seconds = time.perf_counter() - started
             sequence.forget(count)
-            if turn >= 2:
+            if round_number >= WARMUP:
                 times.setdefault(count, []).append(seconds)
+    pipeline.decoder.finish(sequence)
     return {count: float(np.median(values)) for count, values in times.items()}
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--model", metavar="BUNDLE", help="A bundle of nano's instead of the packed one.")
+@click.option("--passes-of", metavar="BUNDLE", help="Time the passes of this bundle instead (any model).")
 @click.option(
-    "--passes-of", metavar="BUNDLE", help="Measure the cost of passes over this bundle instead (any model)."
+    "--questions", type=click.IntRange(1, 10**6), default=300, show_default=True, help="Questions to ask."
 )
-@click.option("--questions", type=click.IntRange(1, 10**6), default=300, show_default=True)
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), help="Only questions of this kind.")
-@click.option("--seed", type=int, default=12345, show_default=True)
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--seed", type=int, default=12345, show_default=True, help="Of clips and questions.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def main(
     model: str | None, passes_of: str | None, questions: int, kinds: tuple[str, ...], seed: int, as_json: bool
 ) -> None:
-    """Compare answers with and without looking ahead, and measure what passes over several positions cost."""
+    """Compare answers with and without looking ahead, and time passes over several positions."""
     with tempfile.TemporaryDirectory() as scratch:
-        bundle = Path(model) if model else Path(shutil.copytree(packed_bundle(), Path(scratch) / "nano"))
-        for path in {bundle, Path(passes_of or bundle)}:
+        bundle = find_bundle(model)
+        if bundle == packed_bundle():  # an installed package may be read-only: build the engine in a copy
+            bundle = Path(shutil.copytree(bundle, Path(scratch) / "nano"))
+        other = find_bundle(passes_of) if passes_of else bundle
+        for path in {bundle, other}:
             if find_engine(Bundle.open(path), "cpu")[0] is None:
                 build_cpu(Bundle.open(path))
-        found: dict[str, Any] = {
+        report: dict[str, Any] = {
             "answers": compare(str(bundle), questions, seed, tuple(kinds or KINDS)),
-            "passes": cost_of_passes(passes_of or str(bundle)),
+            "passes": cost_of_passes(str(other)),
         }
     if as_json:
-        click.echo(json.dumps(found))
-        return
+        click.echo(json.dumps(report))
+    else:
+        show(report)
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the report as two tables."""
     rows = []
-    for kind, r in found["answers"].items():
-        per_pass = r["tokens"] / r["passes"] if r["passes"] else 0.0
-        right = f"{100 * r['accepted'] / r['proposed']:.0f} %" if r["proposed"] else ""
-        rows.append(
-            (
-                kind,
-                int(r["asked"]),
-                int(r["equal"]),
-                int(r["proposed"]),
-                right,
-                f"{per_pass:.2f}",
-                f"{r['plain'] / max(r['ahead'], 1e-9):.2f}",
-            )
-        )
-    table(
-        "with and without looking ahead",
-        ("kind", "asked", "same answer", "guessed", "right", "tokens a pass", "faster by"),
-        rows,
-    )
-    one = found["passes"][1]
-    table(
-        "a pass over several positions",
-        ("positions", "ms", "of one"),
-        [(n, f"{1000 * s:.2f}", f"{s / one:.2f}") for n, s in found["passes"].items()],
-    )
+    for kind, row in report["answers"].items():
+        per_pass = row["tokens"] / row["passes"] if row["passes"] else 0.0
+        right = f"{100 * row['accepted'] / row['proposed']:.0f} %" if row["proposed"] else ""
+        speedup = row["plain"] / max(row["ahead"], 1e-9)
+        counts = (int(row[name]) for name in ("asked", "equal", "proposed"))
+        rows.append((kind, *counts, right, f"{per_pass:.2f}", f"{speedup:.2f}"))
+    columns = ("kind", "asked", "same answer", "drafted", "accepted", "tokens a pass", "speedup")
+    table("with and without looking ahead", columns, rows)
+    one = report["passes"][1]
+    passes = [(n, f"{1000 * s:.2f}", f"{s / one:.2f}") for n, s in report["passes"].items()]
+    table("a pass over several positions", ("positions", "ms", "relative to 1"), passes)
 
 
 if __name__ == "__main__":
