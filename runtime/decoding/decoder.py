@@ -44,7 +44,7 @@ class Decoder(ABC):
             PromptError: If the prompt alone is too long for the model's context; says by how much.
         """
 
-    def finish(self, sequence: Any) -> None:
+    def finish(self, sequence: Any) -> None:  # noqa: B027  (nothing to keep, unless a decoder says so)
         """Give a sequence back; its buffers may serve the next one."""
 
     @property
@@ -83,7 +83,7 @@ class Decoder(ABC):
             self.finish(sequence)
 
     def check_lookup(self, sampling: Sampling) -> None:
-        """Raise EngineError if the engine can't verify drafts, PromptError if the sampling doesn't allow them."""
+        """Raise EngineError or PromptError if the engine, or the sampling, can't verify drafts."""
         if not self.verifies:
             raise EngineError(
                 "looking ahead needs an engine that verifies several tokens at once; "

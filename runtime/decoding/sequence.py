@@ -38,7 +38,7 @@ class Sequence(ABC):
 
     @abstractmethod
     def verify(self, tokens: list[int]) -> None:
-        """Read token ids in one pass: the last one chosen, then a draft (empty in an ordinary decode step)."""
+        """Read token ids in one pass: the last one chosen, then a draft (if any)."""
 
     @abstractmethod
     def logits(self) -> np.ndarray:

@@ -59,8 +59,8 @@ class BasePipeline(ABC):
     def load(self) -> None:
         """Open every stage now, so that the first question finds them ready."""
 
-    def wait(self) -> None:
-        """Block until queued GPU work completes; on the CPU every call is complete when it returns."""
+    def wait(self) -> None:  # noqa: B027  (on the CPU every call is complete when it returns)
+        """Block until queued GPU work completes."""
 
     # -- vision ----------------------------------------------------------------------------------------------
 

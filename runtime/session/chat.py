@@ -1,6 +1,7 @@
 """A chat about one video: it keeps the first question's visual tokens and the KV cache.
 
-Only new tokens are read, and the model sees the turns before. The cost: the video stays pooled for the first question (docs/runtime.md).
+Only new tokens are read, and the model sees the turns before. The cost: the video stays pooled for the first
+question (docs/runtime.md).
 """
 
 from __future__ import annotations
@@ -169,7 +170,8 @@ class Chat:
                 "open the video again to start a new one"
             )
         if sequence is not None and self.prefix <= sequence.length < total:
-            if total + new_tokens <= sequence.capacity or sequence.capacity == context:
+            has_room = total + new_tokens <= sequence.capacity or sequence.capacity == context
+            if has_room:
                 no_visual = np.zeros((0, pipeline.manifest.decoder.hidden_size), np.float32)
                 return pipeline.prompt([], no_visual, self.after[sequence.length - self.prefix :])
         self._drop_cache()

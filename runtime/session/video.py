@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ppllava_edge.engines.errors import EngineError
+from ppllava_edge.runtime.encoding.encoded_video import EncodedVideo
 from ppllava_edge.runtime.language.prompt_lookup import PromptLookup
 from ppllava_edge.runtime.language.sampling import Sampling
 from ppllava_edge.runtime.language.text_processor import clean_question
@@ -26,7 +27,6 @@ from ppllava_edge.runtime.session.answer_stream import AnswerStream
 from ppllava_edge.runtime.session.asynchronous import finished
 from ppllava_edge.runtime.session.chat import Chat
 from ppllava_edge.runtime.session.context import Session
-from ppllava_edge.runtime.encoding.encoded_video import EncodedVideo
 from ppllava_edge.runtime.session.prepared import Patience, PooledVideo, PreparedQuestion
 
 KEEP = ("features", "tokens", "prefix")
