@@ -1,4 +1,4 @@
-"""ONNX external data: a graph's weights in a file beside it, appended when saving and memory-mapped when reading."""
+"""ONNX external data: weights in a file beside the graph, appended when saving, memory-mapped when reading."""
 
 from __future__ import annotations
 

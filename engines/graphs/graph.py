@@ -1,9 +1,9 @@
 """A small writer and reader of ONNX graphs whose weights stay on disk.
 
-Graphs are written node by node, in the order of the mathematics. A weight is a `Tensor`: a name, a shape and a
-function that loads it. Saving a graph loads its weights one by one and appends them to the external data file,
-so that they are never in memory together. A graph that was read from a file holds such tensors too; passes that
-rewrite graphs (quantisation, engine builds) work on both alike.
+Graphs are written node by node, in the order of the mathematics. A weight is a `Tensor`: a name, a shape and
+a function that loads it. Saving a graph loads its weights one by one and appends them to the external data
+file, so that they are never in memory together. A graph that was read from a file holds such tensors too;
+passes that rewrite graphs (quantisation, engine builds) work on both alike.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class Graph:
         self._scopes: list[str] = []
         self._count = 0  # of nodes so far; numbers their names
 
-    # -- nodes, inputs and outputs -----------------------------------------------------------------------------
+    # -- nodes, inputs and outputs ---------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def scope(self, name: str | int) -> Iterator[None]:
-        """Prefix the names of the nodes added inside with "name/", so that a graph viewer shows the layers."""
+        """Prefix the names of the nodes added inside with "name/", so that graph viewers show the layers."""
         self._scopes.append(str(name))
         yield
         self._scopes.pop()
@@ -116,7 +116,7 @@ class Graph:
         """Add a model-local function."""
         self.functions.append(function)
 
-    # -- constants and weights ---------------------------------------------------------------------------------
+    # -- constants and weights -------------------------------------------------------------------------------
 
     def ints(self, *values: int) -> str:
         """A constant int64 vector."""
@@ -157,7 +157,7 @@ class Graph:
         """The number of values of all weights, without quantisation scales."""
         return sum(weight.tensor.count for name, weight in self.weights.items() if not name.endswith(SCALE))
 
-    # -- rewriting ---------------------------------------------------------------------------------------------
+    # -- rewriting -------------------------------------------------------------------------------------------
 
     def copy(self) -> Graph:
         """A graph over the same weights whose nodes, inputs and outputs can be changed."""
@@ -198,7 +198,7 @@ class Graph:
         self.weights = {name: weight for name, weight in self.weights.items() if name in needed}
         self.constants = {name: value for name, value in self.constants.items() if name in needed}
 
-    # -- files -------------------------------------------------------------------------------------------------
+    # -- files -----------------------------------------------------------------------------------------------
 
     @classmethod
     def read(cls, path: Path) -> Graph:
@@ -231,8 +231,8 @@ class Graph:
         Args:
             path: The .onnx file.
             wrote: Called with the size in bytes of every weight after it is written.
-            check: Run onnx's checker. It rejects operators of other domains, and outputs without a known shape
-                (pieces of a graph).
+            check: Run onnx's checker. It rejects operators of other domains, and outputs without a known
+                shape (pieces of a graph).
 
         Raises:
             OSError: If a file can't be written.

@@ -5,8 +5,8 @@
     DequantizeLinear of INT4                       → float weights, computed when the graph is saved
     PromptGuidedPool3d                             → its function, inlined
 
-A lowered graph computes the same up to rounding. Its KV cache holds only the filled positions: past.i.* has the
-shape (1, kv_heads, past, head_size), the mask (1, 1, s, past + s).
+A lowered graph computes the same up to rounding. Its KV cache holds only the filled positions: past.i.* has
+the shape (1, kv_heads, past, head_size), the mask (1, 1, s, past + s).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _head_split(g: Graph, node: onnx.NodeProto) -> tuple[int, int]:
 def _apply(
     g: Graph, rules: Mapping[str, Callable[[_Writer, onnx.NodeProto], None]], names: set[str] | None = None
 ) -> None:
-    """Replace every node that has a rule (of these names only, if given) by the nodes that the rule writes."""
+    """Replace every node that has a rule (and one of the names, if given) by what the rule writes."""
     writer = _Writer(g)
     nodes: list[onnx.NodeProto] = []
     for node in g.nodes:
@@ -135,7 +135,7 @@ def _rotary(w: _Writer, node: onnx.NodeProto) -> None:
 
 
 def _attention(w: _Writer, node: onnx.NodeProto) -> None:
-    """softmax(q·kᵀ · scale + mask) · v; with grouped queries, several query heads share a key and value head."""
+    """softmax(q·kᵀ · scale + mask) · v, where several query heads may share a key and value head (GQA)."""
     g = w.g
     q, k, v = node.input[:3]
     mask = node.input[3] if len(node.input) > 3 else ""

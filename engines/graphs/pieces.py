@@ -45,8 +45,8 @@ def split(
         carried: Types and shapes of the values that go from one segment to the next.
 
     Returns:
-        The segments in order. Every node is in exactly one of them, except for sizes and positions, which each
-        segment computes again.
+        The segments in order. Every node is in exactly one of them, except for sizes and positions, which
+        each segment computes again.
     """
     pieces: list[list[onnx.NodeProto]] = []
     placed = set[str]()  # weights, each counted where it is used first
@@ -128,7 +128,7 @@ def _value(name: str, carried: Carried) -> onnx.ValueInfoProto:
 def _with_bookkeeping(
     piece: list[onnx.NodeProto], producers: dict[str, onnx.NodeProto]
 ) -> list[onnx.NodeProto]:
-    """Add the sizes and positions that a piece reads: computing them again is cheaper than carrying them over."""
+    """Add the sizes and positions that a piece reads: recomputing them is cheaper than carrying them over."""
     available = {name for node in piece for name in node.output}
     front: list[onnx.NodeProto] = []
 

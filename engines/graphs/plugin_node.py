@@ -1,4 +1,4 @@
-"""The pooling graph for engines with the pooling plugin: fixed windows, the projector's GELU fused into the node."""
+"""The pooling graph for engines with the pooling plugin: fixed windows, and the GELU fused into the node."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ class Tensor:
 
     Attributes:
         name: Its name in the graph.
-        shape: The shape of the array that `load` returns. INT4 is loaded packed, two values per byte; the shape
-            is the unpacked one.
+        shape: The shape of the array that `load` returns. INT4 is loaded packed, two values per byte; the
+            shape is the unpacked one.
         load: Returns the values. It is called every time they are needed; nothing is cached.
     """
 
