@@ -1,1 +1,5 @@
-"""media."""
+"""Open, seek, decode and write video files, images and frames in memory, through PyAV (FFmpeg) and Pillow.
+
+The lowest room of the runtime: every other one may import it. It imports engines/ only (errors, device
+frames).
+"""

@@ -1,9 +1,9 @@
-"""arrays."""
+"""Frames that the app passes in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,12 +12,16 @@ from ppllava_edge.engines.plugins.prepare_frame.kernel import is_device_frame
 from ppllava_edge.runtime.media.container import check_size
 from ppllava_edge.runtime.media.readers import Frame, FrameReader
 
-if TYPE_CHECKING:
-    pass
-
 
 class ArrayReader(FrameReader):
-    """Frames that the app has already; all are used."""
+    """A reader over frames in memory. All of them are used, one second apart.
+
+    Args:
+        images: RGB uint8 (H, W, 3) each, as `rgb_frame` accepts them.
+
+    Raises:
+        MediaError: If there are none, or one of them is no such image.
+    """
 
     takes_all = True
 
@@ -28,13 +32,24 @@ class ArrayReader(FrameReader):
         super().__init__("the frames", len(self.images), 1.0, float(len(self.images)))
 
     def frames(self, choice: Callable[[FrameReader], Sequence[int]]) -> Iterator[Frame]:
-        """As FrameReader says."""
+        """See FrameReader.frames."""
         self.indices = list(choice(self))
         return (Frame(i, self.images[i], float(i)) for i in sorted(set(self.indices)))
 
 
 def rgb_frame(image: Any, what: str) -> np.ndarray:
-    """A frame from the app as RGB uint8 (H,W,3): numpy, or anything that exports DLPack from host memory. Raises MediaError."""
+    """Check a frame from the app and view it as a numpy array.
+
+    Args:
+        image: A numpy array, or any object that exports DLPack from host memory.
+        what: The frame's name, for error messages.
+
+    Returns:
+        RGB uint8 (H, W, 3); shares memory with the image where possible.
+
+    Raises:
+        MediaError: For GPU memory, another shape or dtype, or an unusable size.
+    """
     if is_device_frame(image):
         raise MediaError(
             f"{what} lies in GPU memory; engines on the CPU, and VideoQA.open, take frames in host memory"
@@ -43,7 +58,7 @@ def rgb_frame(image: Any, what: str) -> np.ndarray:
         try:
             image = np.from_dlpack(image)
         except (RuntimeError, TypeError, ValueError, BufferError) as error:
-            raise MediaError(f"{what} can't be taken through DLPack: {str(error).splitlines()[0]}") from None
+            raise MediaError(f"{what} can't be read through DLPack: {str(error).splitlines()[0]}") from None
     array: np.ndarray = np.asarray(image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         raise MediaError(f"{what} must be RGB uint8 (height, width, 3), not {array.dtype} {array.shape}")

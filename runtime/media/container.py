@@ -1,4 +1,4 @@
-"""Opening video files with FFmpeg: its errors become one clear line, sizes are checked before anything large is allocated."""
+"""Open video files with FFmpeg: one-line errors, sizes checked before anything large is allocated."""
 
 from __future__ import annotations
 
@@ -11,16 +11,28 @@ import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
 
-SMALLEST_SIDE, LARGEST_SIDE, LARGEST_AREA = 8, 16384, 8192 * 8192  # pixels
-FALLBACK_FPS = 25.0  # of files that don't say
+MIN_SIDE = 8  # pixels
+MAX_SIDE = 16384  # pixels
+MAX_AREA = 8192 * 8192  # pixels
+FALLBACK_FPS = 25.0  # for files that neither state a frame rate nor give timestamps
+COVER_ART = 0x400  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
 
 
 @contextlib.contextmanager
 def open_container(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its video stream. FFmpeg's errors become MediaErrors.
+    """Open a video file.
 
-    PyAV's log level is left alone: any level but its default makes decoding threads wait for the interpreter when they have something to say,
-    and freeing a decoder, which waits for its threads, then hangs now and then.
+    PyAV's log level stays at its default. Any other level makes decoding threads take the GIL to log a
+    message; freeing a decoder waits for its threads, so it would sometimes deadlock.
+
+    Args:
+        path: The file.
+
+    Yields:
+        The PyAV container and its video stream, see `video_stream`.
+
+    Raises:
+        MediaError: If FFmpeg can't open the file, or it has no usable video stream.
     """
     import av
 
@@ -33,8 +45,16 @@ def open_container(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def video_stream(container: Any, what: str) -> Any:
-    """The container's first video stream, ready to decode in threads. Raises MediaError if there is none that can be decoded."""
-    streams = [s for s in container.streams.video if not _is_cover(s)]
+    """Return the container's first video stream, set up for multithreaded decoding.
+
+    Args:
+        container: An open PyAV container.
+        what: The file or address, for error messages.
+
+    Raises:
+        MediaError: If there is no video stream, its codec is unknown or its frames have an unusable size.
+    """
+    streams = [s for s in container.streams.video if not _is_cover_art(s)]
     if not streams:
         holds = "only sound" if container.streams.audio else "no video"
         raise MediaError(f"{what} holds {holds}; a video stream is needed")
@@ -46,33 +66,44 @@ def video_stream(container: Any, what: str) -> Any:
     return stream
 
 
-def _is_cover(stream: Any) -> bool:
-    """Album art is a video stream of one picture."""
-    return bool(int(stream.disposition) & 0x400)
+def _is_cover_art(stream: Any) -> bool:
+    """Whether a video stream is album art: a single picture attached to a sound file."""
+    return bool(int(stream.disposition) & COVER_ART)
 
 
 def apply_rotation(frame: Any) -> np.ndarray:
-    """A decoded frame as RGB uint8 (H,W,3), turned as its rotation metadata asks (counter-clockwise degrees)."""
+    """Convert a decoded frame to RGB uint8 (H, W, 3), rotated as its metadata asks."""
     image: np.ndarray = frame.to_ndarray(format="rgb24")
-    engine_lock = round(getattr(frame, "rotation", 0) / 90) % 4
-    return np.ascontiguousarray(np.rot90(image, engine_lock)) if engine_lock else image
+    quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4  # counter-clockwise
+    return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
 
 
 def check_size(width: int, height: int, what: str, unknown_allowed: bool = False) -> None:
-    """Refuse frames that are too small to show anything or too large to allocate. Raises MediaError."""
+    """Refuse frames that are too small to show anything or too large to allocate.
+
+    Args:
+        width: Pixels.
+        height: Pixels.
+        what: The file, for error messages.
+        unknown_allowed: Accept a size of 0, as headers state it that leave it to the frames.
+
+    Raises:
+        MediaError: For a size out of bounds.
+    """
     if unknown_allowed and not (width and height):
         return
-    if min(width, height) < SMALLEST_SIDE:
+    if min(width, height) < MIN_SIDE:
         raise MediaError(
-            f"{what}: frames of {width}x{height} pixels are too small; {SMALLEST_SIDE}x{SMALLEST_SIDE} is the least"
+            f"{what}: frames of {width}x{height} pixels are too small; the minimum is {MIN_SIDE}x{MIN_SIDE}"
         )
-    if max(width, height) > LARGEST_SIDE or width * height > LARGEST_AREA:
+    if max(width, height) > MAX_SIDE or width * height > MAX_AREA:
         raise MediaError(
-            f"{what}: frames of {width}x{height} pixels are too large; scale the video down below {LARGEST_AREA // 10**6} megapixels"
+            f"{what}: frames of {width}x{height} pixels are too large; "
+            f"scale the video down below {MAX_AREA // 10**6} megapixels"
         )
 
 
 def reason(error: Exception) -> str:
-    """Why FFmpeg or Pillow refused, in a few words."""
+    """Summarise an error of FFmpeg or Pillow in a few words."""
     text = getattr(error, "strerror", None) or str(error)
     return str(text).splitlines()[0][:120] if text else type(error).__name__

@@ -1,8 +1,16 @@
-"""Where a video file's frames are, without decoding: which packet starts a group of pictures, and in which order frames are shown.
+"""Where a video file's frames are, found without decoding any.
 
-Frames are numbered as a full decode gives them: by presentation time. Packets come in decoding order. A group of pictures (GOP) begins with a
-key frame; whatever precedes a key frame in the file is also shown before the rest of its group, so frame i lies in the group that holds packet
-i. Two sources: the container's own table (MP4 and MOV: nothing but the header is read), else one pass over the packets.
+A packet is one compressed frame. Packets stand in the file in decoding order; a B-frame is decoded after
+frames that are shown later, so frames are shown in another order. Frames are numbered in the order they are
+shown, from 0, as a full decode gives them.
+
+A group of pictures (GOP) begins with a key frame, which refers to no other, and ends before the next one.
+All packets before a key frame in the file belong to earlier groups, and whole groups are shown one after
+another. So the group that holds the i-th shown packet also holds frame i, and knowing the key packets is
+enough to find a frame's group.
+
+The index comes from the container's own table (MP4 and MOV: only the header is read) or from one pass over
+all packets.
 """
 
 from __future__ import annotations
@@ -10,6 +18,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +27,38 @@ import numpy as np
 from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.media.container import FALLBACK_FPS, open_container
 
-TABLES = {"mov", "mp4"}  # containers whose table lists every packet, with decoding times
+CONTAINERS_WITH_TABLE = {"mov", "mp4"}  # their header lists every packet, with decoding times
 MAX_PACKETS = 50_000_000  # 230 hours at 60 frames a second; more is a damaged file
+MIN_FPS = 0.001  # header values outside these limits are wrong
+MAX_FPS = 100_000
+
+
+def _no_numbers() -> np.ndarray:
+    return np.zeros(0, np.int64)
 
 
 @dataclass
 class PacketIndex:
-    """count: frames in the file; promised: how many it says it has. fps: their rate. origin: presentation time of the first, in units of
-    time_base (seconds). broken: reading ended early or in an error.
+    """The groups of pictures of a file's video stream.
 
-    keys: positions (in decoding order, discarded packets counted) of key frames; starts: frames shown before each; names: what each is sought by
-    and told by when it comes (a decoding time from a table, a presentation time from a pass). pts: presentation times in decoding order, None
-    where only the table was read. shown: False for packets that an edit list discards. seekable: frames can be found by time. codec: FFmpeg's name.
+    Attributes:
+        count: Frames in the file.
+        promised: Frames that the file's header announces, or `count` if that is more.
+        fps: Frames a second, on average.
+        origin: Presentation time of the first frame, in units of time_base.
+        time_base: Seconds.
+        broken: Reading ended early or met an error.
+        seekable: Frames can be found by time.
+        from_table: The container's table was read, no packets.
+        codec: FFmpeg's name.
+        packets: Packets in the file.
+        key_positions: (G,) int64, each group's key packet: its position in decoding order. Packets that an
+            edit list discards count, too.
+        group_starts: (G,) int64, the number of each group's first frame.
+        key_timestamps: (G,) int64, timestamps used to seek to key packets and to recognise them: decoding
+            times if from_table, else presentation times.
+        pts: (packets,) int64 presentation times in decoding order; None if from_table.
+        shown: (packets,) bool, False for packets that an edit list discards; None if from_table.
     """
 
     count: int
@@ -42,9 +71,9 @@ class PacketIndex:
     from_table: bool = False
     codec: str = ""
     packets: int = 0
-    keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    names: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    key_positions: np.ndarray = field(default_factory=_no_numbers)
+    group_starts: np.ndarray = field(default_factory=_no_numbers)
+    key_timestamps: np.ndarray = field(default_factory=_no_numbers)
     pts: np.ndarray | None = None
     shown: np.ndarray | None = None
 
@@ -54,138 +83,191 @@ class PacketIndex:
         return self.count / self.fps
 
     def group_of(self, frame: int) -> int:
-        """The group of pictures that holds a frame."""
-        return int(np.searchsorted(self.starts, frame, side="right")) - 1
+        """Return the group that holds a frame."""
+        return int(np.searchsorted(self.group_starts, frame, side="right")) - 1
 
-    def length(self, group: int) -> int:
-        """Packets of a group."""
-        return int((self.keys[group + 1] if group + 1 < len(self.keys) else self.packets) - self.keys[group])
+    def group_packets(self, group: int) -> range:
+        """Return the positions of a group's packets, in decoding order."""
+        is_last = group + 1 == len(self.key_positions)
+        end = self.packets if is_last else self.key_positions[group + 1]
+        return range(int(self.key_positions[group]), int(end))
 
 
 def index_packets(path: Path, table: bool = True) -> PacketIndex:
-    """The index of a file's first video stream. table: trust the container's, where it has one.
+    """Index a file's first video stream.
 
-    Raises MediaError for a file without a single frame.
+    Args:
+        path: The file.
+        table: Use the container's table, if it has a plausible one.
+
+    Raises:
+        MediaError: If the file can't be opened or holds no frame.
     """
     with open_container(path) as (container, stream):
-        if table and set(container.format.name.split(",")) & TABLES:
-            found = _from_table(container, stream, path)
-            if found is not None:
-                return found
-    with open_container(path) as (container, stream):
-        return _from_packets(container, stream, path)
+        if table and set(container.format.name.split(",")) & CONTAINERS_WITH_TABLE:
+            index = _index_from_table(container, stream, path)
+            if index is not None:
+                return index
+    with open_container(path) as (container, stream):  # again: the table's check has consumed packets
+        return _index_from_packets(container, stream, path)
 
 
-def _from_table(container: Any, stream: Any, path: Path) -> PacketIndex | None:
-    """What the header says, or None if that can't be all: fragments (their table grows as they are read), one that reaches beyond the file's end."""
-    entries, promised = stream.index_entries, int(stream.frames or 0)
-    packets, rate, size = len(entries), float(stream.average_rate or 0), path.stat().st_size
-    if not 0 < packets <= MAX_PACKETS or packets != promised or not 0.001 < rate < 100000:
+# -- from the container's table --------------------------------------------------------------------------
+
+
+@dataclass
+class _KeyPackets:
+    """The key packets of a table: columns of a PacketIndex, and how many frames are shown in all."""
+
+    positions: array
+    group_starts: array
+    timestamps: array
+    frames: int
+
+
+def _index_from_table(container: Any, stream: Any, path: Path) -> PacketIndex | None:
+    """Read the header's table. None if it can't be complete: fragmented files extend it as they are read."""
+    entries = stream.index_entries
+    packets = len(entries)
+    fps = float(stream.average_rate or 0)
+    if not 0 < packets <= MAX_PACKETS or packets != int(stream.frames or 0) or not MIN_FPS < fps < MAX_FPS:
         return None
-    keys, starts, names, count = array("q"), array("q"), array("q"), 0
-    for position, entry in enumerate(entries):
-        if entry.pos < 0 or entry.pos + entry.size > size or entry.size < 1:
-            return None
-        if entry.is_keyframe:
-            keys.append(position)
-            starts.append(count)
-            names.append(entry.timestamp)
-        count += not entry.is_discard
-    if not count or not keys or keys[0] != 0:
+    keys = _key_packets(entries, path.stat().st_size)
+    if keys is None:
         return None
-    first = [
-        p.pts
-        for p in _group_packets(container, stream, int(keys[1]) if len(keys) > 1 else packets)
-        if p.pts is not None and not p.is_discard
+    first_group = keys.positions[1] if len(keys.positions) > 1 else packets
+    first_times = [
+        packet.pts
+        for packet in islice(_readable_packets(container, stream), first_group)
+        if packet.pts is not None and not packet.is_discard
     ]
-    if not first:
+    if not first_times:
         return None
     return PacketIndex(
-        count,
-        count,
-        rate,
-        min(first),
-        float(stream.time_base),
-        seekable=_climb(names),
+        count=keys.frames,
+        promised=keys.frames,
+        fps=fps,
+        origin=min(first_times),
+        time_base=float(stream.time_base),
+        seekable=bool((np.diff(np.array(keys.timestamps)) > 0).all()),
         from_table=True,
         codec=stream.codec_context.name,
         packets=packets,
-        keys=np.array(keys),
-        starts=np.array(starts),
-        names=np.array(names),
+        key_positions=np.array(keys.positions),
+        group_starts=np.array(keys.group_starts),
+        key_timestamps=np.array(keys.timestamps),
     )
 
 
-def _climb(values: Any) -> bool:
-    """Whether every value is above the one before."""
-    return bool((np.diff(np.asarray(values, np.int64)) > 0).all())
+def _key_packets(entries: Any, file_size: int) -> _KeyPackets | None:
+    """Collect a table's key packets. None if an entry lies outside the file, or the first is no key frame."""
+    keys = _KeyPackets(array("q"), array("q"), array("q"), 0)
+    for position, entry in enumerate(entries):
+        if entry.pos < 0 or entry.pos + entry.size > file_size or entry.size < 1:
+            return None
+        if entry.is_keyframe:
+            keys.positions.append(position)
+            keys.group_starts.append(keys.frames)
+            keys.timestamps.append(entry.timestamp)
+        keys.frames += not entry.is_discard
+    if not keys.frames or not keys.positions or keys.positions[0] != 0:
+        return None
+    return keys
 
 
-def _group_packets(container: Any, stream: Any, count: int) -> Iterator[Any]:
-    """The next `count` packets that hold something; FFmpeg's errors end them."""
+def _readable_packets(container: Any, stream: Any) -> Iterator[Any]:
+    """Yield packets that hold data, up to the first that FFmpeg can't read."""
     import av
 
     try:
-        for packet in container.demux(stream):
-            if packet.size:
-                yield packet
-                count -= 1
-            if not count:
-                return
+        yield from (packet for packet in container.demux(stream) if packet.size)
     except av.error.FFmpegError:
         return
 
 
-def _from_packets(container: Any, stream: Any, path: Path) -> PacketIndex:
-    """One pass over the packets: nothing is decoded."""
+# -- from the packets ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _PacketList:
+    """All packets of a stream, in decoding order.
+
+    Attributes:
+        pts: Presentation times; 0 where there is none.
+        shown: 0 for packets that an edit list discards.
+        keys: Positions of key packets.
+        timeless: A packet has no presentation time.
+        broken: A packet is damaged, or reading ended in an error.
+    """
+
+    pts: array = field(default_factory=lambda: array("q"))
+    shown: array = field(default_factory=lambda: array("b"))
+    keys: array = field(default_factory=lambda: array("q"))
+    timeless: bool = False
+    broken: bool = False
+
+
+def _read_packets(container: Any, stream: Any, path: Path) -> _PacketList:
+    """Read the whole file without decoding anything."""
     import av
 
-    pts, shown, keys, broken, timeless = array("q"), array("b"), array("q"), False, False
+    read = _PacketList()
     try:
         for packet in container.demux(stream):
             if not packet.size:
                 continue
             if packet.is_keyframe:
-                keys.append(len(pts))
-            timeless = timeless or packet.pts is None
-            pts.append(packet.pts if packet.pts is not None else 0)
-            shown.append(not packet.is_discard)
-            broken = broken or packet.is_corrupt
-            if len(pts) > MAX_PACKETS:
+                read.keys.append(len(read.pts))
+            read.timeless = read.timeless or packet.pts is None
+            read.pts.append(packet.pts if packet.pts is not None else 0)
+            read.shown.append(not packet.is_discard)
+            read.broken = read.broken or packet.is_corrupt
+            if len(read.pts) > MAX_PACKETS:
                 raise MediaError(f"{path} has more than {MAX_PACKETS} packets; it is damaged")
     except av.error.FFmpegError:
-        broken = True
-    times, visible, first = np.array(pts, np.int64), np.array(shown, bool), np.array(keys, np.int64)
-    count, base, promised = int(visible.sum()), float(stream.time_base or 0), int(stream.frames or 0)
+        read.broken = True
+    return read
+
+
+def _index_from_packets(container: Any, stream: Any, path: Path) -> PacketIndex:
+    """Build the index from one pass over the packets."""
+    read = _read_packets(container, stream, path)
+    pts = np.array(read.pts, np.int64)
+    shown = np.array(read.shown, bool)
+    keys = np.array(read.keys, np.int64)
+    count = int(shown.sum())
+    promised = int(stream.frames or 0)
+    time_base = float(stream.time_base or 0)
     if count == 0:
         raise MediaError(f"{path} has a video stream without a single frame")
-    seen, fps = times[visible], float(stream.average_rate or 0)
-    if not 0.001 < fps < 100000:
-        span = float(seen.max() - seen.min()) * base if not timeless else 0.0
+    shown_pts = pts[shown]
+    fps = float(stream.average_rate or 0)
+    if not MIN_FPS < fps < MAX_FPS:
+        span = 0.0 if read.timeless else float(shown_pts.max() - shown_pts.min()) * time_base
         fps = (count - 1) / span if span else FALLBACK_FPS
-    origin = int(seen.min()) if not timeless else 0
-    found = PacketIndex(
-        count,
-        max(count, promised),
-        fps,
-        origin,
-        base,
-        broken or count < promised,
+    index = PacketIndex(
+        count=count,
+        promised=max(count, promised),
+        fps=fps,
+        origin=0 if read.timeless else int(shown_pts.min()),
+        time_base=time_base,
+        broken=read.broken or count < promised,
         codec=stream.codec_context.name,
-        packets=len(times),
-        keys=first,
-        starts=np.concatenate([[0], np.cumsum(visible)])[first],
-        pts=times,
-        shown=visible,
+        packets=len(pts),
+        key_positions=keys,
+        group_starts=np.concatenate([[0], np.cumsum(shown)])[keys],
+        pts=pts,
+        shown=shown,
     )
-    if not timeless and len(first) and first[0] == 0 and base:
-        found.names, found.seekable = times[first], _in_groups(times, first)
-    return found
+    if not read.timeless and len(keys) and keys[0] == 0 and time_base:
+        index.key_timestamps = pts[keys]
+        index.seekable = _is_in_order(pts, keys)
+    return index
 
 
-def _in_groups(times: np.ndarray, keys: np.ndarray) -> bool:
-    """Whether no two frames are shown at once, and every group is shown after the one before it: what finding frames by time needs."""
-    if (np.diff(np.sort(times)) <= 0).any():
+def _is_in_order(pts: np.ndarray, keys: np.ndarray) -> bool:
+    """Whether timestamps identify frames: all differ, and every group is shown after the one before it."""
+    if (np.diff(np.sort(pts)) <= 0).any():
         return False
-    highest, lowest = np.maximum.reduceat(times, keys), np.minimum.reduceat(times, keys)
-    return bool((highest[:-1] < lowest[1:]).all())
+    latest, earliest = np.maximum.reduceat(pts, keys), np.minimum.reduceat(pts, keys)
+    return bool((latest[:-1] < earliest[1:]).all())

@@ -1,37 +1,51 @@
-"""Images, animations and folders of images, through Pillow. Sizes are checked in the header, before anything is decoded."""
+"""Images, animations and folders of images, through Pillow. Sizes are checked before any pixel is decoded."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.media.container import check_size, reason
 
-IMAGE_FORMATS = (
-    "JPEG",
-    "PNG",
-    "GIF",
-    "BMP",
-    "PPM",
-    "WEBP",
-    "TIFF",
-)  # none of which starts another program; FFmpeg opens more
+# Pillow reads these by itself; for some others it starts another program. FFmpeg opens further formats.
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")
+ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
+DEFAULT_SECONDS = 0.1  # an animation's frame without a duration
+FOLDER_SECONDS = 1.0  # an image of a folder
 
-Picture = tuple[Callable[[], np.ndarray], float]  # loads RGB; shown for so many seconds
+
+class Picture(NamedTuple):
+    """An image that is decoded when it is needed.
+
+    Attributes:
+        load: Decodes it, upright, to RGB uint8 (H, W, 3).
+        seconds: How long it is shown.
+    """
+
+    load: Callable[[], np.ndarray]
+    seconds: float
 
 
 def open_picture(path: Path) -> Any:
-    """A Pillow image if the file is one (told by its content), else None."""
+    """Open an image file. Its content decides what it is, not its name.
+
+    Returns:
+        A Pillow image whose pixels aren't decoded yet; None if the file is no image.
+
+    Raises:
+        MediaError: For a damaged image, or one of an unusable size.
+    """
     from PIL import Image, UnidentifiedImageError
 
-    Image.MAX_IMAGE_PIXELS = None  # our own limit is checked instead, before anything is decoded
+    Image.MAX_IMAGE_PIXELS = None  # check_size below replaces Pillow's own limit
     try:
         picture = Image.open(path, formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
@@ -43,44 +57,55 @@ def open_picture(path: Path) -> Any:
 
 
 def animation_pictures(picture: Any) -> list[Picture]:
-    """The pictures of an opened image, one or an animation's."""
+    """List the pictures of an opened Pillow image: one, or all of an animation."""
+    count = getattr(picture, "n_frames", 1) if picture.format in ANIMATED_FORMATS else 1
+    if count == 1:
+        return [Picture(partial(_load, picture, None), 0.0)]
+    return [Picture(partial(_load, picture, i), _duration(picture, i)) for i in range(count)]
+
+
+def _load(picture: Any, number: int | None) -> np.ndarray:
+    """Decode picture `number` of an animation, or a still image (None)."""
     from PIL import ImageOps
 
-    count = getattr(picture, "n_frames", 1) if picture.format in ("GIF", "PNG", "WEBP", "AVIF") else 1
+    try:
+        if number is not None:
+            picture.seek(number)
+        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise MediaError(f"{picture.filename} is a damaged image ({reason(error)})") from None
 
-    def load(i: int) -> np.ndarray:
-        try:
-            if count > 1:
-                picture.seek(i)
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
-            raise MediaError(f"{picture.filename} is a damaged image ({reason(error)})") from None
 
-    def seconds(i: int) -> float:
-        if count == 1:
-            return 0.0
-        with contextlib.suppress(OSError, ValueError, SyntaxError, EOFError):
-            picture.seek(i)
-            return float(picture.info.get("duration") or 100) / 1000
-        return 0.1
-
-    return [(lambda i=i: load(i), seconds(i)) for i in range(count)]  # type: ignore[misc]
+def _duration(picture: Any, number: int) -> float:
+    """Seconds that a picture of an animation is shown; the default for damaged ones."""
+    with contextlib.suppress(OSError, ValueError, SyntaxError, EOFError):
+        picture.seek(number)
+        return float(picture.info.get("duration") or 1000 * DEFAULT_SECONDS) / 1000
+    return DEFAULT_SECONDS
 
 
 def folder_pictures(folder: Path) -> list[Picture]:
-    """A folder's images in natural order (frame2 before frame10), one second each."""
-    names = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
-    if not names:
+    """List a folder's images in natural order (frame2 before frame10), one second each.
+
+    Raises:
+        MediaError: If there are none.
+    """
+    paths = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+    if not paths:
         raise MediaError(f"the folder {folder} holds no images")
-    names.sort(
-        key=lambda p: [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", p.name)]
-    )
+    paths.sort(key=_natural_order)
+    return [Picture(partial(_load_file, path), FOLDER_SECONDS) for path in paths]
 
-    def load(path: Path) -> np.ndarray:
-        picture = open_picture(path)
-        if picture is None:
-            raise MediaError(f"{path} is not an image that can be read")
-        with picture:
-            return animation_pictures(picture)[0][0]()
 
-    return [(lambda path=path: load(path), 1.0) for path in names]  # type: ignore[misc]
+def _natural_order(path: Path) -> list[int | str]:
+    """Sort key: numbers in a name count as numbers."""
+    return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", path.name)]
+
+
+def _load_file(path: Path) -> np.ndarray:
+    """Decode the first picture of an image file."""
+    picture = open_picture(path)
+    if picture is None:
+        raise MediaError(f"{path} is not an image that can be read")
+    with picture:
+        return animation_pictures(picture)[0].load()

@@ -1,4 +1,4 @@
-"""Making items in a thread of their own, a few ahead of who takes them: frames are decoded while the engine encodes the ones before."""
+"""Produce items in a background thread, ahead of the consumer: decoding runs while the engine encodes."""
 
 from __future__ import annotations
 
@@ -12,33 +12,25 @@ _END = object()
 
 
 def prefetch(items: Iterator[T], depth: int = 8) -> Generator[T, None, None]:
-    """The same items; at most `depth` wait. An error in the thread is raised here. Closing the generator ends the thread before it returns."""
-    ready: queue.Queue[Any] = queue.Queue(depth)
+    """Run an iterator in a background thread.
+
+    Closing the generator stops the thread and waits for it.
+
+    Args:
+        items: Consumed, and closed if it is a generator, in the thread.
+        depth: The largest number of finished items that wait for the consumer.
+
+    Yields:
+        The same items, in order.
+
+    Raises:
+        BaseException: Whatever the iterator raised.
+    """
+    ready: queue.Queue[Any] = queue.Queue(depth)  # (item, error)
     closed = threading.Event()
-
-    def put(item: object) -> bool:
-        while not closed.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put((item, None)):
-                    return
-            put((_END, None))
-        except BaseException as error:
-            put((_END, error))
-        finally:
-            close = getattr(items, "close", None)
-            if close is not None:
-                close()
-
-    thread = threading.Thread(target=work, name="ppllava-frames", daemon=True)
+    thread = threading.Thread(
+        target=_produce, args=(items, ready, closed), name="ppllava-frames", daemon=True
+    )
     thread.start()
     try:
         while True:
@@ -51,3 +43,29 @@ def prefetch(items: Iterator[T], depth: int = 8) -> Generator[T, None, None]:
     finally:
         closed.set()
         thread.join()
+
+
+def _produce(items: Iterator[Any], ready: queue.Queue[Any], closed: threading.Event) -> None:
+    """Put every item into the queue, then _END or the iterator's error, until the consumer closes."""
+    try:
+        for item in items:
+            if not _put((item, None), ready, closed):
+                return
+        _put((_END, None), ready, closed)
+    except BaseException as error:
+        _put((_END, error), ready, closed)
+    finally:
+        close = getattr(items, "close", None)
+        if close is not None:
+            close()
+
+
+def _put(item: object, ready: queue.Queue[Any], closed: threading.Event) -> bool:
+    """Wait for space in the queue. Returns False if the consumer closed first."""
+    while not closed.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+            return True
+        except queue.Full:
+            continue
+    return False

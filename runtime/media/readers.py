@@ -1,7 +1,8 @@
-"""Frames of files: any container and codec that FFmpeg opens, images, animations, and folders of images.
+"""Read chosen frames of a video file, an image, an animation or a folder of images.
 
-Only chosen frames are decoded as far as they must be, and converted to RGB. Sizes are checked before anything large is allocated. Damaged files
-give the frames that can be decoded, and a note that says so.
+Only as much is decoded as the chosen frames need, and only they are converted to RGB. Sizes are checked
+before anything large is allocated. A damaged file gives the frames that can be decoded, and a note that
+says so.
 """
 
 from __future__ import annotations
@@ -11,21 +12,28 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.media.container import apply_rotation, check_size, open_container
+from ppllava_edge.runtime.media.packet_cursor import CannotSeek
 from ppllava_edge.runtime.media.packet_index import index_packets
 from ppllava_edge.runtime.media.pictures import Picture, animation_pictures, folder_pictures, open_picture
-from ppllava_edge.runtime.media.seeking import CannotSeek, is_worthwhile, seek_frames
+from ppllava_edge.runtime.media.seeking import is_worthwhile, seek_frames
 
-MAX_ERRORS = 1000  # packets that may fail before a file is given up
+MAX_ERRORS = 1000  # packets that may fail before a sequential decode stops
 
 
 class Frame(NamedTuple):
-    """One frame. number: which of the video. image: RGB uint8 (H,W,3). seconds: when it is shown."""
+    """One frame of a source.
+
+    Attributes:
+        number: Its position in the source, from 0.
+        image: RGB uint8 (H, W, 3).
+        seconds: When it is shown.
+    """
 
     number: int
     image: np.ndarray
@@ -34,9 +42,17 @@ class Frame(NamedTuple):
 
 @dataclass
 class Frames:
-    """Sampled frames. images: RGB uint8 (H,W,3) each. indices: which frames of the video. times: seconds. count: frames in the video.
+    """The sampled frames of a source.
 
-    kind: "video" or "image". notes: what people should know (a truncated file, say).
+    Attributes:
+        images: RGB uint8 (H, W, 3) each.
+        indices: Their numbers in the source; short sources repeat some.
+        times: When each is shown, in seconds.
+        count: Frames of the whole source.
+        fps: Frames a second of the source.
+        duration: Seconds of the source.
+        kind: "video" or "image".
+        notes: Notes for the user (a truncated file, say).
     """
 
     images: list[np.ndarray]
@@ -50,28 +66,57 @@ class Frames:
 
 
 class FrameReader(ABC):
-    """A source whose frames are chosen, then read one after another. count, fps, duration (seconds): of the whole source.
+    """A source whose frames are chosen by number, then read one after another.
 
-    indices: the frames of the last choice that there are; notes: what people should know. Both are final when `frames` is exhausted.
-    takes_all: every frame is used, whatever was asked for (frames that the app gives, a single picture).
+    Args:
+        what: The source's name, for error messages.
+        count: Frames of the whole source.
+        fps: Frames a second.
+        duration: Seconds of the whole source.
+
+    Attributes:
+        kind: "video" or "image".
+        takes_all: Every frame is used, however many are asked for (frames in memory, a single image).
+        indices: The last choice, without frames that turned out to be missing. Final once `frames` is
+            exhausted.
+        notes: Notes for the user. Final once `frames` is exhausted.
     """
 
     kind = "video"
     takes_all = False
 
     def __init__(self, what: str, count: int, fps: float, duration: float):
-        self.what, self.count, self.fps, self.duration = what, count, fps, duration
+        self.what = what
+        self.count = count
+        self.fps = fps
+        self.duration = duration
         self.indices: list[int] = []
         self.notes: list[str] = []
 
     @abstractmethod
     def frames(self, choice: Callable[[FrameReader], Sequence[int]]) -> Iterator[Frame]:
-        """Yield every chosen frame once, ascending. If fewer can be decoded than the file promised, choice is asked again and all of the new choice
-        is yielded; `indices` tells in the end which frames count. Raises MediaError if there is none."""
+        """Read the chosen frames.
+
+        A damaged file can hold fewer frames than it promised. Then `choice` is called again, and all frames
+        of the new choice are yielded; `indices` tells in the end which of the frames count.
+
+        Args:
+            choice: Gets this reader (count, fps, duration) and returns frame numbers.
+
+        Yields:
+            Every chosen frame once, ascending.
+
+        Raises:
+            MediaError: If no frame can be decoded.
+        """
 
 
 def open_reader(source: str | os.PathLike[str]) -> FrameReader:
-    """A reader for a video file, an image, an animation or a folder of images. Raises MediaError in one line for anything unusable."""
+    """Open a video file, an image, an animation or a folder of images.
+
+    Raises:
+        MediaError: In one line, for anything unusable.
+    """
     path = Path(source)
     if path.is_dir():
         return PictureReader(folder_pictures(path), f"the folder {path}")
@@ -82,116 +127,147 @@ def open_reader(source: str | os.PathLike[str]) -> FrameReader:
     if path.stat().st_size == 0:
         raise MediaError(f"{source} is empty (0 bytes)")
     picture = open_picture(path)
-    return PictureReader(animation_pictures(picture), str(path)) if picture is not None else VideoReader(path)
+    if picture is not None:
+        return PictureReader(animation_pictures(picture), str(path))
+    return VideoReader(path)
 
 
 class VideoReader(FrameReader):
-    """A video file. seeking: may frames be found from key frames (the same frames come out either way)."""
+    """A video file.
+
+    Args:
+        path: The file.
+        seeking: Allow decoding from key frames, where it saves work. The frames are the same either way.
+
+    Raises:
+        MediaError: If the file can't be opened or holds no frame.
+    """
 
     def __init__(self, path: Path, seeking: bool = True):
-        self.path, self.seeking, self.index = path, seeking, index_packets(path)
+        self.path = path
+        self.seeking = seeking
+        self.index = index_packets(path)
         super().__init__(str(path), self.index.count, self.index.fps, self.index.duration)
         self._damaged = False
 
     def frames(self, choice: Callable[[FrameReader], Sequence[int]]) -> Iterator[Frame]:
-        """As FrameReader says."""
+        """See FrameReader.frames. Seeks if that pays, and decodes sequentially what seeking can't find."""
         self.indices = list(choice(self))
         done = set[int]()
         if self.seeking and self.index.seekable and is_worthwhile(self.index, self.indices):
             try:
                 yield from self._seek(done)
-                self._note()
+                self._add_note()
                 return
             except CannotSeek:
-                if self._index_again():
-                    self.indices, done = list(choice(self)), set()
-        came = yield from self._decode(set(self.indices) - done)
-        if (
-            not set(self.indices) <= done | came.found
-        ):  # fewer frames came out than packets went in: choose again among those that did
-            if came.decoded == 0:
-                raise MediaError(f"no frame of {self.path} could be decoded; the file is damaged")
-            self.count, self.duration = came.decoded, came.decoded / self.fps
-            self.indices = list(choice(self))
-            came = yield from self._decode(set(self.indices))
-            self.indices = [i for i in self.indices if i in came.found]
-            if not self.indices:
-                raise MediaError(f"no frame of {self.path} could be decoded; the file is damaged")
-        self._note()
+                if self._reindex():
+                    self.indices = list(choice(self))
+                    done.clear()
+        decoded = yield from self._decode(set(self.indices) - done)
+        if not set(self.indices) <= done | decoded.numbers:
+            yield from self._choose_again(choice, decoded.count)
+        self._add_note()
 
     def _seek(self, done: set[int]) -> Iterator[Frame]:
-        for index, image, seconds, damaged in seek_frames(self.path, self.indices, self.index):
+        """Yield the chosen frames by seeking, adding their numbers to `done`."""
+        for number, image, seconds, damaged in seek_frames(self.path, self.indices, self.index):
             self._damaged = self._damaged or damaged
-            done.add(index)
-            yield Frame(index, image, seconds)
+            done.add(number)
+            yield Frame(number, image, seconds)
 
-    def _index_again(self) -> bool:
-        """Read all packets instead of trusting the container's table. Returns whether it had said something else."""
+    def _reindex(self) -> bool:
+        """Index all packets instead of trusting the container's table. Returns whether `count` changed."""
         if not self.index.from_table:
             return False
-        said = self.index.count
+        previous_count = self.index.count
         self.index = index_packets(self.path, table=False)
         self.count, self.fps, self.duration = self.index.count, self.index.fps, self.index.duration
-        return said != self.count
+        return previous_count != self.count
+
+    def _choose_again(self, choice: Callable[[FrameReader], Sequence[int]], count: int) -> Iterator[Frame]:
+        """Choose among the `count` frames that can be decoded: fewer frames came out than packets went in."""
+        if count == 0:
+            raise self._no_frames_error()
+        self.count = count
+        self.duration = count / self.fps
+        self.indices = list(choice(self))
+        decoded = yield from self._decode(set(self.indices))
+        self.indices = [i for i in self.indices if i in decoded.numbers]
+        if not self.indices:
+            raise self._no_frames_error()
+
+    def _no_frames_error(self) -> MediaError:
+        return MediaError(f"no frame of {self.path} could be decoded; the file is damaged")
 
     def _decode(self, wanted: set[int]) -> Generator[Frame, None, _Decoded]:
         """Decode from the beginning up to the last wanted frame."""
+        last = max(wanted, default=-1)
+        number = 0
+        numbers = set[int]()
+        with open_container(self.path) as (container, stream):
+            batches = self._decode_packets(container.demux(stream))
+            while number <= last and (batch := next(batches, None)) is not None:
+                for frame in batch:
+                    self._damaged = self._damaged or bool(frame.is_corrupt)
+                    if number in wanted:
+                        check_size(frame.width, frame.height, self.what)
+                        numbers.add(number)
+                        yield Frame(number, apply_rotation(frame), self._seconds(frame, number))
+                    number += 1
+        return _Decoded(numbers, number)
+
+    def _decode_packets(self, packets: Iterator[Any]) -> Iterator[list[Any]]:
+        """Yield the frames that come out with each packet; damaged packets are skipped, up to MAX_ERRORS."""
         import av
 
-        found, at, last, errors = set[int](), 0, max(wanted, default=-1), 0
-        with open_container(self.path) as (container, stream):
-            packets = container.demux(stream)
-            while at <= last:
-                try:
-                    packet = next(packets, None)
-                    decoded = packet.decode() if packet is not None else []
-                except av.error.FFmpegError:
-                    self._damaged, errors = True, errors + 1
-                    if errors > MAX_ERRORS:
-                        break
-                    continue
+        errors = 0
+        while errors <= MAX_ERRORS:
+            try:
+                packet = next(packets, None)
                 if packet is None:
-                    break
-                for frame in decoded:
-                    self._damaged = self._damaged or bool(frame.is_corrupt)
-                    if at in wanted:
-                        check_size(frame.width, frame.height, self.what)
-                        found.add(at)
-                        yield Frame(at, apply_rotation(frame), self._seconds(frame, at))
-                    at += 1
-        return _Decoded(found, at)
+                    return
+                batch = packet.decode()
+            except av.error.FFmpegError:
+                self._damaged = True
+                errors += 1
+                continue
+            yield batch
 
-    def _seconds(self, frame: object, at: int) -> float:
-        pts, base = getattr(frame, "pts", None), getattr(frame, "time_base", None)
-        return (
-            max(float(pts * base) - self.index.origin * self.index.time_base, 0.0)
-            if pts is not None and base
-            else at / self.index.fps
-        )
+    def _seconds(self, frame: Any, number: int) -> float:
+        """When a decoded frame is shown; from the frame rate if it has no timestamp."""
+        if frame.pts is None or not frame.time_base:
+            return number / self.index.fps
+        return max(float(frame.pts * frame.time_base) - self.index.origin * self.index.time_base, 0.0)
 
-    def _note(self) -> None:
-        name, index = self.path.name, self.index
-        if self.count < index.promised:
+    def _add_note(self) -> None:
+        name, promised = self.path.name, self.index.promised
+        if self.count < promised:
             self.notes = [
-                f"{name} is truncated or damaged: answering from the {self.count} of {index.promised} frames that could be decoded"
+                f"{name} is truncated or damaged: "
+                f"answering from the {self.count} of {promised} frames that could be decoded"
             ]
-        elif self._damaged or index.broken:
+        elif self._damaged or self.index.broken:
             self.notes = [f"{name} is damaged: some of its frames may not show what they should"]
 
 
 class _Decoded(NamedTuple):
-    """What a sequential decode gave: which wanted frames, and how many frames there were."""
+    """The result of a sequential decode: which wanted frames came out, and how many frames in all."""
 
-    found: set[int]
-    decoded: int
+    numbers: set[int]
+    count: int
 
 
 class PictureReader(FrameReader):
-    """An image, an animation, or a folder of images."""
+    """An image, an animation, or a folder of images.
+
+    Args:
+        pictures: One for an image, several for an animation or folder.
+        what: The source's name, for error messages.
+    """
 
     def __init__(self, pictures: Sequence[Picture], what: str):
         self.pictures = pictures
-        self.starts = np.concatenate([[0.0], np.cumsum([seconds for _, seconds in pictures])])
+        self.starts = np.concatenate([[0.0], np.cumsum([picture.seconds for picture in pictures])])
         single = len(pictures) == 1
         duration = 0.0 if single else float(self.starts[-1])
         super().__init__(what, len(pictures), 1.0 if single else len(pictures) / duration, duration)
@@ -199,7 +275,7 @@ class PictureReader(FrameReader):
         self.takes_all = single
 
     def frames(self, choice: Callable[[FrameReader], Sequence[int]]) -> Iterator[Frame]:
-        """As FrameReader says."""
+        """See FrameReader.frames."""
         self.indices = list(choice(self))
         for i in sorted(set(self.indices)):
-            yield Frame(i, self.pictures[i][0](), float(self.starts[i]))
+            yield Frame(i, self.pictures[i].load(), float(self.starts[i]))

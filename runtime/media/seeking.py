@@ -1,7 +1,22 @@
-"""Decoding chosen frames of a file: from the key frame before each, not from the file's beginning; the very frames that a full decode gives.
+"""Decode chosen frames of a file without decoding all of it.
 
-What is decoded on the way and not wanted is skipped where nothing refers to it (H.264 and MPEG-2 mark such frames). A frame that doesn't come out
-whole is tried again from an earlier key frame: open groups of pictures and gradual refreshes refer back.
+Video codecs store most frames as differences to other frames. A decoder therefore has to begin at a key
+frame, which refers to no other, and decode every frame up to the wanted one. The index (packet_index.py)
+says in which group of pictures, i.e. behind which key frame, a frame lies. To decode frames of one group:
+
+1. Find the presentation time of every frame in the group. Sorted, they tell the time of the i-th frame
+   shown, and decoded frames are recognised by their times.
+2. Go to the group's key frame (packet_cursor.py) and decode until all wanted frames came out. If the
+   decoder is already inside the group or shortly before it, it just goes on.
+3. In codecs that mark frames no other frame refers to (H.264, MPEG-2), skip those that aren't wanted.
+4. If a frame comes out damaged, begin again one, two, then eight key frames earlier. Some encoders let
+   frames refer back across a key frame: "open" groups begin with frames that are shown before their key
+   frame and refer to the group before, and with "gradual refresh" there are no true key frames, the picture
+   builds up over many frames.
+
+The result is exactly what decoding the whole file gives. Whenever the file contradicts its index (wrong
+times, missing packets, key packets that decode to no intra-coded picture), CannotSeek is raised and the
+caller decodes sequentially.
 """
 
 from __future__ import annotations
@@ -14,197 +29,195 @@ from typing import Any
 import numpy as np
 
 from ppllava_edge.runtime.media.container import apply_rotation, check_size, open_container
+from ppllava_edge.runtime.media.packet_cursor import CannotSeek, PacketCursor
 from ppllava_edge.runtime.media.packet_index import PacketIndex
 
-SKIPPABLE = {"h264", "mpeg2video"}  # codecs in which a frame marked so is referred to by nothing at all
-SKIPPED = 0.6  # of the time that decoding takes, where such frames are left out
-WORTH_SEEKING = 0.7  # of the work of a sequential decode
-FEW = 100  # frames, decoded sooner than thought about
-STEPS_BACK = (0, 1, 2, 8)  # key frames before the nearest from which a frame is tried
-ERRORS_ALLOWED = 50  # packets that may fail on the way to one frame
+SKIPPABLE = {"h264", "mpeg2video"}  # codecs that mark frames which no other frame refers to
+SKIPPING_COST = 0.6  # decoding time with such frames skipped, relative to decoding all
+WORTHWHILE_COST = 0.7  # of a sequential decode; seeking has to cost less
+ALWAYS_SEQUENTIAL = 100  # frames; up to there a sequential decode is fast enough
+RETRY_GROUPS_BACK = (0, 1, 2, 8)  # where to begin, in groups before the frame's own, until it comes out whole
+DECODER_DELAY = 64  # packets after a group that a decoder may need before it gives the group's last frame
+MAX_ERRORS = 50  # packets that may fail on the way to a group's frames
+
+SoughtFrame = tuple[int, np.ndarray, float, bool]  # number, RGB uint8 (H, W, 3), seconds, damaged
 
 
-class CannotSeek(Exception):
-    """The file isn't what its index says, or a frame doesn't come out: decode it from the beginning."""
+def seek_frames(path: Path, wanted: Sequence[int], index: PacketIndex) -> Iterator[SoughtFrame]:
+    """Decode frames by seeking to the key frames before them.
 
+    Args:
+        path: The file.
+        wanted: Frame numbers.
+        index: The file's packet index; it must be seekable.
 
-def seek_frames(
-    path: Path, wanted: Sequence[int], index: PacketIndex
-) -> Iterator[tuple[int, np.ndarray, float, bool]]:
-    """Yield (frame, RGB uint8 (H,W,3), seconds, damaged) for every wanted frame, ascending. Raises CannotSeek; what came before it was right."""
+    Yields:
+        Every wanted frame once, ascending: its number, RGB uint8 (H, W, 3), seconds, whether it is damaged.
+
+    Raises:
+        CannotSeek: If the file contradicts the index. The frames yielded before are right.
+    """
     with open_container(path) as (container, stream):
-        reader = _Seeker(container, stream, index, path)
+        decoder = _GroupDecoder(container, stream, index, path)
         for group, frames in groupby(sorted(set(wanted)), index.group_of):
-            yield from reader.read(group, list(frames))
+            yield from decoder.read(group, list(frames))
 
 
 def is_worthwhile(index: PacketIndex, wanted: Sequence[int]) -> bool:
-    """Whether seeking to these frames is much less work than decoding everything before the last."""
-    cost = packets_to_decode(index, wanted) * (SKIPPED if index.codec in SKIPPABLE else 1.0)
-    return max(wanted) >= FEW and cost < WORTH_SEEKING * max(wanted)
+    """Whether seeking to these frames is much less work than decoding everything up to the last."""
+    sequential_cost = max(wanted)
+    cost = packets_to_decode(index, wanted) * (SKIPPING_COST if index.codec in SKIPPABLE else 1.0)
+    return sequential_cost >= ALWAYS_SEQUENTIAL and cost < WORTHWHILE_COST * sequential_cost
 
 
 def packets_to_decode(index: PacketIndex, wanted: Sequence[int]) -> int:
-    """How many packets seeking has to go through, to compare with max(wanted) of a sequential decode."""
-    last: dict[int, int] = {}
+    """Count the packets that seeking decodes; a sequential decode takes about max(wanted)."""
+    packets: dict[int, int] = {}  # group → packets from its key frame to its last wanted frame
     for frame in wanted:
         group = index.group_of(frame)
-        last[group] = max(last.get(group, 0), frame - int(index.starts[group]) + 1)
-    return sum(last.values())
+        packets[group] = max(packets.get(group, 0), frame - int(index.group_starts[group]) + 1)
+    return sum(packets.values())
 
 
-class _Seeker:
-    """One open file. position: of the next packet, in decoding order; None when it isn't known."""
+class _GroupDecoder:
+    """Decodes frames of one group of pictures after another, from one open file.
+
+    Invariant: if the cursor's position is known, the decoder has been fed every packet from a key frame up
+    to there.
+
+    Attributes:
+        entry_pts: Presentation time of the key frame where decoding began, until that frame comes out.
+    """
 
     def __init__(self, container: Any, stream: Any, index: PacketIndex, path: Path):
-        self.container, self.stream, self.index, self.path = container, stream, index, path
-        self.packets: Iterator[Any] | None = None
-        self.waiting: list[Any] = []
-        self.position: int | None = None
-        self.decoding = False  # whether the decoder has seen every packet from a key frame up to `position`
-        self.entry: int | None = None  # when the frame is shown at which decoding began, until it comes out
-        self.skips = stream.codec_context.name in SKIPPABLE
-        self.groups = {int(name): i for i, name in enumerate(index.names)}
+        self.index = index
+        self.path = path
+        self.cursor = PacketCursor(container, stream, index)
+        self.codec = stream.codec_context
+        self.can_skip = self.codec.name in SKIPPABLE
+        self.entry_pts: int | None = None
 
-    def read(self, group: int, frames: list[int]) -> Iterator[tuple[int, np.ndarray, float, bool]]:
-        """The wanted frames of one group."""
-        shown = self._times_of(group)
-        order = np.sort(shown)
-        try:
-            missing = {int(order[frame - int(self.index.starts[group])]): frame for frame in frames}
-        except IndexError:
-            raise CannotSeek from None
-        leading = bool(
-            group and len(shown) and min(missing) < shown[0]
-        )  # shown before its key frame: refers to the group before
-        damaged_once: dict[int, tuple[np.ndarray, float]] = {}
-        for step in STEPS_BACK:
-            begin = max(group - step - leading, 0)
+    def read(self, group: int, frames: list[int]) -> Iterator[SoughtFrame]:
+        """Decode frames of one group, from earlier key frames if they come out damaged."""
+        times = self._times_of(group)
+        missing = self._frames_by_time(group, frames, times)
+        # A frame shown before its key frame refers to the group before.
+        refers_back = group > 0 and len(times) > 0 and min(missing) < times[0]
+        damaged_images: dict[int, np.ndarray] = {}  # by presentation time
+        for groups_back in RETRY_GROUPS_BACK:
+            begin = max(group - groups_back - int(refers_back), 0)
             for pts, image, damaged in self._decode(begin, group, set(missing)):
-                seconds = max((pts - self.index.origin) * self.index.time_base, 0.0)
                 if damaged:
-                    damaged_once[missing[pts]] = (image, seconds)
-                    continue
-                frame = missing.pop(pts)
-                damaged_once.pop(frame, None)
-                yield frame, image, seconds, False
+                    damaged_images[pts] = image
+                else:
+                    yield missing.pop(pts), image, self._seconds(pts), False
             if not missing or begin == 0:
                 break
-        for frame in sorted(missing.values()):
-            if frame not in damaged_once:
+        for pts in sorted(missing):
+            if pts not in damaged_images:
                 raise CannotSeek
-            yield frame, *damaged_once[frame], True
+            yield missing[pts], damaged_images[pts], self._seconds(pts), True
+
+    def _seconds(self, pts: int) -> float:
+        return max((pts - self.index.origin) * self.index.time_base, 0.0)
+
+    # -- presentation times ------------------------------------------------------------------------------
+
+    def _frames_by_time(self, group: int, frames: list[int], times: np.ndarray) -> dict[int, int]:
+        """Map presentation times to frame numbers, for the wanted frames of a group."""
+        in_order = np.sort(times)
+        first = int(self.index.group_starts[group])
+        try:
+            return {int(in_order[frame - first]): frame for frame in frames}
+        except IndexError:
+            raise CannotSeek from None
 
     def _times_of(self, group: int) -> np.ndarray:
-        """Presentation times of a group's frames, in decoding order."""
-        key, length = int(self.index.keys[group]), self.index.length(group)
-        if self.index.pts is not None and self.index.shown is not None:
-            times: np.ndarray = self.index.pts[key : key + length][self.index.shown[key : key + length]]
-            return times
-        self._go_to(group)
-        found = []
-        for _ in range(length):
-            packet = self._next_packet()
+        """Presentation times of a group's frames, in decoding order: from the index if it has them."""
+        packets = self.index.group_packets(group)
+        if self.index.pts is None or self.index.shown is None:
+            return self._read_times(group, len(packets))
+        rows = slice(packets.start, packets.stop)
+        times: np.ndarray = self.index.pts[rows][self.index.shown[rows]]
+        return times
+
+    def _read_times(self, group: int, packets: int) -> np.ndarray:
+        """Read a group's packets for their presentation times, and check that the next group follows them."""
+        self.cursor.go_to(group)
+        times = []
+        for _ in range(packets):
+            packet = self.cursor.next()
             if packet is None or packet.pts is None:
                 raise CannotSeek
             if not packet.is_discard:
-                found.append(packet.pts)
-        following = self._next_packet()
-        if len(set(found)) != len(found) or (following is not None and not following.is_keyframe):
+                times.append(packet.pts)
+        following = self.cursor.next()
+        if len(set(times)) != len(times) or (following is not None and not following.is_keyframe):
             raise CannotSeek
-        self.position = None  # decoding starts again at the key frame
-        return np.array(found, np.int64)
+        self.cursor.position = None  # the decoder has seen none of these packets
+        return np.array(times, np.int64)
+
+    # -- decoding ----------------------------------------------------------------------------------------
 
     def _decode(self, begin: int, group: int, wanted: set[int]) -> Iterator[tuple[int, np.ndarray, bool]]:
-        """(presentation time, RGB, damaged) of wanted frames, decoding from the key frame of group `begin`; ends when all came or can't come."""
+        """Decode from the key frame of group `begin` to the end of `group`, or to the last wanted frame.
+
+        Yields:
+            Presentation time, RGB uint8 (H, W, 3), whether the frame is damaged.
+        """
         import av
 
-        start = int(self.index.keys[begin])
-        end = int(self.index.keys[group]) + self.index.length(group) + 64  # a decoder holds frames back
-        if (
-            self.position is None
-            or not start <= self.position <= int(self.index.keys[group])
-            or not self.decoding
-        ):
-            self._go_to(begin)
-            self.decoding = True
-        from av.video.frame import PictureType
-
-        errors, context = 0, self.stream.codec_context
+        self._prepare(begin, group)
+        end = self.index.group_packets(group).stop + DECODER_DELAY
+        errors = 0
         while wanted:
-            packet = self._next_packet() if self.position is not None and self.position < end else None
-            if self.skips:
-                context.skip_frame = "DEFAULT" if packet is None or packet.pts in wanted else "NONREF"
+            packet = self._next_before(end)
+            if self.can_skip:
+                self.codec.skip_frame = "DEFAULT" if packet is None or packet.pts in wanted else "NONREF"
+            frames = []
             try:
-                frames = context.decode(packet)
+                frames = self.codec.decode(packet)
             except av.error.EOFError:
-                frames = []
+                pass
             except av.error.FFmpegError:
-                frames, errors = [], errors + 1
+                errors += 1
             for frame in frames:
-                if frame.pts == self.entry:
-                    self.entry = None
-                    if (
-                        frame.pict_type != PictureType.I
-                    ):  # a key packet that isn't one: the picture builds up over the following frames
-                        raise CannotSeek
+                self._check_entry(frame, frame.pts in wanted)
                 if frame.pts in wanted:
-                    if self.entry is not None and frame.pts > self.entry:
-                        raise CannotSeek
                     check_size(frame.width, frame.height, str(self.path))
                     wanted.discard(frame.pts)
                     yield frame.pts, apply_rotation(frame), bool(frame.is_corrupt)
-            if packet is None or errors > ERRORS_ALLOWED:
-                self.position = None  # the decoder was drained
+            if packet is None or errors > MAX_ERRORS:
+                self.cursor.position = None  # the decoder is drained: it needs a key frame to go on
                 return
 
-    def _next_packet(self) -> Any:
-        """The next packet that holds something; None at the end or at an error."""
-        import av
-
-        try:
-            packet = (
-                self.waiting.pop()
-                if self.waiting
-                else next(p for p in self.packets or () if p.size or p.dts is None)
-            )
-        except (av.error.FFmpegError, StopIteration):
-            return None
-        if not packet.size:
-            return None
-        if self.position is not None:
-            self.position += 1
-        return packet
-
-    def _go_to(self, group: int) -> None:
-        """Place the reader before a group's key frame; wherever the container lands, the packet itself tells. Raises CannotSeek."""
-        import av
-
-        self.decoding = False
-        for target in dict.fromkeys(max(group - back, 0) for back in (0, 1, 2, 4, 16, 64)):
-            try:
-                self.container.seek(int(self.index.names[target]), stream=self.stream, backward=True)
-            except av.error.FFmpegError:
-                continue
-            self.packets, self.waiting, self.position = self.container.demux(self.stream), [], None
-            while (packet := self._next_packet()) is not None and not packet.is_keyframe:
-                pass
-            if packet is None:
-                continue
-            found = self.groups.get(packet.dts if self.index.from_table else packet.pts)
-            if found is None or found > group:
-                continue
-            self.waiting, self.position = [packet], int(self.index.keys[found])
-            while self.position < int(self.index.keys[group]):
-                if self._next_packet() is None:
-                    break
-            else:
-                self._remember_entry()
-                return
-        raise CannotSeek
-
-    def _remember_entry(self) -> None:
-        packet = self._next_packet()
+    def _prepare(self, begin: int, group: int) -> None:
+        """Go to the key frame of group `begin`, unless the decoder is between it and that of `group`."""
+        first, last = int(self.index.key_positions[begin]), int(self.index.key_positions[group])
+        if self.cursor.position is not None and first <= self.cursor.position <= last:
+            return
+        self.cursor.go_to(begin)
+        packet = self.cursor.peek()
         if packet is None or packet.pts is None:
             raise CannotSeek
-        self.waiting, self.position, self.entry = [packet], (self.position or 1) - 1, packet.pts
+        self.entry_pts = packet.pts
+
+    def _next_before(self, end: int) -> Any:
+        """The next packet; None, which drains the decoder, after position `end` or the last packet."""
+        if self.cursor.position is None or self.cursor.position >= end:
+            return None
+        return self.cursor.next()
+
+    def _check_entry(self, frame: Any, wanted: bool) -> None:
+        """Raise CannotSeek if decoding didn't begin at a true key frame.
+
+        With gradual refresh a "key" packet decodes to a picture that isn't intra-coded, or to none at all.
+        """
+        from av.video.frame import PictureType
+
+        if frame.pts == self.entry_pts:
+            self.entry_pts = None
+            if frame.pict_type != PictureType.I:
+                raise CannotSeek
+        elif wanted and self.entry_pts is not None and frame.pts > self.entry_pts:
+            raise CannotSeek

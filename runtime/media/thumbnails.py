@@ -1,34 +1,28 @@
-"""thumbnails."""
+"""Small copies of frames, for people to look at: attention maps, alerts, saved pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ppllava_edge.runtime.media.readers import FrameReader
 
-if TYPE_CHECKING:
-    pass
-
-PICTURE_SIDE = 448  # pixels; frames are kept this large, for people to look at
+MAX_SIDE = 448  # pixels
 
 
 def read_pictures(reader: FrameReader, indices: Sequence[int]) -> dict[int, np.ndarray]:
-    """Small pictures of these frames, by index."""
+    """Read frames by number and shrink them. Returns frame number → RGB uint8 (h, w, 3)."""
     return {frame.number: small_picture(frame.image) for frame in reader.frames(lambda r: sorted(indices))}
 
 
 def small_picture(image: np.ndarray) -> np.ndarray:
-    """An image of at most 448 pixels a side, to be looked at by people."""
+    """Shrink an RGB uint8 image (H, W, 3) to at most 448 pixels a side. Returns a copy."""
     from PIL import Image
 
-    longest = max(image.shape[:2])
-    if longest <= PICTURE_SIDE:
+    height, width = image.shape[:2]
+    longest = max(height, width)
+    if longest <= MAX_SIDE:
         return np.array(image)
-    size = (
-        max(1, round(image.shape[1] * PICTURE_SIDE / longest)),
-        max(1, round(image.shape[0] * PICTURE_SIDE / longest)),
-    )
+    size = max(1, round(width * MAX_SIDE / longest)), max(1, round(height * MAX_SIDE / longest))
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0))

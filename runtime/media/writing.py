@@ -1,4 +1,4 @@
-"""Writing frames to a video file."""
+"""Write frames to a video file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 DEFAULT_FPS = 20
+X264_OPTIONS = {"crf": "20", "preset": "veryfast"}
 
 
 def write_video(
@@ -20,25 +21,32 @@ def write_video(
     codec: str = "libx264",
     options: dict[str, str] | None = None,
 ) -> Path:
-    """Encode RGB uint8 frames (H,W,3) of one size, at least one, as they come; the container follows the file's suffix. H.264 at quality 20 unless told
-    otherwise."""
+    """Encode frames as they come.
+
+    Args:
+        path: The file; its suffix sets the container format.
+        frames: RGB uint8 (H, W, 3), at least one, all of one size.
+        fps: Frames a second.
+        codec: FFmpeg's name of the encoder.
+        options: The encoder's options; by default H.264 at quality 20, none for another codec.
+
+    Returns:
+        The path.
+    """
     import av
 
     path = Path(path)
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=Fraction(fps))
         stream.pix_fmt = "yuv420p"
-        stream.options = (
-            options
-            if options is not None
-            else ({"crf": "20", "preset": "veryfast"} if codec == "libx264" else {})
-        )
+        if options is None:
+            options = X264_OPTIONS if codec == "libx264" else {}
+        stream.options = options
         for i, image in enumerate(frames):
             if i == 0:
                 stream.height, stream.width = image.shape[:2]
-            for packet in stream.encode(
-                av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            ):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            for packet in stream.encode(frame):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
