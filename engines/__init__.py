@@ -1,1 +1,5 @@
-"""The bundle, and the engines that open or build it. Everything else stands on this package; it imports none of the others."""
+"""The bundle, and everything that opens or builds an engine from it.
+
+Export, calibration, runtime, bench and nano import this folder; it imports none of them. Its rooms, each importing
+only those to its right: cli > targets > graphs > plugins > backends > machine > bundle > (errors, terminal, libraries).
+"""

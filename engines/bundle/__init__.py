@@ -1,1 +1,4 @@
-"""bundle."""
+"""The bundle directory: manifests, file integrity, prompt templates and pooling windows.
+
+Every other room may import it. It imports only engines.errors and engines.libraries.
+"""

@@ -1,7 +1,8 @@
 """The bundle: the one contract between export and runtime. docs/bundle.md describes every field.
 
-A bundle is checked when it is opened: names, sizes, schema and shapes always; hashes always below 256 MB in all, else on the first open
-and on request, then remembered by a stamp (size, time, inode) in the user's cache.
+A bundle is checked when it is opened. Names, sizes, schema and shapes are always checked. Hashes are always
+checked below 256 MB in total; larger bundles are hashed on the first open and on request, and then remembered
+by a stamp (size, time, inode) in the user's cache.
 """
 
 from __future__ import annotations
@@ -17,16 +18,27 @@ from ppllava_edge.engines.errors import BundleError
 
 
 class Bundle:
-    """An opened, checked bundle directory."""
+    """An opened, checked bundle directory.
+
+    Attributes:
+        path: The directory.
+        manifest: Its manifest.json.
+    """
 
     def __init__(self, path: Path, manifest: Manifest):
-        self.path, self.manifest = path, manifest
+        self.path = path
+        self.manifest = manifest
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], verify: bool = False) -> Bundle:
-        """Read the manifest and check every file. verify: check hashes of a large bundle again even if a stamp remembers them.
+        """Read the manifest and check every file.
 
-        Raises BundleError in one line.
+        Args:
+            path: The directory, or "nano" for the packed bundle.
+            verify: Hash the files of a large bundle even if a stamp remembers them.
+
+        Raises:
+            BundleError: Not a bundle, incomplete, damaged or too new; in one line.
         """
         folder = find_bundle(path)
         if not folder.exists():
@@ -39,36 +51,41 @@ class Bundle:
         return bundle
 
     def file(self, name: str) -> Path:
-        """Path of one of the manifest's files. Raises BundleError for any other name."""
+        """The path of one of the manifest's files.
+
+        Raises:
+            BundleError: The manifest lists no such file.
+        """
         if name not in self.manifest.files:
             raise BundleError(f"{self.path} has no {name}; it was exported without it")
         return self.path / name
 
     @property
     def total_bytes(self) -> int:
+        """Bytes of all files in the manifest."""
         return sum(entry.bytes for entry in self.manifest.files.values())
 
     def _check_sizes(self) -> None:
         for name, entry in self.manifest.files.items():
             path = self.path / name
-            if path.is_symlink():
-                target = path.resolve()
-                if self.path.resolve() not in target.parents:
-                    raise BundleError(f"{path} is a link that leaves the bundle; copy the file into it")
+            if path.is_symlink() and self.path.resolve() not in path.resolve().parents:
+                raise BundleError(f"{path} is a link that leaves the bundle; copy the file into it")
             try:
-                size = path.stat().st_size if path.is_file() else -1
+                size = path.stat().st_size if path.is_file() else None
             except OSError as error:
                 raise BundleError(f"{path} can't be read: {error.strerror}") from None
-            if size < 0:
+            if size is None:
                 raise BundleError(f"{self.path} is incomplete: {name} is missing; export it again")
             if size != entry.bytes:
                 raise BundleError(
-                    f"{path} has {size} bytes, the manifest says {entry.bytes}; it is damaged, export it again"
+                    f"{path} has {size} bytes, the manifest says {entry.bytes}; "
+                    "it is damaged, export it again"
                 )
 
     def _check_hashes(self, verify: bool) -> None:
         damaged = damaged_file(self.path, self.manifest.files, verify)
         if damaged:
             raise BundleError(
-                f"{self.path / damaged} doesn't match its hash in the manifest; it is damaged, export it again"
+                f"{self.path / damaged} doesn't match its hash in the manifest; "
+                "it is damaged, export it again"
             )

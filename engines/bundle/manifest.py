@@ -1,23 +1,53 @@
-"""manifest."""
+"""manifest.json as dataclasses. Their fields are the JSON keys; manifest_parser reads and checks them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from ppllava_edge.engines.bundle.prompt_template import PromptTemplate
 from ppllava_edge.engines.bundle.windows import Windows
 
-FORMAT, SCHEMA = "ppllava-edge bundle", 1
+FORMAT = "ppllava-edge bundle"
+SCHEMA = 1
 MANIFEST = "manifest.json"
 FAMILIES = ("clip-llama", "clip-qwen2", "siglip-llama", "siglip-qwen2")
 POOLINGS = ("ppllava", "pllava", "pllava_npu", "avp", "none")
+KEYS = (  # of manifest.json after "format" and "schema", in the order in which they are written
+    "created_by",
+    "name",
+    "family",
+    "demo",
+    "checkpoint",
+    "precision",
+    "calibration",
+    "parity",
+    "vision",
+    "preprocessing",
+    "question",
+    "pooling",
+    "decoder",
+    "prompt",
+    "image_token",
+    "stop_ids",
+    "tokenizer",
+    "files",
+)
 
 
 @dataclass(frozen=True)
 class VisionInfo:
-    """image_size, patch_size: pixels. grid: patches (rows, columns). states: trunk states that leave the tower, S.
-    max_frames: the longest clip of the temporal adapter; None without one."""
+    """The vision tower.
+
+    Attributes:
+        image_size: Height and width of its input, pixels.
+        grid: Patches of a frame, (rows, columns).
+        hidden_size: Width C of the features.
+        class_token: Whether the trunk's states hold a class token before the patches.
+        states: Hidden states S that leave the trunk; more than 1 feeds the temporal adapter.
+        max_frames: The longest clip of the temporal adapter; None without one.
+        default_frames: Frames of a clip unless the user asks for another number.
+    """
 
     image_size: int
     grid: tuple[int, int]
@@ -29,13 +59,21 @@ class VisionInfo:
 
     @property
     def patches(self) -> int:
+        """Patches P of a frame."""
         return self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """method: "squash" (frames lose their aspect) or "pad" (fit, centred on black). mean, std: per channel, of values in 0…1.
-    image_grids: (height, width) choices of any-resolution tiling of single images."""
+    """How frames become pixels for the vision tower.
+
+    Attributes:
+        method: "squash" (frames lose their aspect ratio) or "pad" (fitted and centred on black).
+        size: Height and width, pixels.
+        mean: Per channel, subtracted from values in 0…1.
+        std: Per channel, divided by.
+        image_grids: (height, width) choices of any-resolution tiling of single images, pixels.
+    """
 
     method: str
     size: int
@@ -46,7 +84,14 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class QuestionInfo:
-    """length: the most tokens. padded: shorter questions are padded to it with pad_id (SigLIP needs that)."""
+    """The question tower.
+
+    Attributes:
+        length: The most tokens of a question.
+        padded: Whether shorter questions are padded to `length` (SigLIP needs that).
+        pad_id: The token id for padding.
+        embedding_size: Width E of the question's embedding.
+    """
 
     length: int
     padded: bool
@@ -56,8 +101,15 @@ class QuestionInfo:
 
 @dataclass(frozen=True)
 class PoolingInfo:
-    """method: ppllava | pllava | pllava_npu | avp | none. video, image: windows where the method has them.
-    pooled_shape: output size of pllava."""
+    """How features become visual tokens.
+
+    Attributes:
+        method: One of POOLINGS.
+        temperature: Of the softmax inside a window.
+        video: Windows over a clip, for methods that have windows.
+        image: Windows over a single image.
+        pooled_shape: Output size (frames, rows, columns) of pllava.
+    """
 
     method: str
     temperature: float
@@ -72,10 +124,19 @@ class PoolingInfo:
 
     @property
     def guided(self) -> bool:
+        """Whether the question guides the pooling."""
         return self.method == "ppllava"
 
     def tokens(self, frames: int, grid: tuple[int, int]) -> int:
-        """Visual tokens of a clip. Raises PPLLaVAError if it doesn't fill a window."""
+        """Count the visual tokens of a clip.
+
+        Args:
+            frames: Frames of the clip.
+            grid: Patches of a frame, (rows, columns).
+
+        Raises:
+            PPLLaVAError: The clip doesn't fill a window.
+        """
         if self.windowed:
             output, *_ = self.video.resolve((frames, *grid))
             return output[0] * output[1] * output[2]
@@ -86,7 +147,17 @@ class PoolingInfo:
 
 @dataclass(frozen=True)
 class DecoderInfo:
-    """Sizes that the runtime needs: the cache is (1, kv_heads, capacity, head_size) per layer, in kv_dtype."""
+    """The language model. A layer's KV cache: two tensors (1, kv_heads, capacity, head_size) in kv_dtype.
+
+    Attributes:
+        hidden_size: Width D of embeddings and visual tokens.
+        layers: Number of decoder layers.
+        kv_heads: Heads of keys and values.
+        head_size: Width of a head.
+        vocab: Size of the vocabulary.
+        context: The most positions of prompt and answer.
+        kv_dtype: "float32", "float16" or "int8".
+    """
 
     hidden_size: int
     layers: int
@@ -99,7 +170,7 @@ class DecoderInfo:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a file must be."""
+    """Expected size in bytes and SHA-256 (hexadecimal) of a file."""
 
     bytes: int
     sha256: str
@@ -107,7 +178,22 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json, typed."""
+    """A bundle's manifest.
+
+    Attributes:
+        name: The model's name.
+        family: One of FAMILIES: question tower and language model.
+        precision: Part of the model → precision, as --precision names them.
+        image_token: The token id that stands for the visual tokens.
+        stop_ids: Token ids that end an answer.
+        tokenizer: Whether the bundle has tokenizers.
+        checkpoint: Name and hash of the checkpoint it was exported from.
+        created_by: The program and version that wrote it.
+        demo: Whether the model is a demonstration, as nano is.
+        calibration: Hash and counts of the calibration data; None without calibration.
+        parity: Scores of the parity gate; None if it didn't run.
+        files: Every other file of the bundle, by name.
+    """
 
     name: str
     family: str
@@ -129,64 +215,31 @@ class Manifest:
     files: dict[str, FileEntry] = field(default_factory=dict)
 
     def required_files(self) -> list[str]:
-        """Names that a bundle of this kind must hold."""
+        """Names of the files that a bundle of this kind must hold."""
         names = ["trunk.onnx", "pooling.onnx", "decoder.onnx", "embed_tokens.safetensors"]
-        names += ["temporal.onnx"] if self.vision.max_frames else []
-        names += ["question.onnx", "similarity.onnx"] if self.pooling.guided else []
-        names += ["tokenizer.json"] if self.tokenizer else []
-        names += ["question_tokenizer.json"] if self.tokenizer and self.pooling.guided else []
+        if self.vision.max_frames:
+            names.append("temporal.onnx")
+        if self.pooling.guided:
+            names += ["question.onnx", "similarity.onnx"]
+        if self.tokenizer:
+            names.append("tokenizer.json")
+        if self.tokenizer and self.pooling.guided:
+            names.append("question_tokenizer.json")
         return names
 
     def as_json(self) -> dict[str, Any]:
-        """The form that is written."""
-        v, p, d = self.vision, self.preprocessing, self.decoder
-        return {
-            "format": FORMAT,
-            "schema": SCHEMA,
-            "created_by": self.created_by,
-            "name": self.name,
-            "family": self.family,
-            "demo": self.demo,
-            "checkpoint": self.checkpoint,
-            "precision": self.precision,
-            "calibration": self.calibration,
-            "parity": self.parity,
-            "vision": {
-                "image_size": v.image_size,
-                "grid": list(v.grid),
-                "hidden_size": v.hidden_size,
-                "class_token": v.class_token,
-                "states": v.states,
-                "max_frames": v.max_frames,
-                "default_frames": v.default_frames,
-            },
-            "preprocessing": {
-                "method": p.method,
-                "size": p.size,
-                "mean": list(p.mean),
-                "std": list(p.std),
-                "image_grids": [list(g) for g in p.image_grids],
-            },
-            "question": None if self.question is None else vars(self.question).copy(),
-            "pooling": {
-                "method": self.pooling.method,
-                "temperature": self.pooling.temperature,
-                "video": self.pooling.video.as_json(),
-                "image": self.pooling.image.as_json(),
-                "pooled_shape": self.pooling.pooled_shape and list(self.pooling.pooled_shape),
-            },
-            "decoder": {
-                "hidden_size": d.hidden_size,
-                "layers": d.layers,
-                "kv_heads": d.kv_heads,
-                "head_size": d.head_size,
-                "vocab": d.vocab,
-                "context": d.context,
-                "kv_dtype": d.kv_dtype,
-            },
-            "prompt": self.prompt.as_json(),
-            "image_token": self.image_token,
-            "stop_ids": list(self.stop_ids),
-            "tokenizer": self.tokenizer,
-            "files": {name: {"bytes": f.bytes, "sha256": f.sha256} for name, f in sorted(self.files.items())},
-        }
+        """The contents of manifest.json: dicts, lists and plain values."""
+        contents = {key: as_json(getattr(self, key)) for key in KEYS}
+        contents["files"] = dict(sorted(contents["files"].items()))
+        return {"format": FORMAT, "schema": SCHEMA, **contents}
+
+
+def as_json(value: Any) -> Any:
+    """Turn dataclasses into dicts and tuples into lists, at every level."""
+    if is_dataclass(value):
+        return {part.name: as_json(getattr(value, part.name)) for part in fields(value)}
+    if isinstance(value, dict):
+        return {key: as_json(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(part) for part in value]
+    return value

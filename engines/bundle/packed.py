@@ -1,4 +1,4 @@
-"""The bundle that is packed with ppllava-edge, and how commands find it by its name."""
+"""The bundle that is packed with ppllava-edge, and the bundle that a name on the command line means."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ def packed_bundle() -> Path:
 
 
 def find_bundle(name: str | os.PathLike[str] | None) -> Path:
-    """The directory that a user means by a bundle's name.
+    """The directory that a bundle's name means.
 
     Args:
-        name: A directory; None or "nano": the packed bundle, unless a bundle lies in a folder of that name.
+        name: A directory. None and "nano" mean the packed bundle, unless there is a folder "nano" with a
+            manifest in the working directory.
 
     Returns:
-        The directory, not checked yet (Bundle.open does that).
+        The directory, unchecked (Bundle.open checks it).
     """
     if name is None:
         return packed_bundle()

@@ -1,4 +1,4 @@
-"""How a question becomes a prompt: the seeds' conversation templates, and the form in which a manifest carries one."""
+"""Prompt templates: upstream's conversation styles, and their form in a manifest."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ IMAGE = "<image>"
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """One conversation style. roles: what stands before the user's and the assistant's words. separators: what ends them.
+    """One conversation style.
 
-    pre_query, post_query: set before and after a question. answer_prefix: what the assistant's answer begins with.
+    Attributes:
+        system: The system prompt, or "".
+        roles: Text before the user's and before the assistant's message.
+        separators: Text after the user's and after the assistant's message.
+        image_tag: The placeholder of one image or video, and a last character that separates it from the
+            question.
+        pre_query: Text before the question, if any.
+        post_query: Text after the question, if any.
+        answer_prefix: The beginning of every answer, if any.
     """
 
     system: str
@@ -26,7 +34,14 @@ class PromptTemplate:
     def query(
         self, question: str, images: int = 1, pre_query: str | None = None, post_query: str | None = None
     ) -> str:
-        """The user's message: image tags (unless the question has its own), then the question (upstream's user_query)."""
+        """The user's message: image tags, then the question (upstream's user_query).
+
+        Args:
+            question: The question; image tags in it are kept, and none are added then.
+            images: How many image tags to add.
+            pre_query: Text to put before the question.
+            post_query: Text to put after the question.
+        """
         if post_query is not None:
             question = f"{question} {post_query}"
         if pre_query is not None:
@@ -39,9 +54,12 @@ class PromptTemplate:
         return bare * images + tail + question
 
     def render(self, turns: list[tuple[str, str | None]], final_separator: bool = False) -> str:
-        """The whole prompt. turns: (user's message, answer or None) in order; an answer in the last turn is a prefix to go on from.
+        """The complete prompt of a conversation.
 
-        final_separator closes the last answer too, as in training.
+        Args:
+            turns: (user's message, answer or None), in order. The answer of the last turn is a prefix that
+                the model continues.
+            final_separator: Close the last answer too, as in training.
         """
         text = self.system + self.separators[0] if self.system else ""
         for i, (message, answer) in enumerate(turns):
@@ -57,43 +75,48 @@ class PromptTemplate:
         )
 
     def follow_up(self, question: str) -> str:
-        """What a further question adds after an answer: the answer's end, the user's message without images, the assistant's role."""
-        parts = (part for part in (self.pre_query, question, self.post_query) if part is not None)
-        return (
-            self.separators[1]
-            + self.roles[0]
-            + " ".join(parts)
-            + self.separators[0]
-            + self.roles[1]
-            + (self.answer_prefix or "")
-        )
+        """The text that a follow-up question adds: separator, message, assistant's role."""
+        message = " ".join(part for part in (self.pre_query, question, self.post_query) if part is not None)
+        before, after = self.separators[1] + self.roles[0], self.separators[0] + self.roles[1]
+        return before + message + after + (self.answer_prefix or "")
 
     def as_json(self) -> dict[str, Any]:
-        """The manifest's form."""
+        """The form in manifest.json."""
         return {**vars(self), "roles": list(self.roles), "separators": list(self.separators)}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> PromptTemplate:
-        """The inverse of as_json. Raises ValueError, KeyError or TypeError."""
+        """The inverse of as_json.
 
-        def text(x: object, optional: bool = False) -> Any:
-            if (x is None and optional) or (isinstance(x, str) and len(x) <= 1 << 16):
-                return x
-            raise ValueError("the prompt template must be made of texts")
-
-        roles, separators = ([text(x) for x in value[key]] for key in ("roles", "separators"))
+        Raises:
+            ValueError, KeyError, TypeError: The value isn't a template.
+        """
+        roles = [_text(part) for part in value["roles"]]
+        separators = [_text(part) for part in value["separators"]]
         if len(roles) != 2 or len(separators) != 2:
             raise ValueError("the prompt template needs two roles and two separators")
-        image_tag = text(value.get("image_tag", f"{IMAGE}\n"))
+        image_tag = _text(value.get("image_tag", f"{IMAGE}\n"))
         if not image_tag.startswith(IMAGE):
             raise ValueError(f"the prompt template's image_tag must begin with {IMAGE}")
         return PromptTemplate(
-            text(value.get("system", "")),
-            (roles[0], roles[1]),
-            (separators[0], separators[1]),
-            image_tag,
-            *(text(value.get(key), optional=True) for key in ("pre_query", "post_query", "answer_prefix")),
+            system=_text(value.get("system", "")),
+            roles=(roles[0], roles[1]),
+            separators=(separators[0], separators[1]),
+            image_tag=image_tag,
+            pre_query=_optional_text(value.get("pre_query")),
+            post_query=_optional_text(value.get("post_query")),
+            answer_prefix=_optional_text(value.get("answer_prefix")),
         )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or len(value) > 1 << 16:
+        raise ValueError("the prompt template must be made of texts")
+    return value
+
+
+def _optional_text(value: object) -> str | None:
+    return None if value is None else _text(value)
 
 
 _VICUNA = PromptTemplate("", ("USER: ", "ASSISTANT: "), (" ", "</s>"))
@@ -101,21 +124,22 @@ _QWEN = PromptTemplate(
     "", ("<|im_start|>user\n", "<|im_start|>assistant\n"), ("<|im_end|>\n", "<|im_end|>\n")
 )
 _VIDEO_CHATGPT = (
-    "You are Video-ChatGPT, a large vision-language assistant. You are able to understand the video content that the user provides, and "
-    "assist the user with a variety of tasks using natural language.Follow the instructions carefully and explain your answers in detail "
-    "based on the provided video."
+    "You are Video-ChatGPT, a large vision-language assistant. You are able to understand the video content "
+    "that the user provides, and assist the user with a variety of tasks using natural language."
+    "Follow the instructions carefully and explain your answers in detail based on the provided video."
 )
 MVBENCH_SYSTEM = (
-    "Carefully watch the video and pay attention to the cause and sequence of events, the detail and movement of objects, and the action "
-    "and pose of persons. Based on your observations, select the best option that accurately addresses the question.\n"
+    "Carefully watch the video and pay attention to the cause and sequence of events, the detail and "
+    "movement of objects, and the action and pose of persons. Based on your observations, select the best "
+    "option that accurately addresses the question.\n"
 )
 _VIDEOQA_QUERY = (
-    "The input consists of a sequence of key frames from a video. Answer the question concisely first and followed by significant "
-    "events, characters, or objects that appear throughout the frames. Question:"
+    "The input consists of a sequence of key frames from a video. Answer the question concisely first and "
+    "followed by significant events, characters, or objects that appear throughout the frames. Question:"
 )
 _VIDEOQA_ANSWER = "Answer: In the video,"
 
-# The names are upstream's; a checkpoint was trained with one of them, and the wording is part of the model.
+# Upstream's names. A checkpoint was trained with one of these templates, so the wording is part of the model.
 TEMPLATES: dict[str, PromptTemplate] = {
     "plain_v1": _VICUNA,
     "plain_qwen": _QWEN,

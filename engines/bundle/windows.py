@@ -1,6 +1,7 @@
-"""Which windows pooling looks through: kernel, stride and output size, resolved for a clip's length.
+"""Pooling windows: kernel, stride and output size, resolved for the length of a clip.
 
-Any two of the three give the third; upstream's rules (`get_size`) decide how, and what they can't make sense of is refused.
+Two of the three give the third, by upstream's rules (`get_size`). Combinations that those rules can't
+resolve are refused.
 """
 
 from __future__ import annotations
@@ -16,18 +17,32 @@ _AXES = ("frames", "rows", "columns")
 
 @dataclass(frozen=True)
 class Windows:
-    """Pooling windows over (frames, rows, columns). One or two of the three are None."""
+    """Pooling windows over (frames, rows, columns). One or two of the three attributes are None."""
 
     kernel: Triple | None
     stride: Triple | None
     output_size: Triple | None
 
     def resolve(self, size: Triple) -> tuple[Triple, Triple, Triple]:
-        """Output size, kernel and stride for an input of size (T, rows, columns), as upstream's get_size does.
+        """Compute the windows for one input, as upstream's get_size does.
 
-        Raises PPLLaVAError where upstream fails or returns scrambled values: windows that don't fit, or an output size that kernel and
-        stride don't give.
+        Args:
+            size: The input's (frames, rows, columns).
+
+        Returns:
+            Output size, kernel and stride.
+
+        Raises:
+            PPLLaVAError: Windows that don't fit the input, or an output size that kernel and stride don't
+                give (where upstream fails or returns scrambled values).
         """
+        output, kernel, stride = self._complete(size)
+        for axis, i, k, s, o in zip(_AXES, size, kernel, stride, output):
+            _check_axis(axis, i, k, s, o)
+        return output, kernel, stride
+
+    def _complete(self, size: Triple) -> tuple[Triple, Triple, Triple]:
+        """Output size, kernel and stride by upstream's rules, unchecked."""
         kernel, stride, output = self.kernel, self.stride, self.output_size
         if output and not kernel and not stride:
             stride = _each(lambda i, o: i // o, size, output)
@@ -40,45 +55,41 @@ class Windows:
             stride = _each(lambda i, o, k: (i - k) // (o - 1) if o > 1 else max(i, 1), size, output, kernel)
         else:
             raise PPLLaVAError(
-                "pooling needs exactly one or two of kernel, stride and output size (kernel alone and stride alone are not enough)"
+                "pooling needs exactly one or two of kernel, stride and output size "
+                "(kernel alone and stride alone are not enough)"
             )
         assert kernel and stride and output
-        for axis, i, k, s, o in zip(_AXES, size, kernel, stride, output):
-            if k > i:
-                raise PPLLaVAError(
-                    f"pooling windows don't fit: a window of {k} {axis} is larger than the {i} there are"
-                )
-            if k < 1 or s < 1 or o < 1:
-                raise PPLLaVAError(
-                    f"pooling windows don't fit: {i} {axis} can't give {o} windows of {k} with stride {s}"
-                )
-            if (i - k) // s + 1 != o:
-                raise PPLLaVAError(
-                    f"pooling of {i} {axis} with window {k} and stride {s} gives {(i - k) // s + 1} windows, not the {o} of the output size"
-                )
         return output, kernel, stride
 
     def check(self, grid: tuple[int, int], what: str) -> None:
-        """Refuse at export what can't work for any clip: the frame axis is resolved later, with a clip's length."""
+        """Refuse windows that can't work for any clip, at export. The frame axis is resolved later.
+
+        Args:
+            grid: Patches of a frame, (rows, columns).
+            what: What the windows are for; begins the error messages.
+
+        Raises:
+            PPLLaVAError: The windows can't work.
+        """
         parts = [part for part in (self.kernel, self.stride, self.output_size) if part]
         if any(value < 1 for part in parts for value in part):
             raise PPLLaVAError(f"{what}: kernel, stride and output size must be 1 or more")
         if not parts or len(parts) == 3 or (len(parts) == 1 and not self.output_size):
             raise PPLLaVAError(
-                f"{what} needs kernel and stride, or an output size, or an output size with one of the others; not {self}"
+                f"{what} needs kernel and stride, or an output size, "
+                "or an output size with one of the others; "
+                f"not {self}"
             )
-        frames = self.min_frames()
-        flat = Windows(
+        one_frame = Windows(
             *(part and (1, part[1], part[2]) for part in (self.kernel, self.stride, self.output_size))
         )
         try:
-            flat.resolve((1, *grid))
+            one_frame.resolve((1, *grid))
         except PPLLaVAError as error:
             raise PPLLaVAError(f"{what} over a grid of {grid[0]}x{grid[1]} patches: {error}") from None
-        assert frames >= 1
 
     def min_frames(self) -> int:
-        """The fewest frames that fill a window."""
+        """The fewest frames that fill one window."""
         if self.kernel:
             return self.kernel[0]
         assert self.output_size
@@ -89,49 +100,79 @@ class Windows:
         return ", ".join(f"{name} {','.join(map(str, part))}" for name, part in parts if part) or "nothing"
 
     def as_json(self) -> dict[str, list[int] | None]:
-        """The manifest's form."""
+        """The form in manifest.json."""
         return {
-            name: list(part) if part else None
-            for name, part in (
-                ("kernel", self.kernel),
-                ("stride", self.stride),
-                ("output_size", self.output_size),
-            )
+            "kernel": list(self.kernel) if self.kernel else None,
+            "stride": list(self.stride) if self.stride else None,
+            "output_size": list(self.output_size) if self.output_size else None,
         }
 
     @staticmethod
     def from_json(value: dict[str, list[int] | None]) -> Windows:
-        """The inverse of as_json. Raises ValueError for anything but triples of positive whole numbers."""
-        parts = []
-        for name in ("kernel", "stride", "output_size"):
-            part = value.get(name)
-            if part is not None and (
-                len(part) != 3 or any(not isinstance(v, int) or not 1 <= v <= 4096 for v in part)
-            ):
-                raise ValueError(f"{name} must be three whole numbers from 1 to 4096")
-            parts.append(None if part is None else (part[0], part[1], part[2]))
-        return Windows(*parts)
+        """The inverse of as_json.
+
+        Raises:
+            ValueError: A part isn't a triple of whole numbers from 1 to 4096.
+        """
+        return Windows(*(_triple(value.get(name), name) for name in ("kernel", "stride", "output_size")))
 
 
 def within_budget(windows: Windows, size: Triple, tokens: int) -> Windows:
-    """Windows over (T, rows, columns) that give at most `tokens` visual tokens, as many of them as can be: windows grow along time first, then
-    over the patches, so that a longer video costs no more than a short one. They don't overlap.
+    """Choose windows that give as many visual tokens as a budget allows. They don't overlap.
 
-    windows: the model's own; its rows and columns are kept where the budget allows. Raises PPLLaVAError for a budget below 1.
+    Windows grow along time first, then over rows and columns, so a longer video costs no more than a short
+    one.
+
+    Args:
+        windows: The model's own windows; their rows and columns are kept where the budget allows.
+        size: The input's (frames, rows, columns).
+        tokens: The most visual tokens.
+
+    Raises:
+        PPLLaVAError: The budget is below 1.
     """
     if tokens < 1:
         raise PPLLaVAError(f"--tokens must be 1 or more, not {tokens}")
     _, kernel, _ = windows.resolve(size)
     frames, rows, columns = size
-    for grow in range(max(rows, columns)):  # each time a coarser grid of patches
-        high, wide = min(kernel[1] + grow, rows), min(kernel[2] + grow, columns)
-        each = (rows // high) * (columns // wide)
-        if each <= tokens:
-            window = (-(-frames // min(frames, tokens // each)), high, wide)
+    for grow in range(max(rows, columns)):
+        height = min(kernel[1] + grow, rows)
+        width = min(kernel[2] + grow, columns)
+        per_frame = (rows // height) * (columns // width)
+        if per_frame <= tokens:
+            window = (-(-frames // min(frames, tokens // per_frame)), height, width)
             return Windows(window, window, None)
     raise AssertionError("one window over all patches gives one token a frame")
 
 
+def _check_axis(axis: str, size: int, kernel: int, stride: int, output: int) -> None:
+    """Refuse windows that don't fit along one axis."""
+    if kernel > size:
+        raise PPLLaVAError(
+            f"pooling windows don't fit: a window of {kernel} {axis} is larger than the {size} there are"
+        )
+    if kernel < 1 or stride < 1 or output < 1:
+        raise PPLLaVAError(
+            f"pooling windows don't fit: {size} {axis} can't give {output} windows of {kernel} "
+            f"with stride {stride}"
+        )
+    windows = (size - kernel) // stride + 1
+    if windows != output:
+        raise PPLLaVAError(
+            f"pooling of {size} {axis} with window {kernel} and stride {stride} gives {windows} windows, "
+            f"not the {output} of the output size"
+        )
+
+
+def _triple(value: list[int] | None, name: str) -> Triple | None:
+    if value is None:
+        return None
+    if len(value) != 3 or any(not isinstance(v, int) or not 1 <= v <= 4096 for v in value):
+        raise ValueError(f"{name} must be three whole numbers from 1 to 4096")
+    return value[0], value[1], value[2]
+
+
 def _each(rule: Callable[..., int], *triples: Triple) -> Triple:
+    """Apply a rule along each axis."""
     a, b, c = (rule(*values) for values in zip(*triples))
     return a, b, c

@@ -1,1 +1,4 @@
-"""cli."""
+"""The commands ppllava-build, ppllava-info and ppllava-doctor.
+
+Nothing imports it. It imports every other room of engines.
+"""

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.commands import assert_one_line_error, run_command
-from ppllava_edge.engines.bundle import bundle as bundles
+from ppllava_edge.engines.bundle import integrity
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.manifest_parser import read_manifest
 from ppllava_edge.engines.errors import BundleError
@@ -94,11 +94,11 @@ def test_things_that_are_no_bundles(tmp_path: Path) -> None:
 def test_large_bundles_are_hashed_once_and_again_after_a_change(
     copied: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bundles, "ALWAYS_HASHED", 0)
+    monkeypatch.setattr(integrity, "ALWAYS_HASHED", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     hashed: list[str] = []
-    real = bundles.hash_file
-    monkeypatch.setattr(bundles, "hash_file", lambda path: hashed.append(path.name) or real(path))
+    real = integrity.hash_file
+    monkeypatch.setattr(integrity, "hash_file", lambda path: hashed.append(path.name) or real(path))
     Bundle.open(copied)
     count = len(hashed)
     assert count == len(json.loads((copied / "manifest.json").read_text())["files"])
@@ -117,7 +117,7 @@ def rehash(folder: Path) -> None:
     """Make the manifest right about the files as they are: a forger would."""
     manifest = json.loads((folder / "manifest.json").read_text())
     files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": bundles.hash_file(folder / name)}
+        name: {"bytes": (folder / name).stat().st_size, "sha256": integrity.hash_file(folder / name)}
         for name in manifest["files"]
     }
     edit(folder, {"files": files})
