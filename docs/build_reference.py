@@ -12,7 +12,8 @@ from typing import Any
 
 import ppllava_edge
 from ppllava_edge.runtime import batch
-from ppllava_edge.runtime.live import view as live
+from ppllava_edge.runtime.live.status import LiveStatus
+from ppllava_edge.runtime.live.watch import Watch
 
 TARGET = Path(__file__).parent / "reference.md"
 ORDER = (
@@ -35,7 +36,7 @@ ORDER = (
     "EngineError",
     "BusyError",
 )
-ELSEWHERE = {"LiveStatus": live.LiveStatus, "Watch": live.Watch, "run_batch": batch.run_batch}
+ELSEWHERE = {"LiveStatus": LiveStatus, "Watch": Watch, "run_batch": batch.run_batch}
 INHERITED = {"with_traceback", "add_note", "count", "index"}  # not ours
 
 
@@ -83,7 +84,7 @@ def document(name: str, thing: Any) -> list[str]:
     lines += [inspect.cleandoc(thing.__doc__ or ""), ""]
     if not inspect.isclass(thing):
         return lines
-    for member, value in vars(thing).items():
+    for member, value in _members(thing).items():
         if member.startswith("_") or member in INHERITED:
             continue
         raw = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
@@ -98,6 +99,15 @@ def document(name: str, thing: Any) -> list[str]:
                 "",
             ]
     return lines
+
+
+def _members(thing: type) -> dict[str, Any]:
+    """A class's own attributes, then those of its base classes in this package."""
+    members: dict[str, Any] = {}
+    for cls in thing.__mro__:
+        if cls.__module__.startswith("ppllava_edge."):
+            members |= {name: value for name, value in vars(cls).items() if name not in members}
+    return members
 
 
 def reference() -> str:

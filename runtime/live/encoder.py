@@ -1,0 +1,136 @@
+"""The encoder thread of a live view: frames that are due go through the vision trunk into the window."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ppllava_edge.runtime.live.latest_slot import LatestSlot
+from ppllava_edge.runtime.live.window import LiveFrame, Window
+from ppllava_edge.runtime.media.thumbnails import small_picture
+from ppllava_edge.runtime.session.context import Session
+from ppllava_edge.runtime.vision.preprocess import preprocess_video
+
+log = logging.getLogger(__name__)
+TOLERANCE = 1e-6  # seconds that a frame may be early
+
+
+class FramePacer:
+    """Picks `fps` frames a second out of a faster stream. Thread-safe."""
+
+    def __init__(self, fps: float):
+        self._step = 1 / fps
+        self._next: float | None = None
+        self._lock = threading.Lock()
+
+    def is_due(self, t: float) -> bool:
+        """Whether to encode the frame taken at t seconds.
+
+        Times may start again: a stream was reconnected, a clock was set.
+        """
+        step = self._step
+        with self._lock:
+            if self._next is None or self._next - step > t + step:
+                self._next = t
+            if t < self._next - TOLERANCE:
+                return False
+            self._next = max(self._next + step, t + step / 2)
+            return True
+
+
+class FrameEncoder:
+    """Encodes frames in a thread; a frame that comes before the last one was taken replaces it.
+
+    Args:
+        session: The model, the engine lock, the metrics.
+        window: Takes the encoded frames.
+        on_progress: Called after every frame, encoded or failed.
+        on_error: Called with the reason when a frame can't be encoded.
+
+    Attributes:
+        encoded, failed: Frames so far.
+        last_encoded: When the last frame was encoded, by time.monotonic().
+        lag: Seconds from the last frame's arrival until it was encoded.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        window: Window,
+        on_progress: Callable[[], None],
+        on_error: Callable[[str], None],
+    ):
+        self.encoded = self.failed = 0
+        self.last_encoded = time.monotonic()
+        self.lag = 0.0
+        self._session, self._window = session, window
+        self._on_progress, self._on_error = on_progress, on_error
+        self._slot: LatestSlot[tuple[Any, float, float]] = LatestSlot()  # image, seconds, arrival
+        self._last_time = float("-inf")
+        self._thread = threading.Thread(target=self._run, name="ppllava-live-encoder", daemon=True)
+
+    @property
+    def dropped(self) -> int:
+        """Frames that were replaced before they were encoded."""
+        return self._slot.dropped
+
+    @property
+    def pending(self) -> int:
+        """Frames that are still to be encoded."""
+        return self._slot.put_in - self._slot.dropped - self.encoded - self.failed
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Finish the frame under way, drop the next one, end the thread."""
+        self._slot.close()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def put(self, image: Any, t: float, wait: bool) -> None:
+        """Hand over a frame.
+
+        Args:
+            image: RGB uint8 (H, W, 3), on the host or on the engine's GPU.
+            t: When it was taken, seconds.
+            wait: Block until the frame before was taken, instead of replacing it.
+        """
+        self._slot.put((image, t, time.monotonic()), wait)
+
+    def _run(self) -> None:
+        while (item := self._slot.take()) is not None:
+            try:
+                self._encode(*item)
+            except Exception as error:
+                log.exception("a live frame could not be encoded")
+                self.failed += 1
+                self._on_error(f"a frame could not be encoded: {error}")
+            self._on_progress()
+
+    def _encode(self, image: Any, t: float, arrived: float) -> None:
+        session, pipeline = self._session, self._session.pipeline
+        started = time.perf_counter()
+        if isinstance(image, np.ndarray):
+            pixels, picture = preprocess_video([image], pipeline.manifest.preprocessing), image
+        else:
+            pixels, picture = pipeline.prepare_frame(image)
+        with session.engine_lock:
+            (states,) = pipeline.rows(pipeline.encode_trunk(pixels))
+            pipeline.wait()
+        picture = small_picture(np.asarray(picture))
+        if t <= self._last_time:  # times started again: the window stays in order
+            t = self._last_time + time.monotonic() - self.last_encoded
+        self._last_time = t
+        self._window.add(LiveFrame(self.encoded, t, states, picture))
+        self.encoded += 1
+        self.last_encoded = time.monotonic()
+        self.lag = self.last_encoded - arrived
+        vision = time.perf_counter() - started
+        session.report("frame", {"vision": vision, "lag": self.lag, "dropped": self.dropped})
