@@ -193,7 +193,7 @@ def _head_part(
 
 
 def _columns(g: Graph, name: str, columns: tuple[int, int], suffix: str) -> str:
-    """Add some columns of a weight (a matrix, packed INT4, or scales) as a weight of its own; returns its name."""
+    """Add some columns of a weight (matrix, packed INT4 or scales) as a new weight and return its name."""
     weight = g.weights[name]
     tensor = weight.tensor
     first, last = columns

@@ -1,4 +1,4 @@
-"""ONNX external data: weights in a file beside the graph, appended when saving, memory-mapped when reading."""
+"""ONNX external data: weights in a file beside the graph; appended when saving, memory-mapped when read."""
 
 from __future__ import annotations
 

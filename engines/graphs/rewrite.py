@@ -26,7 +26,7 @@ _NOT_FLOAT = {
 
 
 def to_float32(g: Graph) -> Graph:
-    """A copy that computes in float32 throughout, for engines slow in float16. Integer weights stay as they are."""
+    """A copy that computes in float32, for engines that are slow in float16. Integer weights stay."""
     g = g.copy()
     g.dtype = "float32"
     for value in [*g.inputs, *g.outputs]:
