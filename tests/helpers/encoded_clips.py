@@ -23,7 +23,7 @@ class Kind(NamedTuple):
     suffix: str
     codec: str
     options: dict[str, str]
-    container_options: dict[str, str] = {}
+    container_options: dict[str, str] | None = None
 
 
 KINDS = {

@@ -1,4 +1,4 @@
-"""The packet index: the container's table and a pass over the packets agree, and incomplete tables aren't used."""
+"""The packet index: a container's table and its packets agree; incomplete tables are not used."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from helpers.encoded_clips import COUNT, Clips, encode_clip, full_decode
 from ppllava_edge.runtime.media.packet_index import index_packets
 
 
-@pytest.mark.parametrize(
-    "kind", ["h264 with B-frames", "h264 in open groups", "hevc in open groups", "av1"]
-)
+@pytest.mark.parametrize("kind", ["h264 with B-frames", "h264 in open groups", "hevc in open groups", "av1"])
 def test_the_table_of_an_mp4_agrees_with_its_packets(kind: str, clips: Clips) -> None:
     path = clips.path(kind)
     table, packets = index_packets(path), index_packets(path, table=False)
