@@ -12,74 +12,75 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ppllava_edge.engines.errors import MediaError, PPLLaVAError
-from ppllava_edge.runtime.live.source import CLOSED, ENDED
+from ppllava_edge.runtime.live.status import CLOSED, ENDED
 from ppllava_edge.runtime.live.view import Live
 
 if TYPE_CHECKING:
     from ppllava_edge.runtime.session.answer import Answer
     from ppllava_edge.runtime.video_qa import VideoQA
 
-FIRST_FRAME = 30.0  # seconds to wait for one before a question is given up
+FIRST_FRAME = 30.0  # seconds to wait for the first frame before a question fails
+POLL = 0.05  # seconds between checks whether the source ended
+OVERWRITE_LINE = "\r\x1b[2K"
 
 
 def run_live(
-    qa: VideoQA,
-    source: str,
-    question: str | None,
-    every: float,
-    last: float | None,
-    answers: int | None,
-    as_json: bool,
-    options: dict[str, Any],
-    asking: dict[str, Any],
+    qa: VideoQA, source: str, question: str | None, options: dict[str, Any], asking: dict[str, Any]
 ) -> None:
-    """Watch `source`. With a question: ask it every so many seconds, until the source ends or so many answers were given. Without: ask what is typed.
+    """Watch a source and print answers.
 
-    Raises MediaError if the source ends before anything was seen.
+    Args:
+        qa: The model.
+        source: A file, a device or an address.
+        question: Asked every `options["every"]` seconds, until the source ends or `options["answers"]` were
+            given; None: questions are read from the terminal.
+        options: Of the command line.
+        asking: Arguments of Live.ask.
+
+    Raises:
+        MediaError: If the source ends before a frame was encoded.
     """
 
-    def said(state: str, why: str) -> None:
+    def print_state(state: str, why: str) -> None:
         if state != CLOSED:
             click.echo(f"live: {state}{f': {why}' if why else ''}", err=True)
 
-    with Live(qa, source, on_state=said, **options) as live, _StatusLine(live):
+    fps, window, reconnect = options["fps"], options["window"], not options["no_reconnect"]
+    asking = {**asking, "last": options["last"]}
+    with Live(qa, source, fps, window, reconnect=reconnect, on_state=print_state) as live, _StatusLine(live):
         if question is None:
-            _converse(live, last, as_json, asking)
+            _chat(live, options["as_json"], asking)
         else:
-            _repeat(live, question, every, last, answers, as_json, asking)
-        final = live.status
-    passed = f", {final.dropped} passed over (the encoder was slower)" if final.dropped else ""
-    click.echo(f"live: {final.seen} frames seen, {final.encoded} encoded{passed}", err=True)
+            _repeat(live, question, options, asking)
+        status = live.status
+    dropped = f", {status.dropped} dropped (the encoder was slower)" if status.dropped else ""
+    click.echo(f"live: {status.seen} frames seen, {status.encoded} encoded{dropped}", err=True)
 
 
-def _repeat(
-    live: Live,
-    question: str,
-    every: float,
-    last: float | None,
-    answers: int | None,
-    as_json: bool,
-    asking: dict[str, Any],
-) -> None:
-    count = 0
+def _ended(live: Live) -> bool:
+    return live.status.state in (ENDED, CLOSED)
+
+
+def _repeat(live: Live, question: str, options: dict[str, Any], asking: dict[str, Any]) -> None:
+    every, answers, count = options["every"], options["answers"], 0
     while answers is None or count < answers:
         began = time.monotonic()
-        over = live.status.state in (ENDED, CLOSED)
-        if not live.wait_for(1, FIRST_FRAME) and live.status.state in (ENDED, CLOSED):
+        is_last = _ended(live)
+        if not live.wait_for(1, FIRST_FRAME) and _ended(live):
             raise MediaError(f"{live.status.why or 'the source ended'}; nothing was seen")
         if len(live.window):
-            _say(live, live.ask(question, last, **asking), as_json)
+            _print_answer(live, live.ask(question, **asking), options["as_json"])
             count += 1
-        if over:
+        if is_last:
             return
-        while time.monotonic() < began + every and live.status.state not in (ENDED, CLOSED):
-            time.sleep(min(0.05, every))
+        while time.monotonic() < began + every and not _ended(live):
+            time.sleep(min(POLL, every))
 
 
-def _converse(live: Live, last: float | None, as_json: bool, asking: dict[str, Any]) -> None:
-    """Questions as they are typed (or come through a pipe); an empty line at a terminal, or the end, ends."""
-    talking = sys.stdin.isatty()
-    if talking:
+def _chat(live: Live, as_json: bool, asking: dict[str, Any]) -> None:
+    """Answer questions from stdin until it ends or, at a terminal, an empty line."""
+    interactive = sys.stdin.isatty()
+    if interactive:
         click.echo("Ask at any moment; an empty line ends.", err=True)
     lines: queue.Queue[str] = queue.Queue()
 
@@ -91,40 +92,39 @@ def _converse(live: Live, last: float | None, as_json: bool, asking: dict[str, A
     threading.Thread(target=read, daemon=True).start()
     while line := lines.get():
         if not line.strip():
-            if talking:
+            if interactive:
                 return
             continue
         try:
-            _say(live, live.ask(line, last, wait=FIRST_FRAME, **asking), as_json)
+            _print_answer(live, live.ask(line, wait=FIRST_FRAME, **asking), as_json)
         except PPLLaVAError as error:
-            if not talking:
+            if not interactive:
                 raise
             click.echo(f"error: {error}", err=True)
 
 
-def _say(live: Live, answer: Answer, as_json: bool) -> None:
-    now = answer.frame_times[-1] if answer.frame_times else 0.0
-    print(
-        json.dumps({**answer.as_dict(), "live": live.status.as_dict()})
-        if as_json
-        else f"[{now:8.1f} s] {answer.text}",
-        flush=True,
-    )
+def _print_answer(live: Live, answer: Answer, as_json: bool) -> None:
+    if as_json:
+        line = json.dumps({**answer.as_dict(), "live": live.status.as_dict()})
+    else:
+        seconds = answer.frame_times[-1] if answer.frame_times else 0.0
+        line = f"[{seconds:8.1f} s] {answer.text}"
+    print(line, flush=True)
 
 
 class _StatusLine:
-    """What the view does, in one line of stderr that is written over; nothing when stderr is not a terminal."""
+    """The view's status in one line of stderr, overwritten every second; nothing if stderr is no terminal."""
 
     def __init__(self, live: Live):
-        self.live, self.over = live, threading.Event()
+        self.live = live
+        self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True) if sys.stderr.isatty() else None
 
     def _run(self) -> None:
-        while not self.over.wait(1.0):
+        while not self.stopped.wait(1.0):
             s = self.live.status
-            sys.stderr.write(
-                f"\r\x1b[2K{s.state}: {s.encoded} of {s.seen} frames encoded, {s.kept} kept, {s.dropped} passed over, lag {1000 * s.lag:.0f} ms\r"
-            )
+            frames = f"{s.encoded} of {s.seen} frames encoded, {s.kept} kept, {s.dropped} dropped"
+            sys.stderr.write(f"{OVERWRITE_LINE}{s.state}: {frames}, lag {1000 * s.lag:.0f} ms\r")
             sys.stderr.flush()
 
     def __enter__(self) -> _StatusLine:
@@ -133,7 +133,7 @@ class _StatusLine:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.over.set()
+        self.stopped.set()
         if self.thread:
             self.thread.join()
-            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.write(OVERWRITE_LINE)

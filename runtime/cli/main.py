@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from ppllava_edge.engines.terminal import Command
-
-if TYPE_CHECKING:
-    from ppllava_edge.runtime.session.answer import Answer
-    from ppllava_edge.runtime.session.video import Video
-    from ppllava_edge.runtime.video_qa import VideoQA
+from ppllava_edge.engines.terminal import Command, option
 
 DEMO_NOTE = (
     "nano is a tiny demonstration model: it knows drawn shapes, nothing of the real world. "
     "For a real one: ppllava-export CHECKPOINT -o BUNDLE, then ppllava-run --model BUNDLE."
 )
+OPENING = ("frames", "start", "end", "tokens", "select", "candidates", "keep")  # of VideoQA.open
+SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")  # of Sampling
+ASKING = ("max_new_tokens", "stop", "look_ahead", "timeout")  # of Video.ask, beside sampling
 
 
 class FrameCount(click.ParamType):
@@ -31,6 +24,7 @@ class FrameCount(click.ParamType):
     name = "N|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """Convert the option's text."""
         if value == "auto" or isinstance(value, int):
             return value  # type: ignore[no-any-return]
         try:
@@ -42,129 +36,197 @@ class FrameCount(click.ParamType):
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("video")
 @click.argument("question", required=False)
-@click.option(
+@option(
     "--model",
+    group="Model",
     metavar="BUNDLE",
-    help="Directory that ppllava-export wrote.  [default: the packed demonstration model]",
+    help="Directory that ppllava-export wrote, or nano.  [default: nano, the packed demonstration model]",
 )
-@click.option(
-    "--frames",
-    type=FrameCount(),
-    help="Frames to look at; auto: more for longer videos.  [default: the model's]",
-)
-@click.option("--start", type=float, help="Look from here on, in seconds.")
-@click.option("--end", type=float, help="Look up to here, in seconds.")
-@click.option(
-    "--tokens",
-    type=int,
-    help="Most visual tokens; windows along time grow to keep within.  [default: what the model's windows give]",
-)
-@click.option(
-    "--select",
-    type=click.Choice(["uniform", "guided"]),
-    default="uniform",
+@option("--template", group="Model", help="Name of a prompt template.  [default: the bundle's own]")
+@option(
+    "--device",
+    group="Model",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Processor to run on.",
+    default="auto",
     show_default=True,
-    help="guided: the question picks the frames.",
 )
-@click.option(
-    "--candidates",
-    type=int,
-    default=256,
-    show_default=True,
-    help="Frames that --select guided encodes to pick from.",
-)
-@click.option(
-    "--keep",
-    type=click.Choice(["features", "tokens", "prefix"]),
-    default="features",
-    show_default=True,
-    help="In a chat: features pool anew for each question; tokens go on from the first one's tokens and cache; prefix: without the turns before.",
-)
-@click.option(
-    "--cache", is_flag=True, help="Keep encoded videos on disk, so that asking again later doesn't decode."
-)
-@click.option(
-    "--cache-folder",
-    metavar="FOLDER",
-    help="Where; implies --cache.  [default: ~/.cache/ppllava-edge/features]",
-)
-@click.option(
-    "--live",
-    is_flag=True,
-    help="VIDEO is watched as it happens: a camera (/dev/video0), an rtsp:// or http:// stream, or a file in real time.",
-)
-@click.option(
-    "--fps", type=float, default=2.0, show_default=True, help="With --live: frames encoded a second."
-)
-@click.option("--window", type=int, default=64, show_default=True, help="With --live: frames remembered.")
-@click.option(
-    "--every",
-    type=click.FloatRange(0.01),
-    default=5.0,
-    show_default=True,
-    help="With --live: seconds between questions.",
-)
-@click.option(
-    "--last",
-    type=click.FloatRange(0.001),
-    help="With --live: look at so many seconds only.  [default: all that is remembered]",
-)
-@click.option("--answers", type=click.IntRange(1), help="With --live: end after so many.")
-@click.option("--no-reconnect", is_flag=True, help="With --live: end when the stream is lost.")
-@click.option(
-    "--batch",
-    is_flag=True,
-    help="VIDEO is a folder, QUESTION a file of questions (one a line): answer all about all into -o.",
-)
-@click.option(
-    "-o",
-    "--output",
-    metavar="JSONL",
-    help="With --batch: where answers go; what is there already is not asked again.",
-)
-@click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Longest answer.")
-@click.option("--timeout", type=click.FloatRange(0.001), help="Seconds after which an answer ends as it is.")
-@click.option(
-    "--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token each time."
-)
-@click.option(
-    "--top-p",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="Sample from the likeliest tokens with this much probability.",
-)
-@click.option(
-    "--top-k", type=int, default=0, show_default=True, help="Sample from this many likeliest tokens; 0: all."
-)
-@click.option(
-    "--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: repeat less."
-)
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
-@click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times.")
-@click.option("--template", help="Prompt template by name instead of the bundle's.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option(
+@option(
     "--engine",
+    group="Model",
     default="auto",
     show_default=True,
     help="auto, onnxruntime, tensorrt, rtx, standard, or a target of ppllava-build.",
 )
-@click.option(
-    "--look-ahead",
+@option(
+    "--threads",
+    group="Model",
+    type=click.IntRange(1, 1024),
+    help="CPU threads of the engine.  [default: one per core]",
+)
+@option(
+    "--frames",
+    group="Frames",
+    type=FrameCount(),
+    help="Frames that the model sees; auto: more for longer videos.  [default: the model's]",
+)
+@option("--start", group="Frames", type=float, help="Start of the part to use, in seconds.")
+@option("--end", group="Frames", type=float, help="End of the part to use, in seconds.")
+@option(
+    "--tokens",
+    group="Frames",
+    type=int,
+    help="Visual tokens at most; pooling windows grow to fit.  [default: as the model's windows give]",
+)
+@option(
+    "--select",
+    group="Frames",
+    type=click.Choice(["uniform", "guided"]),
+    default="uniform",
+    show_default=True,
+    help="uniform: evenly spaced frames; guided: the frames most similar to the question.",
+)
+@option(
+    "--candidates",
+    group="Frames",
+    type=int,
+    default=256,
+    show_default=True,
+    help="With --select guided: frames to encode and choose from.",
+)
+@option(
+    "--cache",
+    group="Frames",
     is_flag=True,
-    help="Guess tokens from what was said, verify several at once; the greedy answer stays the same.",
+    help="Cache encoded videos on disk; asking again later decodes nothing.",
 )
-@click.option(
-    "--threads", type=click.IntRange(1, 1024), help="Threads of the engine.  [default: one per core]"
+@option(
+    "--cache-folder",
+    group="Frames",
+    metavar="FOLDER",
+    help="Folder of the cache; implies --cache.  [default: ~/.cache/ppllava-edge/features]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer instead of the text.")
-@click.option(
+@option(
+    "--max-new-tokens", group="Generation", type=int, default=256, show_default=True, help="Tokens at most."
+)
+@option(
+    "--timeout",
+    group="Generation",
+    type=click.FloatRange(0.001),
+    help="Seconds after which generation stops.  [default: none]",
+)
+@option(
+    "--temperature",
+    group="Generation",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Sampling temperature; 0: greedy.",
+)
+@option(
+    "--top-p",
+    group="Generation",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Sample from the most likely tokens whose probabilities add up to this.",
+)
+@option(
+    "--top-k",
+    group="Generation",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Sample from this many most likely tokens; 0: all.",
+)
+@option(
+    "--repetition-penalty",
+    group="Generation",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Above 1: repeat less.",
+)
+@option("--seed", group="Generation", type=int, help="Seed, to make sampling repeatable.")
+@option(
+    "--stop", group="Generation", multiple=True, help="Text that ends the answer; may be given several times."
+)
+@option(
+    "--look-ahead",
+    group="Generation",
+    is_flag=True,
+    help="Prompt lookup: draft tokens from the prompt, verify several at once. Greedy answers don't change.",
+)
+@option(
+    "--keep",
+    group="Chat",
+    type=click.Choice(["features", "tokens", "prefix"]),
+    default="features",
+    show_default=True,
+    help="What later questions reuse. features: the encoded frames. tokens: also the first question's "
+    "visual tokens and the KV cache with all turns. prefix: as tokens, without the turns.",
+)
+@option(
+    "--live",
+    group="Live view (with --live)",
+    is_flag=True,
+    help="Watch VIDEO live: a camera (/dev/video0), an rtsp:// or http:// stream, or a file in real time.",
+)
+@option(
+    "--fps",
+    group="Live view (with --live)",
+    type=float,
+    default=2.0,
+    show_default=True,
+    help="Frames to encode a second.",
+)
+@option(
+    "--window",
+    group="Live view (with --live)",
+    type=int,
+    default=64,
+    show_default=True,
+    help="Encoded frames to keep.",
+)
+@option(
+    "--every",
+    group="Live view (with --live)",
+    type=click.FloatRange(0.01),
+    default=5.0,
+    show_default=True,
+    help="Seconds between questions.",
+)
+@option(
+    "--last",
+    group="Live view (with --live)",
+    type=click.FloatRange(0.001),
+    help="Use the last so many seconds only.  [default: the whole window]",
+)
+@option(
+    "--answers", group="Live view (with --live)", type=click.IntRange(1), help="Stop after so many answers."
+)
+@option("--no-reconnect", group="Live view (with --live)", is_flag=True, help="End when the stream is lost.")
+@option(
+    "--batch",
+    group="Batch (with --batch)",
+    is_flag=True,
+    help="VIDEO is a folder, QUESTION a file with one question a line: ask all about all.",
+)
+@option(
+    "-o",
+    "--output",
+    group="Batch (with --batch)",
+    metavar="JSONL",
+    help="File to append answers to; pairs that are in it are skipped.",
+)
+@option("--json", "as_json", group="Output", is_flag=True, help="Print each answer as a line of JSON.")
+@option(
     "--save-attention",
+    group="Output",
     metavar="FILE",
-    help="Draw where the question looks: .png, or a film as .mp4, .webm, .gif.",
+    help="Draw what the question attends to: .png, or a film as .mp4, .mkv, .webm, .gif.",
 )
-@click.option("-v", "--verbose", is_flag=True, help="Log what happens to stderr.")
+@option("-v", "--verbose", group="Output", is_flag=True, help="Log to stderr.")
 def main(video: str, question: str | None, **options: Any) -> None:
     """Answer QUESTION about VIDEO (a file, an image, or a folder of images). Without QUESTION: a chat."""
     from ppllava_edge.runtime.language.sampling import Sampling
@@ -177,48 +239,35 @@ def main(video: str, question: str | None, **options: Any) -> None:
         logging.getLogger("PIL").setLevel(logging.WARNING)
     if question is not None and not options["batch"]:
         question = clean_question(question)
-    sampling = Sampling(
-        *(options[name] for name in ("temperature", "top_p", "top_k", "repetition_penalty", "seed"))
-    )
-    cache = options["cache_folder"] or options["cache"]
+    sampling = Sampling(**{name: options[name] for name in SAMPLING})
     qa = VideoQA(
-        options["model"], options["device"], options["threads"], options["template"], options["engine"], cache
+        options["model"],
+        device=options["device"],
+        threads=options["threads"],
+        template=options["template"],
+        engine=options["engine"],
+        cache=options["cache_folder"] or options["cache"],
     )
     if qa.is_demo:
         click.echo(DEMO_NOTE, err=True)
-    asking = {
-        "max_new_tokens": options["max_new_tokens"],
-        "sampling": sampling,
-        "stop": options["stop"],
-        "look_ahead": options["look_ahead"],
-        "timeout": options["timeout"],
-    }
-    opening = {
-        name: options[name] for name in ("frames", "start", "end", "tokens", "select", "candidates", "keep")
-    }
+    opening = {name: options[name] for name in OPENING}
+    asking = {"sampling": sampling, **{name: options[name] for name in ASKING}}
     if options["live"]:
         from ppllava_edge.runtime.cli.live import run_live
 
-        live = {"fps": options["fps"], "window": options["window"], "reconnect": not options["no_reconnect"]}
-        run_live(
-            qa,
-            video,
-            question,
-            options["every"],
-            options["last"],
-            options["answers"],
-            options["as_json"],
-            live,
-            asking,
-        )
+        run_live(qa, video, question, options, asking)
     elif options["batch"]:
-        _batch(qa, video, str(question), options, opening, asking)
+        from ppllava_edge.runtime.cli.batch import answer_folder
+
+        answer_folder(qa, video, str(question), options, opening, asking)
     else:
-        _ask(qa, video, question, options, opening, asking)
+        from ppllava_edge.runtime.cli.ask import ask_video
+
+        ask_video(qa, video, question, options, opening, asking)
 
 
 def _check(question: str | None, options: dict[str, Any]) -> None:
-    """Options that make no sense together."""
+    """Refuse options that contradict each other."""
     if options["max_new_tokens"] < 1:
         raise click.UsageError("--max-new-tokens must be 1 or more")
     if options["live"] and options["batch"]:
@@ -234,121 +283,10 @@ def _check(question: str | None, options: dict[str, Any]) -> None:
     if options["live"]:
         given = [f"--{name}" for name in ("frames", "start", "end", "tokens") if options[name] is not None]
         if given or options["select"] != "uniform" or options["keep"] != "features":
+            refused = given[0] if given else "--select and --keep"
             raise click.UsageError(
-                f"{given[0] if given else '--select and --keep'} and --live don't go together; --last says how far to look back"
+                f"{refused} and --live don't go together; --last says how far to look back"
             )
-
-
-def _ask(
-    qa: VideoQA,
-    source: str,
-    question: str | None,
-    options: dict[str, Any],
-    opening: dict[str, Any],
-    asking: dict[str, Any],
-) -> None:
-    with _progress() as progress:
-        opened = qa.open(source, progress=progress, **opening)
-    for note in [*opened.frames.notes, *filter(None, [qa.pipeline.engine_note])]:
-        click.echo(f"note: {note}", err=True)
-    if question is None:
-        _chat(opened, asking, options["as_json"])
-        return
-    answer = _answer(opened, question, asking, options["as_json"])
-    if options["save_attention"]:
-        from ppllava_edge.runtime.session.attention_map import save_attention
-
-        save_attention(opened, question, Path(options["save_attention"]), answer.text)
-        click.echo(f"attention: {options['save_attention']}", err=True)
-
-
-def _batch(
-    qa: VideoQA,
-    folder: str,
-    questions: str,
-    options: dict[str, Any],
-    opening: dict[str, Any],
-    asking: dict[str, Any],
-) -> None:
-    from ppllava_edge.engines.terminal import progress_steps
-    from ppllava_edge.runtime.batch import read_questions, run_batch
-
-    with progress_steps("answering") as progress:
-        result = run_batch(
-            qa, folder, read_questions(questions), options["output"], opening, asking, progress
-        )
-    if options["as_json"]:
-        print(json.dumps(vars(result) | {"output": options["output"]}))
-    else:
-        there = f", {result.skipped} were there already" if result.skipped else ""
-        failed = f", {result.failed} failed (their lines say why)" if result.failed else ""
-        click.echo(f"{options['output']}: {result.answered} answered{failed}{there}", err=True)
-    if result.failed:
-        sys.exit(1)
-
-
-def _answer(video: Video, question: str, arguments: dict[str, Any], as_json: bool) -> Answer:
-    stream = video.stream(question, **arguments)
-    for piece in stream:
-        if not as_json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    print(json.dumps(stream.answer.as_dict()) if as_json else "", flush=True)
-    for note in stream.answer.notes[
-        len(video.frames.notes) :
-    ]:  # those of the video were said when it was opened
-        click.echo(f"note: {note}", err=True)
-    return stream.answer
-
-
-def _chat(video: Video, arguments: dict[str, Any], as_json: bool) -> None:
-    """Questions from the terminal or, one a line, from a pipe; the video stays encoded."""
-    from ppllava_edge.engines.errors import PromptError
-
-    talking = sys.stdin.isatty()
-    if talking:
-        click.echo("Ask away; an empty line ends.", err=True)
-    while True:
-        if talking:
-            click.echo("> ", nl=False, err=True)
-        line = sys.stdin.readline()
-        if not line or (talking and not line.strip()):
-            return
-        if line.strip():
-            try:
-                _answer(video, line, arguments, as_json)
-            except PromptError as error:
-                if not talking:
-                    raise
-                click.echo(f"error: {error}", err=True)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Any]:
-    """A callback that draws decoding and encoding on stderr; None when stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(
-                    {"decode": "reading frames", "vision": "encoding frames"}[what], total=of
-                )
-            bar.update(tasks[what], completed=done, total=of)
-
-        yield show
 
 
 if __name__ == "__main__":

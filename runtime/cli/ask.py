@@ -1,0 +1,113 @@
+"""ppllava-run with one video: one question, or a chat."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ppllava_edge.engines.errors import PromptError
+
+if TYPE_CHECKING:
+    from ppllava_edge.runtime.encoding.encode_source import Progress
+    from ppllava_edge.runtime.session.answer import Answer
+    from ppllava_edge.runtime.session.video import Video
+    from ppllava_edge.runtime.video_qa import VideoQA
+
+STEPS = {"decode": "reading frames", "vision": "encoding frames"}
+
+
+def ask_video(
+    qa: VideoQA,
+    source: str,
+    question: str | None,
+    options: dict[str, Any],
+    opening: dict[str, Any],
+    asking: dict[str, Any],
+) -> None:
+    """Open a video and answer.
+
+    Args:
+        qa: The model.
+        source: A video, an image, or a folder of images.
+        question: Answered once; None: questions are read from stdin.
+        options: Of the command line.
+        opening, asking: Arguments of VideoQA.open and Video.ask.
+    """
+    as_json, attention = options["as_json"], options["save_attention"]
+    with _progress() as progress:
+        video = qa.open(source, progress=progress, **opening)
+    for note in [*video.frames.notes, *filter(None, [qa.pipeline.engine_note])]:
+        click.echo(f"note: {note}", err=True)
+    if question is None:
+        _chat(video, asking, as_json)
+        return
+    answer = _print_answer(video, question, asking, as_json)
+    if attention:
+        from ppllava_edge.runtime.session.attention_map import save_attention
+
+        save_attention(video, question, Path(attention), answer.text)
+        click.echo(f"attention: {attention}", err=True)
+
+
+def _print_answer(video: Video, question: str, asking: dict[str, Any], as_json: bool) -> Answer:
+    """Print an answer as it is generated, or its JSON, then its notes."""
+    stream = video.stream(question, **asking)
+    for piece in stream:
+        if not as_json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    answer = stream.answer
+    print(json.dumps(answer.as_dict()) if as_json else "", flush=True)
+    # The video's own notes come first; they were printed when it was opened.
+    for note in answer.notes[len(video.frames.notes) :]:
+        click.echo(f"note: {note}", err=True)
+    return answer
+
+
+def _chat(video: Video, asking: dict[str, Any], as_json: bool) -> None:
+    """Answer questions from stdin until it ends or, at a terminal, an empty line."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        click.echo("Ask away; an empty line ends.", err=True)
+    while True:
+        if interactive:
+            click.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line or (interactive and not line.strip()):
+            return
+        if not line.strip():
+            continue
+        try:
+            _print_answer(video, line, asking, as_json)
+        except PromptError as error:
+            if not interactive:
+                raise
+            click.echo(f"error: {error}", err=True)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress | None]:
+    """A callback that draws decoding and encoding on stderr; None if stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = bar.add_task(STEPS[step], total=total)
+            bar.update(tasks[step], completed=done, total=total)
+
+        yield show

@@ -1,0 +1,45 @@
+"""ppllava-run --batch: every question about every video of a folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ppllava_edge.engines.terminal import progress_steps
+from ppllava_edge.runtime.batch import read_questions, run_batch
+
+if TYPE_CHECKING:
+    from ppllava_edge.runtime.video_qa import VideoQA
+
+
+def answer_folder(
+    qa: VideoQA,
+    folder: str,
+    questions: str,
+    options: dict[str, Any],
+    opening: dict[str, Any],
+    asking: dict[str, Any],
+) -> None:
+    """Answer a file of questions about a folder of videos; exit with status 1 if any of them failed.
+
+    Args:
+        qa: The model.
+        folder: Holds the videos.
+        questions: A file with one question a line, or a question.
+        options: Of the command line.
+        opening, asking: Arguments of VideoQA.open and Video.ask.
+    """
+    output = options["output"]
+    with progress_steps("answering") as progress:
+        result = run_batch(qa, folder, read_questions(questions), output, opening, asking, progress)
+    if options["as_json"]:
+        print(json.dumps(vars(result) | {"output": output}))
+    else:
+        failed = f", {result.failed} failed (their lines say why)" if result.failed else ""
+        skipped = f", {result.skipped} were there already" if result.skipped else ""
+        click.echo(f"{output}: {result.answered} answered{failed}{skipped}", err=True)
+    if result.failed:
+        sys.exit(1)
