@@ -1,9 +1,9 @@
-# Two commands do everything on a machine with Python 3.11 or later: make demo, make test.
+# Two commands on a machine with Python 3.11 or later: make demo, make test.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 $(VENV)/demo: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or later is needed: make PYTHON=python3.12 demo")'
@@ -18,8 +18,14 @@ $(VENV)/dev: $(VENV)/demo
 demo: $(VENV)/demo
 	$(BIN)/ppllava-run nano/sample/shapes.mp4 "What color is the circle?"
 
+# Tests run in one process per core, a file at a time in each.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/dev
+	$(PYTEST) -m slow
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
