@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ppllava_edge.engines.backends.cuda_driver import Buffer, CudaDevice
+from ppllava_edge.engines.backends.cuda_driver import CudaDevice
+from ppllava_edge.engines.backends.device_memory import Buffer
 from ppllava_edge.engines.bundle.manifest import DecoderInfo
 from ppllava_edge.runtime.decoding.capacity import cache_full_error, causal_mask
 from ppllava_edge.runtime.decoding.gpu_cache import PREFILL, GpuPrompt

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ppllava_edge.engines.backends.cuda_driver import Buffer, CudaDevice
-from ppllava_edge.engines.backends.device_stages import OrtDeviceStage, TensorRTStage
+from ppllava_edge.engines.backends.cuda_driver import CudaDevice
+from ppllava_edge.engines.backends.device_memory import Buffer
+from ppllava_edge.engines.backends.onnxruntime_device_stage import OrtDeviceStage
+from ppllava_edge.engines.backends.tensorrt_stage import TensorRTStage
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.engine_manifest import PLUGIN_STAGE, Engine
 from ppllava_edge.engines.errors import EngineError

@@ -18,7 +18,7 @@ from test_golden import VARIANTS, run_check
 from helpers.commands import SAMPLE
 from helpers.gpu_doubles import FakeDriver, FakeTensorRT, write_fake_engine
 from ppllava_edge import VideoQA
-from ppllava_edge.engines.backends import device_stages as device_stage
+from ppllava_edge.engines.backends import tensorrt_stage
 from ppllava_edge.engines.backends.cuda_driver import CudaDevice
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.packed import packed_bundle
@@ -46,7 +46,7 @@ def open_double(
     """A bundle's engine for a target, on doubles of driver and library."""
     bundle, driver = Bundle.open(folder), driver or FakeDriver()
     trt = FakeTensorRT(driver)
-    monkeypatch.setattr(device_stage, "import_library", lambda library: trt)
+    monkeypatch.setattr(tensorrt_stage, "import_library", lambda library: trt)
     engine = (
         build_onnxruntime(bundle, target)
         if target == "cuda"
@@ -408,7 +408,7 @@ def test_a_gpu_engine_is_found_by_itself(
     opened("orin")
     driver = FakeDriver()
     trt = FakeTensorRT(driver)
-    monkeypatch.setattr(device_stage, "import_library", lambda library: trt)
+    monkeypatch.setattr(tensorrt_stage, "import_library", lambda library: trt)
     monkeypatch.setattr(factory, "load_driver", lambda: driver)
     monkeypatch.setattr(gpu_pipeline, "CudaDevice", lambda: CudaDevice(driver))
     for device, engine in (("auto", "auto"), ("cuda", "tensorrt"), ("auto", "orin")):

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ppllava_edge.engines.backends.cuda_driver import Buffer, CudaDevice
+from ppllava_edge.engines.backends.cuda_driver import CudaDevice
+from ppllava_edge.engines.backends.device_memory import Buffer
 from ppllava_edge.engines.bundle.manifest import Preprocessing
 from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.engines.plugins.compiling import compile_source, open_device
@@ -108,7 +109,7 @@ class FramePreparer:
         """
         address, shape, strides = self._view(frame)
         p, side = self.preprocessing, self.preprocessing.size
-        with self._lock, self.gpu.work:
+        with self._lock, self.gpu.lock:
             self.gpu.enter()
             if p.method == "squash":
                 canvas = self.gpu.empty((side, side, 3), np.uint8)

@@ -1,0 +1,92 @@
+"""A graph on ONNX Runtime's CUDA provider, with inputs and outputs bound to device memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ppllava_edge.engines.backends.cuda_driver import CudaDevice
+from ppllava_edge.engines.backends.device_memory import Buffer, Values
+from ppllava_edge.engines.backends.onnxruntime_stage import NUMPY_TYPE, first_line
+from ppllava_edge.engines.errors import EngineError
+from ppllava_edge.engines.libraries import import_onnxruntime
+
+
+class OrtDeviceStage:
+    """One graph, run by ONNX Runtime on the device's stream.
+
+    Attributes:
+        captures: Whether runs can be captured in a CUDA graph. They can't: ONNX Runtime queues other work
+            too.
+        dtypes: Input name → dtype.
+        outputs: Output name → dtype.
+
+    Args:
+        path: The graph.
+        device: The GPU.
+        on_cpu: Use the CPU provider; the device is then a double whose memory is the host's (tests).
+
+    Raises:
+        EngineError: The graph or the CUDA provider can't be opened.
+    """
+
+    captures = False
+
+    def __init__(self, path: Path, device: CudaDevice, on_cpu: bool = False):
+        ort = import_onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        cuda = ("CUDAExecutionProvider", {"user_compute_stream": str(device.stream)})
+        providers = ["CPUExecutionProvider"] if on_cpu else [cuda, "CPUExecutionProvider"]
+        try:
+            self.session = ort.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:
+            raise EngineError(
+                f"ONNX Runtime {ort.__version__} can't open {path.name}: {first_line(error)}"
+            ) from None
+        if not on_cpu and "CUDAExecutionProvider" not in self.session.get_providers():
+            raise EngineError(
+                "ONNX Runtime could not start its CUDA provider (driver, CUDA or cuDNN missing); "
+                "ppllava-doctor says what is missing; or use --device cpu"
+            )
+        self.path = path
+        self.device = device
+        self.dtypes = {i.name: np.dtype(NUMPY_TYPE[i.type]) for i in self.session.get_inputs()}
+        self.outputs = {o.name: np.dtype(NUMPY_TYPE[o.type]) for o in self.session.get_outputs()}
+        self._memory_kind = "cpu" if on_cpu else "cuda"
+
+    def run(self, inputs: Values, outputs: dict[str, Buffer], profile: int = 0) -> None:
+        """Queue one run.
+
+        Args:
+            inputs: All inputs by name.
+            outputs: Where to write; other outputs go to memory of ONNX Runtime.
+            profile: Ignored; TensorRT stages have profiles.
+
+        Raises:
+            EngineError: The run failed.
+        """
+        with self.device.lock:
+            binding = self._bind(inputs, outputs)
+            try:
+                self.session.run_with_iobinding(binding)
+            except Exception as error:
+                raise EngineError(f"{self.path.name} failed: {first_line(error)}") from None
+
+    def _bind(self, inputs: Values, outputs: dict[str, Buffer]) -> object:
+        kind = self._memory_kind
+        binding = self.session.io_binding()
+        for name, dtype in self.dtypes.items():
+            value = inputs[name]
+            if isinstance(value, Buffer):
+                binding.bind_input(name, kind, 0, dtype, list(value.shape), value.address)
+            else:
+                binding.bind_cpu_input(name, np.ascontiguousarray(value, dtype))
+        for name, dtype in self.outputs.items():
+            if name in outputs:
+                buffer = outputs[name]
+                binding.bind_output(name, kind, 0, dtype, list(buffer.shape), buffer.address)
+            else:
+                binding.bind_output(name, kind)
+        return binding
