@@ -9,8 +9,20 @@ from typing import Any
 from ppllava_edge.engines.errors import PPLLaVAError
 
 
+class ChildError(PPLLaVAError):
+    """A command that failed.
+
+    Attributes:
+        reason: The last line of its stderr, or its exit status.
+    """
+
+    def __init__(self, command: list[str], reason: str):
+        super().__init__(f"{' '.join(command[:3])} failed: {reason}")
+        self.reason = reason
+
+
 def run_json(command: list[str], show_errors: bool = False) -> dict[str, Any]:
-    """Run a command that prints JSON as its last line.
+    """Run a command that prints a JSON object as its last line.
 
     Args:
         command: The program and its arguments.
@@ -20,20 +32,20 @@ def run_json(command: list[str], show_errors: bool = False) -> dict[str, Any]:
         The JSON object.
 
     Raises:
-        PPLLaVAError: In one line, if it fails.
+        ChildError: In one line, if it fails.
     """
-    run = run_command(command, show_errors)
-    return dict(json.loads(run.stdout.strip().splitlines()[-1]))
-
-
-def run_command(command: list[str], show_errors: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run a command and capture its stdout. Raises PPLLaVAError with the last line of stderr if it fails."""
     stderr = None if show_errors else subprocess.PIPE
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     if run.returncode:
-        reason = last_line(run.stderr or "") or f"exit status {run.returncode}"
-        raise PPLLaVAError(f"{' '.join(command[:3])} failed: {reason}")
-    return run
+        raise ChildError(command, last_line(run.stderr or "") or f"exit status {run.returncode}")
+    return dict(json.loads(last_line(run.stdout)))
+
+
+def run_shown(command: list[str]) -> None:
+    """Run a command whose output goes to the terminal. Raises ChildError if it fails."""
+    status = subprocess.run(command).returncode
+    if status:
+        raise ChildError(command, f"exit status {status}")
 
 
 def last_line(text: str) -> str:

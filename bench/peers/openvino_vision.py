@@ -1,4 +1,7 @@
-"""OpenVINO on a vision tower, in an environment of its own: python peer_openvino.py GRAPH FRAMES PRECISION → JSON. Stands alone."""
+"""OpenVINO on a vision tower. Run by a Python that has openvino; imports nothing of ours.
+
+python openvino_vision.py GRAPH FRAMES PRECISION → JSON
+"""
 
 from __future__ import annotations
 
@@ -6,38 +9,41 @@ import json
 import sys
 import time
 
+RUNS = 3
+THREADS = 2
+
 
 def main(path: str, frames: int, precision: str) -> None:
-    """precision: of what isn't INT8 in the graph, f32 or bf16."""
+    """Print version, milliseconds per frame and the norm of the output.
+
+    Args:
+        path: The graph (plain_vision.py).
+        frames: Frames in a run.
+        precision: Of the layers that aren't INT8 in the graph: f32 or bf16.
+    """
     import numpy as np
     import openvino
 
     core = openvino.Core()
     model = core.read_model(path)
     side = model.inputs[0].get_partial_shape()[2].get_length()
-    model.reshape([frames, 3, side, side])
-    compiled = core.compile_model(
-        model, "CPU", {"INFERENCE_NUM_THREADS": 2, "INFERENCE_PRECISION_HINT": precision}
-    )
-    request, pixels = (
-        compiled.create_infer_request(),
-        np.random.default_rng(0).standard_normal((frames, 3, side, side)).astype(np.float32),
-    )
+    shape = [frames, 3, side, side]
+    model.reshape(shape)
+    options = {"INFERENCE_NUM_THREADS": THREADS, "INFERENCE_PRECISION_HINT": precision}
+    request = core.compile_model(model, "CPU", options).create_infer_request()
+    pixels = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     seconds = []
-    for _ in range(3):
+    for _ in range(RUNS):
         started = time.perf_counter()
         request.infer({0: pixels})
         seconds.append(time.perf_counter() - started)
     states = request.get_output_tensor(0).data
-    print(
-        json.dumps(
-            {
-                "version": openvino.__version__,
-                "ms_per_frame": 1000 * min(seconds) / frames,
-                "norm": float(np.linalg.norm(states.astype(np.float64))),
-            }
-        )
-    )
+    report = {
+        "version": openvino.__version__,
+        "ms_per_frame": 1000 * min(seconds) / frames,
+        "norm": float(np.linalg.norm(states.astype(np.float64))),
+    }
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":
