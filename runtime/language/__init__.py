@@ -1,1 +1,4 @@
-"""language."""
+"""Text and tokens: tokenizers, prompts, detokenisation, sampling, prompt lookup.
+
+May be imported from decoding/ and the rooms above it; imports engines/ only.
+"""

@@ -1,67 +1,87 @@
-"""detokenizer."""
+"""Turn token ids into text while they are generated; stop strings and unfinished characters are held back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+INCOMPLETE = "\ufffd"  # decoders put it in place of bytes that aren't a whole character yet
 
 
 class Detokenizer:
-    """Turns ids into text piece by piece. A piece is given out only when later ids can't change it.
+    """Decodes ids one by one. Text is returned once later ids can't change it.
 
-    Ids are decoded together with the few before them, because many tokenizers need those for spaces.
+    Many tokenizers decide on spaces by the id before, so new ids are decoded together with the last ones.
+
+    Args:
+        decode: Token ids → text.
+        stop_strings: Texts that end the answer; neither they nor what follows is returned.
+
+    Attributes:
+        stopped: A stop string occurred.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stop_strings: Iterable[str] = ()):
         self._decode = decode
         self._ids: list[int] = []
-        self._start = self._given = 0  # ids before _start are settled; those before _given were given out
+        self._context = 0  # ids before this one no longer influence the text
+        self._returned = 0  # the text of ids before this one was returned, or held
         self._held = ""  # text that may be the beginning of a stop string
         self._stops = [s for s in stop_strings if s]
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Add an id → text that can be shown now (often empty)."""
+        """Add an id. Returns the text that is certain now, often none."""
         if self.stopped:
             return ""
         self._ids.append(token)
-        before = self._decode(self._ids[self._start : self._given])
-        after = self._decode(self._ids[self._start :])
-        if len(after) <= len(before) or after.endswith("\ufffd"):
-            return ""  # half a character, or nothing yet
-        self._start, self._given = self._given, len(self._ids)
-        return self._past_stops(after[len(before) :])
+        text = self._new_text()
+        if not text or text.endswith(INCOMPLETE):
+            return ""
+        self._context, self._returned = self._returned, len(self._ids)
+        return self._without_stops(text)
 
     def finish(self) -> str:
-        """The rest, when no more ids come."""
+        """Return the rest of the text, when no more ids come."""
         if self.stopped:
             return ""
-        before = self._decode(self._ids[self._start : self._given])
-        rest = self._decode(self._ids[self._start :])[len(before) :]
-        text = self._past_stops(rest) + ("" if self.stopped else self._held)
+        text = self._without_stops(self._new_text())
+        if not self.stopped:
+            text += self._held
         self._held = ""
         return text
 
-    def _past_stops(self, text: str) -> str:
+    def _new_text(self) -> str:
+        """The text of the ids that weren't returned yet."""
+        before = self._decode(self._ids[self._context : self._returned])
+        return self._decode(self._ids[self._context :])[len(before) :]
+
+    def _without_stops(self, text: str) -> str:
+        """Held text and new text, cut at the first stop string; the possible beginning of one is held."""
         text = self._held + text
         self._held = ""
-        found = [at for s in self._stops if (at := text.find(s)) >= 0]
+        found = [position for s in self._stops if (position := text.find(s)) >= 0]
         if found:
             self.stopped = True
             return text[: min(found)]
-        keep = max((n for s in self._stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        if keep:
-            text, self._held = text[:-keep], text[-keep:]
+        held = max((n for s in self._stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        if held:
+            text, self._held = text[:-held], text[-held:]
         return text
 
 
 def stream_text(
     ids: Iterator[int], detokenizer: Detokenizer, stop_ids: Iterable[int]
 ) -> Iterator[tuple[int, str]]:
-    """(id, text that can be shown) for every id, until a stop id or a stop string; a last pair (-1, rest) may follow."""
+    """Detokenise a stream of ids, up to a stop id or a stop string.
+
+    Args:
+        ids: Generated token ids.
+        detokenizer: A new one.
+        stop_ids: Ids that end the answer and aren't part of its text.
+
+    Yields:
+        Each id with the text that is certain after it; (-1, text) at the end, if there is a rest.
+    """
     stops = set(stop_ids)
     for token in ids:
         if token in stops:

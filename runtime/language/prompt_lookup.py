@@ -1,11 +1,12 @@
-"""Prompt lookup: guessing the next tokens from what was said before, so that one pass of the decoder verifies several.
+"""Prompt lookup decoding: draft tokens from the prompt and the answer so far, verify them in one pass.
 
-Answers repeat the question's words and their own. The last tokens are searched for in prompt and answer; what followed them there is the draft.
-A draft that is wrong costs a wider pass and nothing else: every token is the one that would have been chosen without it.
+Answers repeat words of the question and of themselves. The last tokens are searched for in the prompt and
+the answer; the tokens that followed them there are the draft. A wrong draft only costs time: every token is
+the one that would have been chosen without it.
 
-That holds where a pass over several positions computes what single steps compute. Where activations are rounded to INT8, the smallest difference
-between two kernels is blown up (measured: 2 to 7 % of the logits' spread for 4096-wide INT4 decoders), so drafts are left out there; any other
-engine is tried first.
+This holds if a pass over several positions computes the same logits as single steps. Where activations are
+rounded to INT8, kernels differ too much (measured: by 2 to 7 % of the logits' spread, in INT4 decoders 4096
+wide), so nothing is drafted there. Other engines are measured first, see `disagreement`.
 """
 
 from __future__ import annotations
@@ -17,79 +18,120 @@ import numpy as np
 
 from ppllava_edge.engines.bundle.engine_manifest import LAST_POSITIONS
 
-LONGEST_MATCH, SHORTEST_MATCH = 3, 2  # tokens; a single one is followed by too many things
-MAX_DRAFT = LAST_POSITIONS - 1  # the token before them is in the pass too
-
-
+LONGEST_MATCH = 3  # tokens
+SHORTEST_MATCH = 2  # tokens; too many different things follow a single one
+MAX_DRAFT = LAST_POSITIONS - 1  # tokens; the one before them is verified in the same pass
 MAX_DISAGREEMENT = 1e-3  # of the logits' standard deviation
-LOOKUP_SKIPPED = "looking ahead was left out: this engine computes several positions at once differently from one by one, so the answer could change"
+LOOKUP_SKIPPED = (
+    "looking ahead was left out: on this engine one pass over several positions and single steps give "
+    "different logits, so the answer could change"
+)
 
 
 def rounds_activations(decoder: str, target: str) -> bool:
-    """Whether a decoder's activations become INT8 on the way. decoder: its precision in the manifest; target: of the engine.
+    """Whether a decoder rounds activations to INT8.
 
-    On the CPU INT4 and INT8 weights are multiplied in INT8; elsewhere only INT8 x INT8 products are.
+    On the CPU, INT4 and INT8 weights are multiplied in INT8; elsewhere only INT8 weights are.
+
+    Args:
+        decoder: The decoder's precision in the manifest.
+        target: The engine's target.
     """
     return decoder == "int8" or (decoder == "int4" and target == "cpu")
 
 
 def disagreement(singly: list[np.ndarray], together: np.ndarray) -> float:
-    """How far the logits (V,) of single steps lie from those (n,V) of one pass over the same tokens, in standard deviations."""
+    """Compare the logits of single steps with those of one pass over the same tokens.
+
+    Args:
+        singly: (V,) of each step.
+        together: (n, V) of the pass.
+
+    Returns:
+        The largest difference, in standard deviations of the logits.
+    """
     steps = np.stack(singly).astype(np.float64)
     return float(np.abs(steps - together).max() / max(float(steps.std()), 1e-30))
 
 
 @dataclass
 class PromptLookup:
-    """prompt: token ids in which drafts are looked for, beside the answer's own. most: tokens of a draft. passes, proposed, accepted: counts.
-    note: why drafts were left out, if they were."""
+    """Drafts for one answer, and statistics of them.
+
+    Attributes:
+        prompt: Token ids to search, beside the answer's own.
+        max_draft: The most tokens of a draft.
+        passes: Decoder passes after prefill.
+        proposed: Tokens drafted.
+        accepted: Drafted tokens that were right.
+        note: Why drafting was left out, if it was.
+    """
 
     prompt: Sequence[int] = ()
-    most: int = MAX_DRAFT
+    max_draft: int = MAX_DRAFT
     passes: int = 0
     proposed: int = 0
     accepted: int = 0
     note: str = ""
 
-    def draft(self, ids: Sequence[int], most: int) -> list[int]:
-        """What may follow the answer so far: at most `most` tokens, [] if its end occurs nowhere before."""
-        most = min(most, self.most, MAX_DRAFT)
-        if most < 1:
+    def draft(self, ids: Sequence[int], limit: int) -> list[int]:
+        """Guess how the answer goes on.
+
+        Args:
+            ids: The answer so far.
+            limit: The most tokens to return.
+
+        Returns:
+            The tokens after the latest earlier occurrence of the last three tokens, else of the last two;
+            none if there is no such occurrence.
+        """
+        limit = min(limit, self.max_draft, MAX_DRAFT)
+        if limit < 1:
             return []
         history = [*self.prompt, *ids]
         for length in range(min(LONGEST_MATCH, len(history) - 1), SHORTEST_MATCH - 1, -1):
             end = history[-length:]
             for start in range(len(history) - length - 1, -1, -1):
                 if history[start : start + length] == end:
-                    return history[start + length : start + length + most]
+                    return history[start + length : start + length + limit]
         return []
 
     def count(self, proposed: int, accepted: int) -> None:
-        """Note what became of a draft."""
+        """Record a pass: how many tokens it verified, and how many were right."""
         self.passes += 1
         self.proposed += proposed
         self.accepted += accepted
 
     def counts(self) -> dict[str, int]:
-        """Passes, tokens proposed and tokens accepted so far, by name."""
+        """Return the numbers of passes, proposed and accepted tokens, by name."""
         return {"passes": self.passes, "proposed": self.proposed, "accepted": self.accepted}
 
 
 def accept_draft(
     chosen: Iterable[int], draft: Sequence[int], ids: list[int], ends: Callable[[int, int], bool]
 ) -> Generator[int, None, tuple[int, bool]]:
-    """Yield what was chosen, for as long as the draft foresaw it. Returns how many of the draft were right, and whether the answer ended.
+    """Accept a draft's tokens as long as they are those that the model chooses.
 
-    chosen: what follows the tokens before the draft, then each of the draft's; consumed one by one, after ids has grown. ends: (token, drafts
-    that were right before it) → whether nothing follows it.
+    Args:
+        chosen: The model's choice after the token before the draft, then after each token of the draft.
+            Consumed one by one, after `ids` has grown.
+        draft: Drafted tokens.
+        ids: The answer; accepted tokens are appended.
+        ends: (token, drafted tokens accepted before it) → whether the answer ends with it.
+
+    Yields:
+        The accepted tokens, then the model's choice in place of the first wrong one or after the last.
+
+    Returns:
+        How many drafted tokens were right, and whether the answer ended.
     """
-    right = 0
+    accepted = 0
     for token, guess in zip(chosen, [*draft, None]):
         ids.append(token)
         yield token
-        if ends(token, right):
-            return right, True
+        if ends(token, accepted):
+            return accepted, True
         if token != guess:
             break
-        right += 1
-    return right, False
+        accepted += 1
+    return accepted, False

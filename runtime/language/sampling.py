@@ -1,4 +1,4 @@
-"""Choosing the next token: greedy, or temperature, top-k, top-p and repetition penalty."""
+"""Choose the next token: greedily, or with temperature, top-k, top-p and a repetition penalty."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ from ppllava_edge.engines.errors import PromptError
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy. top_k 0 and top_p 1 keep every token. repetition_penalty 1 changes nothing. seed None: a new one each time."""
+    """How tokens are chosen. The default is greedy.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; higher values spread the choice.
+        top_p: Choose among the smallest set of tokens that holds this share of the probability; 1: all.
+        top_k: Choose among this many of the likeliest tokens; 0: all.
+        repetition_penalty: Above 1, tokens that occurred become less likely; 1: no change.
+        seed: Of the random numbers; None: another one for every answer.
+
+    Raises:
+        PromptError: For a value out of range.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -20,38 +31,40 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        checks = (
-            (self.temperature >= 0 and np.isfinite(self.temperature), "temperature must be 0 or more"),
-            (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
-            (self.top_k >= 0, "top_k must be 0 or more"),
-            (
-                self.repetition_penalty > 0 and np.isfinite(self.repetition_penalty),
-                "repetition_penalty must be above 0",
-            ),
-        )
-        for fine, message in checks:
-            if not fine:
-                raise PromptError(message)
+        if not (self.temperature >= 0 and np.isfinite(self.temperature)):
+            raise PromptError("temperature must be 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise PromptError("top_p must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise PromptError("top_k must be 0 or more")
+        if not (self.repetition_penalty > 0 and np.isfinite(self.repetition_penalty)):
+            raise PromptError("repetition_penalty must be above 0")
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is chosen, whatever came before."""
+        """Whether the likeliest token is chosen, regardless of earlier ones."""
         return self.temperature == 0 and self.repetition_penalty == 1
 
     def sampler(self) -> Sampler:
-        """Chooses the tokens of one answer."""
+        """Return a new sampler, for one answer."""
         return Sampler(self)
 
 
 class Sampler:
-    """Chooses tokens for one answer; owns its random numbers."""
+    """Chooses the tokens of one answer, with random numbers of its own.
+
+    Attributes:
+        sampling: The settings.
+        greedy: As Sampling.greedy.
+    """
 
     def __init__(self, sampling: Sampling):
-        self.sampling, self.greedy = sampling, sampling.greedy
+        self.sampling = sampling
+        self.greedy = sampling.greedy
         self._random = np.random.default_rng(sampling.seed)
 
     def __call__(self, logits: np.ndarray, ids: list[int]) -> int:
-        """Choose the next token from logits (V,) and the ids so far."""
+        """Choose the next token from logits (V,) and the ids of the answer so far."""
         s = self.sampling
         if s.repetition_penalty != 1 and ids:
             logits = penalise(logits, ids, s.repetition_penalty)
@@ -62,14 +75,31 @@ class Sampler:
 
 
 def penalise(logits: np.ndarray, ids: list[int], penalty: float) -> np.ndarray:
-    """Divide positive and multiply negative logits of tokens that occurred (Keskar et al., 2019)."""
-    logits, seen = logits.copy(), np.unique(ids)
+    """Lower the logits (V,) of tokens that occurred (Keskar et al., 2019).
+
+    Args:
+        logits: (V,), left unchanged.
+        ids: Tokens that occurred.
+        penalty: Divides positive logits and multiplies negative ones.
+    """
+    logits = logits.copy()
+    seen = np.unique(ids)
     logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
     return logits
 
 
 def probabilities(logits: np.ndarray, temperature: float, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
-    """(V,) float64, summing to 1: softmax at a temperature over the k likeliest tokens and the smallest set that holds top_p of the mass."""
+    """Compute the probabilities that sampling draws from.
+
+    Args:
+        logits: (V,).
+        temperature: Above 0.
+        top_k: Keep this many of the likeliest tokens; 0: all.
+        top_p: Of those, keep the smallest set that holds this share of the probability.
+
+    Returns:
+        (V,) float64, which sum to 1.
+    """
     scaled = logits.astype(np.float64) / temperature
     if 0 < top_k < len(scaled):
         scaled[scaled < np.partition(scaled, -top_k)[-top_k]] = -np.inf
@@ -77,7 +107,7 @@ def probabilities(logits: np.ndarray, temperature: float, top_k: int = 0, top_p:
     p /= p.sum()
     if top_p < 1:
         order = np.argsort(-scaled, kind="stable")
-        before = np.cumsum(p[order]) - p[order]
-        p[order[before >= top_p]] = 0
+        likelier = np.cumsum(p[order]) - p[order]  # probability of all tokens before each
+        p[order[likelier >= top_p]] = 0
         p /= p.sum()
     return p

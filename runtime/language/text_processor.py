@@ -1,4 +1,4 @@
-"""Text in and out: tokenizers, the prompt's pieces, and detokenisation that never prints half a character."""
+"""A bundle's tokenizers and prompt template: from questions to token ids, and back."""
 
 from __future__ import annotations
 
@@ -16,10 +16,20 @@ if TYPE_CHECKING:
 
 
 class TextProcessor:
-    """A bundle's tokenizers and prompt template."""
+    """Builds prompts for the decoder and ids for the question tower.
+
+    Args:
+        bundle: The bundle; its tokenizers load on first use.
+        template: A prompt template, or the name of one; None: the bundle's own.
+
+    Raises:
+        PromptError: If no template has this name.
+        BundleError: If the bundle was exported without tokenizers.
+    """
 
     def __init__(self, bundle: Bundle, template: str | PromptTemplate | None = None):
-        self.bundle, self.manifest = bundle, bundle.manifest
+        self.bundle = bundle
+        self.manifest = bundle.manifest
         if isinstance(template, str):
             if template not in TEMPLATES:
                 raise PromptError(f"prompt template {template!r} is unknown; choose {', '.join(TEMPLATES)}")
@@ -27,7 +37,8 @@ class TextProcessor:
         self.template = template or bundle.manifest.prompt
         if not bundle.manifest.tokenizer:
             raise BundleError(
-                f"{bundle.path} was exported with --no-tokenizer: it answers token ids only (through Pipeline)"
+                f"{bundle.path} was exported with --no-tokenizer: "
+                "it takes and gives token ids only (through Pipeline)"
             )
 
     @cached_property
@@ -43,47 +54,68 @@ class TextProcessor:
         return tokenizer
 
     def question_ids(self, question: str) -> tuple[np.ndarray, bool]:
-        """ids (1,L) int64 for the question tower, as upstream makes them, and whether the question had to be cut."""
+        """Tokenize a question for the question tower, as upstream does.
+
+        Returns:
+            Ids (1, L) int64, and whether the question was too long and had to be truncated.
+        """
         info = self.manifest.question
         assert info is not None
         ids = self.question_tokenizer.encode(question).ids
-        cut = len(ids) > info.length
-        if cut:
-            ids = [*ids[: info.length - 1], ids[-1]]  # the end token stays
+        truncated = len(ids) > info.length
+        if truncated:
+            ids = [*ids[: info.length - 1], ids[-1]]  # keep the end token
         if info.padded:
             ids = ids + [info.pad_id] * (info.length - len(ids))
-        return np.array([ids], np.int64), cut
+        return np.array([ids], np.int64), truncated
 
     def prompt_pieces(self, question: str) -> list[list[int]]:
-        """Token ids before, between and after the places of the visual tokens."""
-        prompt = self.template.question_prompt(question)
-        ids = self.tokenizer.encode(prompt).ids
+        """Tokenize the prompt for a question about one video or image.
+
+        Returns:
+            Token ids before the visual tokens, and token ids after them.
+
+        Raises:
+            BundleError: If the tokenizer doesn't give exactly one image token.
+        """
         pieces: list[list[int]] = [[]]
-        for i in ids:
+        for i in self.tokenizer.encode(self.template.question_prompt(question)).ids:
             if i == self.manifest.image_token:
                 pieces.append([])
             else:
                 pieces[-1].append(i)
         if len(pieces) != 2:
             raise BundleError(
-                f"the tokenizer of {self.bundle.path} gives {len(pieces) - 1} image places for a prompt with one; export it again"
+                f"the tokenizer of {self.bundle.path} gives {len(pieces) - 1} image tokens "
+                "for a prompt with one; export it again"
             )
         return pieces
 
     def follow_up_ids(self, question: str) -> list[int]:
-        """Token ids that a further question adds to a conversation. Raises BundleError if they hold an image place."""
-        ids: list[int] = self.tokenizer.encode(
-            self.template.follow_up(question), add_special_tokens=False
-        ).ids
+        """Tokenize a further question of a conversation.
+
+        Returns:
+            The token ids to append to the conversation.
+
+        Raises:
+            BundleError: If the tokenizer gives an image token.
+        """
+        text = self.template.follow_up(question)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         if self.manifest.image_token in ids:
             raise BundleError(
-                f"the tokenizer of {self.bundle.path} gives an image place for a question without one; export it again"
+                f"the tokenizer of {self.bundle.path} gives an image token "
+                "for a question without one; export it again"
             )
         return ids
 
 
 def clean_question(question: str) -> str:
-    """A question without image tags and outer white space. Raises PromptError if nothing is left."""
+    """Remove image tags and outer white space from a question.
+
+    Raises:
+        PromptError: If nothing is left.
+    """
     question = question.replace(IMAGE, " ").strip()
     if not question:
         raise PromptError("the question is empty")
@@ -91,6 +123,7 @@ def clean_question(question: str) -> str:
 
 
 def _load(bundle: Bundle, name: str) -> Any:
+    """Load a tokenizer file of a bundle."""
     from tokenizers import Tokenizer
 
     path = bundle.file(name)
