@@ -1,4 +1,4 @@
-"""Many videos, the same questions: answers as JSON Lines, resumed where they broke off."""
+"""Batches: the same questions about every video of a folder, answered into JSON Lines; resumable."""
 
 from __future__ import annotations
 
@@ -17,35 +17,21 @@ from ppllava_edge.runtime.media.pictures import IMAGE_SUFFIXES
 if TYPE_CHECKING:
     from ppllava_edge.runtime.video_qa import VideoQA
 
-VIDEO_SUFFIXES = {
-    ".mp4",
-    ".mkv",
-    ".webm",
-    ".mov",
-    ".avi",
-    ".ts",
-    ".m2ts",
-    ".mts",
-    ".mpg",
-    ".mpeg",
-    ".m4v",
-    ".wmv",
-    ".flv",
-    ".ogv",
-    ".3gp",
-    ".mxf",
-    ".y4m",
-    ".h264",
-    ".hevc",
-    ".apng",
-}
+VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".m4v"}
+VIDEO_SUFFIXES |= {".wmv", ".flv", ".ogv", ".3gp", ".mxf", ".y4m", ".h264", ".hevc", ".apng"}
 MAX_QUESTIONS = 10_000
 MAX_QUESTION_BYTES = 4 << 20
 
 
 @dataclass
 class BatchResult:
-    """Lines written now: answered, failed; skipped: lines that were there already."""
+    """Counts of (video, question) pairs.
+
+    Attributes:
+        answered: Answers written.
+        failed: Errors written.
+        skipped: Pairs that the output held already.
+    """
 
     answered: int = 0
     failed: int = 0
@@ -53,25 +39,42 @@ class BatchResult:
 
 
 def videos_below(folder: str | os.PathLike[str]) -> list[Path]:
-    """Videos, images and animations below a folder, in order of their paths; hidden ones aren't looked at. Raises MediaError if there are none."""
+    """Find videos, images and animations below a folder.
+
+    Returns:
+        Their paths, sorted; hidden files and folders are left out.
+
+    Raises:
+        MediaError: If there are none.
+    """
     root = Path(folder)
     if not root.is_dir():
         raise MediaError(f"{folder} is not a folder")
     suffixes = VIDEO_SUFFIXES | IMAGE_SUFFIXES
-    found = [
-        p
-        for p in root.rglob("*")
-        if p.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in p.relative_to(root).parts)
-        and p.is_file()
-    ]
-    if not found:
+
+    def is_hidden(path: Path) -> bool:
+        return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+    known = (path for path in root.rglob("*") if path.suffix.lower() in suffixes)
+    videos = [path for path in known if not is_hidden(path) and path.is_file()]
+    if not videos:
         raise MediaError(f"there are no videos below {folder} (known: {', '.join(sorted(suffixes))})")
-    return sorted(found, key=lambda p: p.relative_to(root).as_posix())
+    return sorted(videos, key=lambda path: path.relative_to(root).as_posix())
 
 
 def read_questions(source: str) -> list[str]:
-    """Questions, one a line, of a file; or the text itself if there is no such file. Raises PromptError or MediaError."""
+    """Read a file of questions.
+
+    Args:
+        source: A file with one question a line ("#" begins a comment); if there is no such file, a question.
+
+    Returns:
+        The questions, cleaned, without duplicates.
+
+    Raises:
+        MediaError: If the file can't be read, is too large, or holds no questions.
+        PromptError: For a question that can't be asked.
+    """
     path = Path(source)
     try:
         if not path.is_file():
@@ -85,13 +88,14 @@ def read_questions(source: str) -> list[str]:
         if error.strerror == "File name too long":
             return [clean_question(source)]
         raise MediaError(f"{source} can't be read: {error.strerror}") from None
-    questions = list(
-        dict.fromkeys(clean_question(line) for line in lines if line.strip() and not line.startswith("#"))
-    )
+    lines = [line for line in lines if line.strip() and not line.startswith("#")]
+    questions = list(dict.fromkeys(map(clean_question, lines)))
     if not questions:
-        raise MediaError(f"{source} holds no questions (one a line; lines that begin with # don't count)")
+        raise MediaError(f"{source} holds no questions (one a line; lines that begin with # are comments)")
     if len(questions) > MAX_QUESTIONS:
-        raise MediaError(f"{source} holds {len(questions)} questions; {MAX_QUESTIONS} is the most")
+        raise MediaError(
+            f"{source} holds {len(questions)} questions, which is more than {MAX_QUESTIONS}; split the file"
+        )
     return questions
 
 
@@ -104,37 +108,50 @@ def run_batch(
     asking: dict[str, Any] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> BatchResult:
-    """Ask every question about every video below a folder; append one JSON line per video and question to output, flushed to disk one by one.
+    """Ask every question about every video below a folder.
 
-    Pairs that have a line already are skipped, so a run that was killed goes on: no line twice, none lost. What fails becomes a line with "error".
-    opening, asking: arguments of VideoQA.open and Video.ask. progress: called with (video, pairs done, of how many).
-    Raises PPLLaVAError for an output that isn't such a file, or that another run writes to.
+    Every (video, question) pair becomes a line of JSON, synced to disk before the next. A video or a question
+    that fails becomes a line with "error". Pairs that have a line already are skipped, so a run that was killed
+    can be resumed: no line is lost or written twice.
+
+    Args:
+        qa: The model.
+        folder: Holds the videos.
+        questions: What to ask.
+        output: The JSON Lines file to append to.
+        opening, asking: Arguments of VideoQA.open and Video.ask.
+        progress: Called with (video, pairs done, pairs).
+
+    Returns:
+        How many pairs were answered, failed and skipped.
+
+    Raises:
+        MediaError: If there are no videos.
+        PPLLaVAError: If the output holds something else, another run writes to it, or the disk is full.
+        BusyError: If the engine's queue is full.
     """
     root, videos, result = Path(folder), videos_below(folder), BatchResult()
-    total, done = len(videos) * len(questions), 0
-    with _appending(Path(output)) as (file, there):
+    total = len(videos) * len(questions)
+    with _open_output(Path(output)) as (file, written):
         for path in videos:
             name = path.relative_to(root).as_posix()
-            missing = [q for q in questions if (name, q) not in there]
+            missing = [q for q in questions if (name, q) not in written]
             result.skipped += len(questions) - len(missing)
-            done += len(questions) - len(missing)
             for question, line in _answers(qa, path, missing, opening or {}, asking or {}):
                 _append(file, {"video": name, "question": question, **line})
-                failed = "error" in line
-                result.failed, result.answered, done = (
-                    result.failed + failed,
-                    result.answered + (not failed),
-                    done + 1,
-                )
+                if "error" in line:
+                    result.failed += 1
+                else:
+                    result.answered += 1
                 if progress:
-                    progress(name, done, total)
+                    progress(name, result.answered + result.failed + result.skipped, total)
     return result
 
 
 def _answers(
     qa: VideoQA, path: Path, questions: Sequence[str], opening: dict[str, Any], asking: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(question, what its line holds) for one video: errors are lines too."""
+    """The questions about one video, each with the content of its line: an answer or an error."""
     if not questions:
         return
     try:
@@ -156,17 +173,22 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _appending(path: Path) -> Iterator[tuple[IO[bytes], set[tuple[str, str]]]]:
-    """The output, locked and opened at its end, and the (video, question) pairs in it. A last line that was cut off is removed."""
+def _open_output(path: Path) -> Iterator[tuple[IO[bytes], set[tuple[str, str]]]]:
+    """Lock and open the output; remove a last line that was cut off.
+
+    Yields:
+        The file, at its end, and the (video, question) pairs in it.
+    """
     try:
         file = open(path, "a+b", buffering=0)  # noqa: SIM115  (closed below)
     except OSError as error:
         raise PPLLaVAError(f"can't write {path}: {error.strerror}") from None
     with file:
         _lock(file, path)
-        pairs, end = set[tuple[str, str]](), 0
-        with open(path, "rb") as there:
-            for number, line in enumerate(there, 1):
+        pairs = set[tuple[str, str]]()
+        end = 0
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
                 if not line.endswith(b"\n"):
                     break  # cut off by a crash
                 try:
@@ -174,7 +196,8 @@ def _appending(path: Path) -> Iterator[tuple[IO[bytes], set[tuple[str, str]]]]:
                     pairs.add((str(value["video"]), str(value["question"])))
                 except (ValueError, KeyError, TypeError):
                     raise PPLLaVAError(
-                        f"{path} line {number} is no answer of a batch; give another file with -o, or remove that line"
+                        f"{path} line {number} is no answer of a batch; "
+                        "choose another output, or remove that line"
                     ) from None
                 end += len(line)
         file.truncate(end)
@@ -191,12 +214,12 @@ def _lock(file: IO[bytes], path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise PPLLaVAError(
-            f"another run is writing to {path}; wait for it, or give another file with -o"
+            f"another run is writing to {path}; wait for it, or choose another output"
         ) from None
 
 
 def _append(file: IO[bytes], value: dict[str, Any]) -> None:
-    """One line, whole or not at all. Raises PPLLaVAError if the disk is full."""
+    """Append a line and sync it to disk; undo a partial write and raise PPLLaVAError if the disk is full."""
     end = file.seek(0, os.SEEK_END)
     line = json.dumps(value, ensure_ascii=False).encode() + b"\n"
     try:

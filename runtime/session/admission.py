@@ -1,7 +1,8 @@
-"""Who runs when: several questions, videos and cameras share one engine.
+"""Scheduling: several questions, videos and live views share one engine, first come, first served.
 
-Two queues, both first come, first served. Places: at most so many answers are under way at once (each has a KV cache), so many more may wait, the
-next is refused. Turns: under way, everybody takes the engine for one call (a batch of frames, one token) and queues again.
+Two semaphores (session/context.py). Admission bounds the answers under way, each of which has a KV cache; a
+bounded number of questions may queue, further ones are refused. The engine lock is held for one engine call
+(a batch of frames, a pooling, one token), so answers under way take turns, round robin.
 """
 
 from __future__ import annotations
@@ -16,73 +17,107 @@ from typing import TypeVar
 from ppllava_edge.engines.errors import BusyError
 
 T = TypeVar("T")
-CHECK_EVERY = 0.05  # seconds between looks at whether somebody who waits gave up
+POLL = 0.05  # seconds between checks whether a waiting thread was cancelled
 
 
 class FairSemaphore:
-    """A lock that is handed over in the order of asking; count of them may hold it at once.
+    """A counting semaphore with a FIFO queue: a released slot goes to the thread that has waited longest.
 
-    waiting: how many may queue, None for any number. what: for the message when there are more. Not re-entrant, but a thread that holds some
-    already is let in at once if own_first: it would wait for itself.
+    A plain threading.Semaphore wakes any waiter, and a thread that releases and acquires in a loop starves
+    the others. Not re-entrant, unless own_first is set.
+
+    Args:
+        count: Slots: how many may hold it at once.
+        waiting: How many may queue; None: any number.
+        what: What holds a slot, for the error when the queue is full.
+        own_first: Admit a thread that already holds a slot at once, even beyond count: it would wait for
+            itself.
     """
 
     def __init__(self, count: int = 1, waiting: int | None = None, what: str = "", own_first: bool = False):
         self.count, self.max_waiting, self.what, self.own_first = count, waiting, what, own_first
-        self._lock = (
-            threading.RLock()
-        )  # re-entrant: an abandoned stream may be collected, and release its place, anywhere
+        # Re-entrant: the garbage collector may close an abandoned stream, which releases its slot, anywhere.
+        self._lock = threading.RLock()
         self._held = 0
-        self._holders: Counter[int] = Counter()
-        self._queue: deque[tuple[threading.Lock, int]] = deque()
+        self._holders: Counter[int] = Counter()  # thread id → slots
+        self._queue: deque[tuple[threading.Lock, int]] = deque()  # a gate to wait at, thread id
 
     @property
     def waiting(self) -> int:
-        """How many queue now."""
+        """Threads in the queue."""
         return len(self._queue)
 
     @property
     def held(self) -> int:
-        """How many hold it now."""
+        """Slots that are taken."""
         return self._held
 
     def held_here(self) -> bool:
-        """Whether this thread holds it."""
+        """Whether the calling thread holds a slot."""
         return bool(self._holders[threading.get_ident()])
 
     def acquire(self, deadline: float | None = None, given_up: Callable[[], bool] | None = None) -> bool:
-        """Wait for a turn. deadline: of time.monotonic(). given_up: asked now and then. Returns whether it came; raises BusyError if the queue is full."""
-        me = threading.get_ident()
-        with self._lock:
-            if (self._held < self.count and not self._queue) or (self.own_first and self._holders[me]):
-                self._take(me)
+        """Wait for a slot.
+
+        Args:
+            deadline: By time.monotonic(); None: wait as long as it takes.
+            given_up: Polled while waiting; True ends the wait.
+
+        Returns:
+            Whether a slot was acquired.
+
+        Raises:
+            BusyError: If the queue is full.
+        """
+        thread = threading.get_ident()
+        gate = self._enter(thread)
+        if gate is None:
+            return True
+        try:
+            if self._wait(gate, deadline, given_up):
                 return True
+            return not self._leave(gate, thread)
+        except BaseException:  # Ctrl-C while waiting: give back a slot that was assigned meanwhile
+            if not self._leave(gate, thread):
+                self.release(thread)
+            raise
+
+    def _enter(self, thread: int) -> threading.Lock | None:
+        """Take a free slot, or queue. Returns the gate to wait at, None if a slot was taken."""
+        with self._lock:
+            is_free = self._held < self.count and not self._queue
+            if is_free or (self.own_first and self._holders[thread]):
+                self._take(thread)
+                return None
             if self.max_waiting is not None and len(self._queue) >= self.max_waiting:
                 raise BusyError(
-                    f"{len(self._queue)} {self.what} are waiting already, {self._held} under way; try again later"
+                    f"{len(self._queue)} {self.what} are waiting already, {self._held} under way; "
+                    "try again later"
                 )
             gate = threading.Lock()
             gate.acquire()
-            self._queue.append((gate, me))
-            self._hand_over()
-        try:
-            while True:
-                left = None if deadline is None else deadline - time.monotonic()
-                wait = -1.0 if left is None else max(left, 0.0)
-                if given_up is not None:
-                    wait = CHECK_EVERY if left is None else min(wait, CHECK_EVERY)
-                if gate.acquire(timeout=wait):
-                    return True
-                if (given_up is not None and given_up()) or (
-                    deadline is not None and time.monotonic() >= deadline
-                ):
-                    return not self._leave(gate, me)
-        except BaseException:  # Ctrl-C while waiting: nobody may be handed a turn that they don't take
-            if not self._leave(gate, me):
-                self.release(me)
-            raise
+            self._queue.append((gate, thread))
+            self._assign()
+            return gate
+
+    def _wait(
+        self, gate: threading.Lock, deadline: float | None, given_up: Callable[[], bool] | None
+    ) -> bool:
+        """Wait until the gate opens. Returns False at the deadline, or if given up."""
+        while True:
+            left = None if deadline is None else deadline - time.monotonic()
+            timeout = -1.0 if left is None else max(left, 0.0)  # -1: without limit
+            if given_up is not None:
+                timeout = POLL if left is None else min(timeout, POLL)
+            if gate.acquire(timeout=timeout):
+                return True
+            if given_up is not None and given_up():
+                return False
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
 
     def _leave(self, gate: threading.Lock, thread: int) -> bool:
-        """Leave the queue. Returns False if the turn was handed over at the last moment."""
+        """Leave the queue. Returns False if a slot was assigned at the last moment."""
         with self._lock:
             if (gate, thread) not in self._queue:
                 return False
@@ -94,19 +129,24 @@ class FairSemaphore:
         self._holders[thread] += 1
 
     def release(self, thread: int | None = None) -> None:
-        """Hand over to who has waited longest. thread: who acquired it, if not the caller."""
+        """Free a slot and assign it to the thread that has waited longest.
+
+        Args:
+            thread: Id of the thread that acquired it; None: the caller.
+        """
         with self._lock:
             thread = threading.get_ident() if thread is None else thread
             self._held -= 1
             self._holders[thread] -= 1
             if self._holders[thread] <= 0:
                 del self._holders[thread]
-            self._hand_over()
+            self._assign()
 
-    def _hand_over(self) -> None:
+    def _assign(self) -> None:
+        """Assign free slots to the head of the queue."""
         while self._queue and self._held < self.count:
-            gate, following = self._queue.popleft()
-            self._take(following)
+            gate, thread = self._queue.popleft()
+            self._take(thread)
             gate.release()
 
     def __enter__(self) -> FairSemaphore:
@@ -122,7 +162,13 @@ class FairSemaphore:
 def iterate_under_lock(
     items: Iterator[T], engine_lock: FairSemaphore, ended: Callable[[], bool]
 ) -> Iterator[T]:
-    """The items, each made in a turn of its own, until they end or `ended` says so."""
+    """Yield items, holding the lock while each is produced, and not in between.
+
+    Args:
+        items: Each step calls the engine.
+        engine_lock: Acquired for each step.
+        ended: Checked before each step; True ends the iteration.
+    """
     while not ended():
         with engine_lock:
             try:

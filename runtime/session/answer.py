@@ -1,34 +1,29 @@
-"""Answers, and the stream in which one comes: question → pooling → prefill → tokens."""
+"""Answers, their timings, and the options of generation."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
 from ppllava_edge.engines.errors import PromptError
 from ppllava_edge.runtime.language.sampling import Sampling
 
-if TYPE_CHECKING:
-    pass
-
 MAX_MOMENTS = 5
-STAGES = (
-    "queue",
-    "video_decode",
-    "vision",
-    "question",
-    "select",
-    "pooling",
-    "prefill",
-)  # before the first token
+# The timed stages up to the first token.
+STAGES = ("queue", "video_decode", "vision", "question", "select", "pooling", "prefill")
 
 
 class Moment(NamedTuple):
-    """When a frame is shown (seconds), and its share (0 to 1) of the attention that the question pays to the video."""
+    """A frame that the question attends to.
+
+    Attributes:
+        seconds: When the frame is shown.
+        share: Its share of the attention over the video, 0 to 1.
+    """
 
     seconds: float
     share: float
@@ -36,14 +31,27 @@ class Moment(NamedTuple):
 
 @dataclass
 class Answer:
-    """An answer and what it took.
+    """An answer, with timings and token counts.
 
-    text: the answer. finish: "stop" (the model ended it), "length" (max_new_tokens or the context's end), "stop string", "cancelled" or "timeout".
-    frame_indices, frame_times (seconds): the frames that were looked at. moments: those of them that the question attended to most, by share; empty
-    where pooling isn't guided, and of answers that were closed early. visual_tokens, text_tokens, new_tokens: counts.
-    timings: seconds for queue, video_decode, vision, question, select, pooling, prefill, first_token (all before the first token, together), generate
-    (after it); video_decode and vision are 0 for every question after a video's first. notes: what people should know. engine: which of the bundle's
-    ran. lookup: passes of the decoder after the first, tokens proposed and accepted, if it looked ahead.
+    Attributes:
+        question: The question, cleaned.
+        text: The answer.
+        model: The model's name.
+        finish: Why generation ended: "stop" (a stop token), "length" (max_new_tokens or the end of the
+            context), "stop string", "cancelled" or "timeout".
+        frame_indices: Numbers of the frames that the model saw.
+        frame_times: When they are shown, seconds.
+        visual_tokens: Tokens of the pooled video.
+        text_tokens: Tokens of the rest of the prompt.
+        new_tokens: Tokens of the answer.
+        timings: Seconds of each stage: queue, video_decode, vision, question, select, pooling, prefill; their
+            sum first_token; generate (after the first token). video_decode and vision are 0 from a video's
+            second question on.
+        notes: Warnings, such as a truncated question.
+        engine: Which of the bundle's engines ran.
+        lookup: With look_ahead: counts of decoder passes after the first, of drafted and of accepted tokens.
+        moments: The frames that the question attended to most, highest share first. Empty if pooling isn't
+            guided, or the answer was closed early.
     """
 
     question: str
@@ -63,22 +71,24 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated tokens per second, the first (it belongs to prefill) left out; 0 if there was only one."""
-        return (
-            (self.new_tokens - 1) / self.timings["generate"]
-            if self.new_tokens > 1 and self.timings["generate"] > 0
-            else 0.0
-        )
+        """Tokens per second after the first, which belongs to prefill; 0 if there are no others."""
+        seconds = self.timings["generate"]
+        return (self.new_tokens - 1) / seconds if self.new_tokens > 1 and seconds > 0 else 0.0
 
     @property
     def time_to_first_token(self) -> dict[str, float | None]:
-        """Seconds. first_ask: decoding and encoding the video included, None if this wasn't its first question; next_ask: without them."""
-        once = self.timings["video_decode"] + self.timings["vision"]
+        """Seconds to the first token.
+
+        Returns:
+            first_ask: With decoding and encoding the video; None if this wasn't its first question.
+            next_ask: Without them.
+        """
+        encoding = self.timings["video_decode"] + self.timings["vision"]
         first = self.timings["first_token"]
-        return {"first_ask": first if once else None, "next_ask": first - once}
+        return {"first_ask": first if encoding else None, "next_ask": first - encoding}
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The attributes and the derived figures, for JSON."""
         moments = [{"seconds": round(m.seconds, 3), "share": round(m.share, 4)} for m in self.moments]
         return {
             **vars(self),
@@ -92,7 +102,7 @@ class Answer:
 
 
 class AskOptions(TypedDict, total=False):
-    """What Video.ask takes beside the question, for calls that hand it on."""
+    """Keyword arguments of Video.ask, for functions that pass them on."""
 
     max_new_tokens: int
     sampling: Sampling | None
@@ -103,8 +113,19 @@ class AskOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How a question is to be answered. stop: texts that end the answer. look_ahead: verify guessed tokens several in a pass (runtime/lookup.py).
-    timeout: seconds after which the answer ends as it is ("timeout"); a question that is still waiting for its turn then raises BusyError."""
+    """How to generate an answer.
+
+    Attributes:
+        max_new_tokens: Tokens at most.
+        sampling: Temperature and the like; greedy by default.
+        stop: Texts that end the answer.
+        look_ahead: Draft tokens from the prompt and verify several in a pass (language/prompt_lookup.py).
+        timeout: Seconds after which generation stops with finish "timeout"; a question that still waits for
+            admission then raises BusyError. None: no limit.
+
+    Raises:
+        PromptError: For max_new_tokens below 1, or a timeout that isn't above 0.
+    """
 
     max_new_tokens: int = 256
     sampling: Sampling = field(default_factory=Sampling)
@@ -120,18 +141,36 @@ class GenerationOptions:
 
 
 def attended_moments(weights: np.ndarray, times: Sequence[float]) -> list[Moment]:
-    """weights (T,rows,columns) of the patches → the frames with more than their even share, the highest first, at most 5."""
+    """Find the frames that a question attends to.
+
+    Args:
+        weights: (T, rows, columns), pooling weights of the patches.
+        times: When the T frames are shown, seconds.
+
+    Returns:
+        The frames with more than an even share of the weights, highest share first, at most 5.
+    """
     shares = np.asarray(weights, np.float64).reshape(len(times), -1).sum(1)
     total = float(shares.sum())
     if not (np.isfinite(total) and total > 0):
         return []
     shares /= total
-    best = [i for i in np.argsort(-shares, kind="stable").tolist() if shares[i] > 1 / len(times)]
+    even_share = 1 / len(times)
+    best = [i for i in np.argsort(-shares, kind="stable").tolist() if shares[i] > even_share]
     return [Moment(float(times[i]), float(shares[i])) for i in best[:MAX_MOMENTS]]
 
 
 def record_elapsed(timings: dict[str, float], name: str, since: float) -> float:
-    """Note the seconds since then under a name; returns now."""
+    """Record the seconds since then.
+
+    Args:
+        timings: Takes the seconds.
+        name: Their key.
+        since: By time.perf_counter().
+
+    Returns:
+        The time now, as the start of the next stage.
+    """
     now = time.perf_counter()
     timings[name] = now - since
     return now

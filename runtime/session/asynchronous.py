@@ -1,30 +1,25 @@
-"""asyncio twins: the work goes on in threads, the event loop stays free."""
+"""asyncio: answers are generated in threads, so that the event loop stays free."""
 
 from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 from ppllava_edge.runtime.session.answer import Answer
 from ppllava_edge.runtime.session.answer_stream import AnswerStream
 
-_THREADS = 64  # that may wait for answers at once; the engine's queue decides who runs
+MAX_THREADS = 64  # answers generated or queued at once; admission decides which of them run
 
 
-class _Pool:
-    executor: ThreadPoolExecutor | None = None
-
-
+@cache
 def _executor() -> ThreadPoolExecutor:
-    """Threads of our own: asyncio's few would all be waiting in the queue."""
-    if _Pool.executor is None:
-        _Pool.executor = ThreadPoolExecutor(_THREADS, "ppllava-async")
-    return _Pool.executor
+    """Our own threads: queued answers would occupy all of asyncio's default ones."""
+    return ThreadPoolExecutor(MAX_THREADS, "ppllava-async")
 
 
 async def finished(stream: AnswerStream) -> Answer:
-    """Exhaust a stream in a thread. Cancelling closes it."""
-
+    """Exhaust a stream in a thread and return its answer. Cancelling the task closes the stream."""
     try:
         await asyncio.get_running_loop().run_in_executor(_executor(), stream.exhaust)
     except asyncio.CancelledError:
