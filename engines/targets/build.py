@@ -1,10 +1,9 @@
-"""ppllava-build: engines for one kind of machine, from a bundle's standard graphs."""
+"""Build an engine for one target from a bundle's standard graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,99 +16,139 @@ from ppllava_edge.engines.bundle.engine_manifest import (
 )
 from ppllava_edge.engines.libraries import import_onnxruntime, minor
 from ppllava_edge.engines.staging import staging_folder
+from ppllava_edge.engines.targets.progress import Progress, no_progress
 
+if TYPE_CHECKING:  # these need onnx, which machines that build nothing don't have
+    from ppllava_edge.engines.graphs.graph import Graph
+    from ppllava_edge.engines.targets.tensorrt_plan import Options
+
+TENSORRT_TARGETS = ("rtx", "orin", "orin-jp6")
 PIECE_BYTES = 1 << 30  # of a decoder's weights on the CPU: pieces are opened side by side
-Tell = Callable[[str, int, int], None]  # stage, done, of how many
 
 
-def build_onnxruntime(bundle: Bundle, target: str, tell: Tell = lambda stage, done, of: None) -> Engine:
-    """Write engines/<target> into a bundle: its graphs rewritten for ONNX Runtime. Weights are copied one by one.
+def build(
+    bundle: Bundle, target: str, options: Options | None = None, progress: Progress = no_progress
+) -> tuple[Engine, list[dict[str, Any]]]:
+    """Write engines/<target> into a bundle. Notes go to stderr.
 
-    target: cpu, cuda, or lowered (opset 20, for ONNX Runtime before 1.24). Written beside its place and renamed, so an engine is whole or not
-    there.
+    Args:
+        bundle: Its standard graphs are rewritten.
+        target: One of select.TARGETS.
+        options: Of a TensorRT build; None: the defaults.
+        progress: Called before each graph and at the end.
+
+    Returns:
+        The engine, and per file of a TensorRT build the fields of tensorrt_process.Built; no files otherwise.
+
+    Raises:
+        EngineError: If the target can't be built here.
+        OSError: If the bundle can't be written.
     """
-    place = engine_folder(bundle.path, target)
-    place.parent.mkdir(exist_ok=True)
-    with staging_folder(place) as work:
-        stages: dict[str, tuple[str, ...]] = {}
-        kv_dtype = bundle.manifest.decoder.kv_dtype
-        names = [
-            name.removesuffix(".onnx") for name in bundle.manifest.required_files() if name.endswith(".onnx")
-        ]
+    if target not in TENSORRT_TARGETS:
+        return build_onnxruntime(bundle, target, progress), []
+    from ppllava_edge.engines.targets.tensorrt import build_tensorrt
+    from ppllava_edge.engines.targets.tensorrt_plan import Options
+
+    engine, reports = build_tensorrt(
+        bundle, target, options or Options(), progress, lambda text: click.echo(f"note: {text}", err=True)
+    )
+    return engine, [asdict(report) for report in reports]
+
+
+def build_cpu(bundle: Bundle, progress: Progress = no_progress) -> Engine:
+    """Write engines/cpu, which export does by default."""
+    return build_onnxruntime(bundle, "cpu", progress)
+
+
+def build_onnxruntime(bundle: Bundle, target: str, progress: Progress = no_progress) -> Engine:
+    """Write engines/<target> into a bundle: its graphs, rewritten for ONNX Runtime.
+
+    Weights are copied one by one. The engine is written to a staging folder and renamed, so it is there whole
+    or not at all.
+
+    Args:
+        bundle: Its standard graphs are rewritten.
+        target: cpu, cuda, or lowered (opset 20, for ONNX Runtime before 1.24).
+        progress: Called before each graph and at the end.
+
+    Raises:
+        EngineError: If the bundle was written by another version.
+        OSError: If the bundle can't be written.
+    """
+    folder = engine_folder(bundle.path, target)
+    folder.parent.mkdir(exist_ok=True)
+    files = bundle.manifest.required_files()
+    names = [file.removesuffix(".onnx") for file in files if file.endswith(".onnx")]
+    stages: dict[str, tuple[str, ...]] = {}
+    kv_dtype = bundle.manifest.decoder.kv_dtype
+    with staging_folder(folder) as staging:
         for done, name in enumerate(names):
-            tell(name, done, len(names))
-            for stage, graphs in _rewritten(bundle, name, target).items():
-                files = [stage] if len(graphs) == 1 else [f"{stage}-{i}" for i in range(len(graphs))]
-                for file, g in zip(files, graphs):
-                    g.save(
-                        work / f"{file}.onnx", check=False
-                    )  # vendor operators are not known to the checker
+            progress(name, done, len(names))
+            for stage, graphs in _target_graphs(bundle, name, target).items():
+                pieces = [stage] if len(graphs) == 1 else [f"{stage}-{i}" for i in range(len(graphs))]
+                for piece, g in zip(pieces, graphs):
+                    g.save(staging / f"{piece}.onnx", check=False)  # onnx's checker rejects contrib operators
                     kv_dtype = _cache_type(g) or kv_dtype
-                stages[stage] = tuple(f"{file}.onnx" for file in files)
-        made_by = {} if target == "lowered" else {"onnxruntime": minor(str(import_onnxruntime().__version__))}
-        cache = "concatenated" if target == "lowered" else "in place"
+                stages[stage] = tuple(f"{piece}.onnx" for piece in pieces)
         engine = Engine(
-            place, target, fingerprint(bundle.manifest), made_by, kv_dtype, stages, {}, "onnxruntime", cache
+            folder=folder,
+            target=target,
+            bundle=fingerprint(bundle.manifest),
+            made_by={} if target == "lowered" else {"onnxruntime": _onnxruntime_version()},
+            kv_dtype=kv_dtype,
+            stages=stages,
+            files={},
+            library="onnxruntime",
+            cache="concatenated" if target == "lowered" else "in place",
         )
-        engine = write_engine(work, engine)
-    tell("all", len(names), len(names))
+        engine = write_engine(staging, engine)
+    progress("all", len(names), len(names))
     return engine
 
 
-def build_cpu(bundle: Bundle, tell: Tell = lambda stage, done, of: None) -> Engine:
-    """engines/cpu, which export writes by default."""
-    return build_onnxruntime(bundle, "cpu", tell)
-
-
-def _rewritten(bundle: Bundle, name: str, target: str) -> dict[str, list[Any]]:
-    """Stage → graphs (pieces of a large decoder) of a target, from one of the bundle's."""
-    from ppllava_edge.engines.graphs.decode_step import embedding_table
+def _target_graphs(bundle: Bundle, name: str, target: str) -> dict[str, list[Graph]]:
+    """Rewrite one of the bundle's graphs: stage → graphs, several for the pieces of a large decoder."""
     from ppllava_edge.engines.graphs.graph import Graph
     from ppllava_edge.engines.graphs.lower import lower
-    from ppllava_edge.engines.graphs.pieces import split
-    from ppllava_edge.engines.targets.onnxruntime_cpu import for_cpu
-    from ppllava_edge.engines.targets.onnxruntime_cuda import for_cuda, split_at_pooling_kernel
 
     g = Graph.read(bundle.file(f"{name}.onnx"))
     if target == "lowered":
         return {name: [lower(g)]}
-    if target == "cuda":
-        if name == "decoder":
-            return {name: [for_cuda(g, embedding_table(bundle, g.dtype))]}
-        around = split_at_pooling_kernel(g) if name == "pooling" else None
-        parts = {name: [for_cuda(g)]}
-        return parts | (
-            {"pooling-before": [for_cuda(around[0])], "pooling-after": [for_cuda(around[1])]}
-            if around
-            else {}
-        )
+    return _cuda_graphs(bundle, name, g) if target == "cuda" else _cpu_graphs(name, g)
+
+
+def _cuda_graphs(bundle: Bundle, name: str, g: Graph) -> dict[str, list[Graph]]:
+    from ppllava_edge.engines.graphs.decode_step import embedding_table
+    from ppllava_edge.engines.targets.onnxruntime_cuda import for_cuda, split_at_pooling_kernel
+
+    if name == "decoder":
+        return {name: [for_cuda(g, embedding_table(bundle, g.dtype))]}
+    around = split_at_pooling_kernel(g) if name == "pooling" else None
+    graphs = {name: [for_cuda(g)]}
+    if around is not None:
+        before, after = around
+        graphs["pooling-before"] = [for_cuda(before)]
+        graphs["pooling-after"] = [for_cuda(after)]
+    return graphs
+
+
+def _cpu_graphs(name: str, g: Graph) -> dict[str, list[Graph]]:
+    from ppllava_edge.engines.graphs.pieces import split
+    from ppllava_edge.engines.targets.onnxruntime_cpu import for_cpu
+
     g = for_cpu(g)
     if name != "decoder" or g.weight_bytes <= PIECE_BYTES:
         return {name: [g]}
     return {name: [piece.graph for piece in split(g, budget=PIECE_BYTES)]}
 
 
-def _cache_type(g: Any) -> str | None:
-    from ppllava_edge.engines.graphs.graph import TYPE_NAME
-
-    return next(
-        (TYPE_NAME[v.type.tensor_type.elem_type] for v in g.inputs if v.name.startswith("past.")), None
-    )
+def _onnxruntime_version() -> str:
+    return minor(str(import_onnxruntime().__version__))
 
 
-def build(
-    bundle: Bundle, target: str, options: Any = None, tell: Tell = lambda stage, done, of: None
-) -> tuple[Engine, list[dict[str, Any]]]:
-    """Write engines/<target>; notes go to stderr. options: tensorrt_target.Options. Returns the engine, and per file of a TensorRT build what
-    building it took.
+def _cache_type(g: Graph) -> str | None:
+    """The type of a decoder's KV cache; None for a graph without one."""
+    from ppllava_edge.engines.graphs.tensors import TYPE_NAME
 
-    Raises EngineError in one line if the target can't be built here.
-    """
-    if target not in ("rtx", "orin", "orin-jp6"):
-        return build_onnxruntime(bundle, target, tell), []
-    from ppllava_edge.engines.targets.tensorrt import Options, build_tensorrt
-
-    engine, made = build_tensorrt(
-        bundle, target, options or Options(), tell, lambda text: click.echo(f"note: {text}", err=True)
-    )
-    return engine, [asdict(one) for one in made]
+    past = (v for v in g.inputs if v.name.startswith("past."))
+    return next((TYPE_NAME[v.type.tensor_type.elem_type] for v in past), None)

@@ -1,9 +1,10 @@
-"""`ppllava-build --target orin | orin-jp6`: full TensorRT's place is taken by TensorRT-RTX, which parses and builds the same graphs here."""
+"""`ppllava-build --target orin | orin-jp6`, with TensorRT-RTX in place of full TensorRT."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from ppllava_edge.engines.bundle.packed import packed_bundle
 from ppllava_edge.engines.errors import EngineError
 from ppllava_edge.engines.machine import gpu_facts
 from ppllava_edge.engines.machine.gpu_facts import Gpu
-from ppllava_edge.engines.targets import tensorrt as tensorrt_target
-from ppllava_edge.engines.targets.tensorrt import Options, build_tensorrt
+from ppllava_edge.engines.targets import tensorrt_plan
+from ppllava_edge.engines.targets.tensorrt import build_tensorrt
+from ppllava_edge.engines.targets.tensorrt_plan import Options, plugin_form
 from ppllava_edge.engines.targets.tensorrt_worker import Job, build
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'ppllava-edge[rtx]'")
@@ -26,7 +28,7 @@ import tensorrt_rtx as _real
 __version__ = "{version}"
 
 class Builder(_real.Builder):
-    def create_builder_config(self):  # full TensorRT knows no compute capabilities: it builds for the GPU that is here
+    def create_builder_config(self):  # full TensorRT builds for the GPU of the machine
         config = super().create_builder_config()
         config.num_compute_capabilities = 1
         config.set_compute_capability(_real.ComputeCapability.SM89, 0)
@@ -36,40 +38,45 @@ class Builder(_real.Builder):
 
 @pytest.fixture
 def tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A module `tensorrt` of some version for the workers, and a GPU that only this process sees."""
+    """Installs a module `tensorrt` of some version for the workers, and a GPU that only this process sees."""
 
     def install(version: str) -> None:
-        (tmp_path / "modules" / "tensorrt").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "modules" / "tensorrt" / "__init__.py").write_text(MODULE.format(version=version))
+        package = tmp_path / "modules" / "tensorrt"
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "__init__.py").write_text(MODULE.format(version=version))
         monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
-        monkeypatch.setattr(
-            tensorrt_target, "installed_version", lambda library: version if library == "tensorrt" else ""
-        )
+        set_version(monkeypatch, version)
         monkeypatch.setattr(gpu_facts, "gpus", lambda: [Gpu("Orin", "8.7", 8 << 30, 4 << 30, 8, True)])
 
     return install
+
+
+def set_version(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    versions = {"tensorrt": version}
+    monkeypatch.setattr(tensorrt_plan, "installed_version", lambda library: versions.get(library, ""))
 
 
 def nano(tmp_path: Path) -> Bundle:
     return Bundle.open(shutil.copytree(packed_bundle(), tmp_path / "nano"))
 
 
-def built_for(engine: Engine, target: str, version: str) -> None:
+def assert_built_for(engine: Engine, target: str, version: str) -> None:
     assert (engine.target, engine.library, engine.made_by) == (target, "tensorrt", {"tensorrt": version})
-    assert engine.details["device"] == "Orin" and engine.details["capabilities"] == ["8.7"]
+    assert engine.details["device"] == "Orin"
+    assert engine.details["capabilities"] == ["8.7"]
 
 
 def test_orin(tmp_path: Path, tensorrt: Any) -> None:
     tensorrt("10.16.1")
     bundle = nano(tmp_path)
-    engine, made = build_tensorrt(
-        bundle, "orin", Options(plugin="none", workspace=64 << 20, piece_bytes=600_000)
-    )
-    built_for(engine, "orin", "10.16.1")
-    assert engine.cache == "in place" and len(engine.stages["decoder"]) > 1 and all(one.bytes for one in made)
-    assert (bundle.path / "engines" / ".orin.timing").stat().st_size > 0, (
-        "times of kernels are kept for the next build"
-    )
+    options = Options(plugin="none", workspace=64 << 20, piece_bytes=600_000)
+    engine, reports = build_tensorrt(bundle, "orin", options)
+    assert_built_for(engine, "orin", "10.16.1")
+    assert engine.cache == "in place"
+    assert len(engine.stages["decoder"]) > 1
+    assert all(report.bytes for report in reports)
+    timings = bundle.path / "engines" / ".orin.timing"
+    assert timings.stat().st_size > 0, "kernel timings are kept for the next build"
 
 
 def test_orin_on_jetpack_6(tmp_path: Path, tensorrt: Any) -> None:
@@ -78,11 +85,12 @@ def test_orin_on_jetpack_6(tmp_path: Path, tensorrt: Any) -> None:
     with pytest.raises(EngineError, match="use --target orin-jp6"):
         build_tensorrt(bundle, "orin", Options())
     engine, _ = build_tensorrt(bundle, "orin-jp6", Options(plugin="none", piece_bytes=600_000))
-    built_for(engine, "orin-jp6", "10.3.0")
-    assert engine.cache == "concatenated" and len(engine.stages["decoder"]) > 1
+    assert_built_for(engine, "orin-jp6", "10.3.0")
+    assert engine.cache == "concatenated"
+    assert len(engine.stages["decoder"]) > 1
 
 
-def test_without_a_gpu_there_is_nothing_to_build_for(
+def test_without_a_gpu_full_tensorrt_builds_nothing(
     tmp_path: Path, tensorrt: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensorrt("10.16.1")
@@ -91,25 +99,19 @@ def test_without_a_gpu_there_is_nothing_to_build_for(
         build_tensorrt(nano(tmp_path), "orin", Options())
 
 
-def test_which_form_the_plugin_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_target, "installed_version", lambda library: "10.3.0")
-    assert (
-        tensorrt_target._plugin("auto", "orin-jp6", "tensorrt") == "python"
-        and tensorrt_target._plugin("none", "orin", "tensorrt") == "none"
-    )
-    monkeypatch.setattr(tensorrt_target, "installed_version", lambda library: "10.16.1")
-    assert (
-        tensorrt_target._plugin("auto", "orin", "tensorrt") == "aot"
-        and tensorrt_target._plugin("auto", "rtx", "tensorrt_rtx") == "python"
-    )
+def test_form_of_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_version(monkeypatch, "10.3.0")
+    assert plugin_form("auto", "orin-jp6", "tensorrt") == "python"
+    assert plugin_form("none", "orin", "tensorrt") == "none"
+    set_version(monkeypatch, "10.16.1")
+    assert plugin_form("auto", "orin", "tensorrt") == "aot"
+    assert plugin_form("auto", "rtx", "tensorrt_rtx") == "python"
     with pytest.raises(EngineError, match="can't carry a kernel"):
-        tensorrt_target._plugin("aot", "rtx", "tensorrt_rtx")
+        plugin_form("aot", "rtx", "tensorrt_rtx")
 
 
 def test_a_library_that_gives_up(tmp_path: Path) -> None:
-    """What TensorRT said last is in the error; a build that ends without a plan is no engine."""
-    from types import SimpleNamespace
-
+    """The error has TensorRT's last message; a build that ends without a plan is no engine."""
     import tensorrt_rtx as real
 
     class Builder:
