@@ -140,7 +140,7 @@ def test_it_compiles_for_real() -> None:
 
 def test_the_check_that_runs_on_a_gpu(core: FakeCudaCore) -> None:
     """bench/gpu.py, over the doubles."""
-    from ppllava_edge.bench.gpu import frame_checks
+    from ppllava_edge.bench.gpu_report.kernel import frame_checks
 
     found = frame_checks(OnGpu, CudaDevice(FakeDriver()), runs=1)
     assert found["shapes"] == 5 and found["shapes_that_differ"] == 0 and found["microseconds_1080p"] > 0
