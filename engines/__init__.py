@@ -1,5 +1,5 @@
 """The bundle, and everything that opens or builds an engine from it.
 
-Export, calibration, runtime, bench and nano import this folder; it imports none of them. Its rooms, each importing
-only those to its right: cli > targets > graphs > plugins > backends > machine > bundle > (errors, terminal, libraries).
+Export, calibration, runtime, bench and nano import this folder; it imports none of them. A room imports only
+rooms to its right: cli > targets > graphs > plugins > backends > machine > bundle > the files in this folder.
 """

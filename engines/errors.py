@@ -1,12 +1,15 @@
-"""The errors that people see: one clear line each, and the exit status of the command line."""
+"""The errors that users see: one line each, with the exit status of the command line."""
 
 from __future__ import annotations
 
 
 class PPLLaVAError(Exception):
-    """Something the user gave can't be used. The message is one line: what is wrong, where, and what to do.
+    """Something that the user gave can't be used.
 
-    Command lines print it without a traceback and exit with exit_status.
+    The message is one line: what is wrong, where, and what to do. Commands print it without a traceback.
+
+    Attributes:
+        exit_status: The exit status of the command.
     """
 
     exit_status = 2
@@ -25,8 +28,8 @@ class PromptError(PPLLaVAError):
 
 
 class EngineError(PPLLaVAError):
-    """No engine can run this bundle here."""
+    """No engine can run this bundle on this machine."""
 
 
 class BusyError(PPLLaVAError):
-    """Too many questions wait already, or a place didn't come in time: try again later."""
+    """The queue of questions is full, or no slot became free in time: try again later."""

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX as Python modules: alike in everything that is used here."""
+"""The libraries that open engines, ONNX Runtime and TensorRT: importing them, and their versions."""
 
 from __future__ import annotations
 
@@ -8,42 +8,33 @@ from typing import Any
 
 from ppllava_edge.engines.errors import EngineError
 
-EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
+TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}  # of ppllava-edge, that install the library
 
 
 def import_library(name: str) -> Any:
-    """tensorrt or tensorrt_rtx, or one line that names the extra to install. Raises EngineError."""
+    """Import TensorRT or TensorRT-RTX; what is used here is alike in both.
+
+    Args:
+        name: "tensorrt" or "tensorrt_rtx".
+
+    Raises:
+        EngineError: It isn't installed; the message names the extra to install.
+    """
     try:
         return importlib.import_module(name)
     except (ImportError, OSError):
-        title = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}[name]
-        raise EngineError(f"{title} is not installed: pip install 'ppllava-edge[{EXTRA[name]}]'") from None
-
-
-def title(trt: Any) -> str:
-    """ "TensorRT 10.16.1" """
-    return f"{'TensorRT-RTX' if trt.__name__.endswith('rtx') else 'TensorRT'} {trt.__version__}"
-
-
-def installed_version(tool: str) -> str:
-    """Of a library that opens engines, "" if it isn't here. Doesn't load TensorRT."""
-    if tool == "onnxruntime":
-        return str(import_onnxruntime().__version__)
-    for name in (tool, tool.replace("_", "-"), f"{tool}_cu13", f"{tool}_cu12"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return ""
-
-
-def minor(version: str) -> str:
-    """ "1.31.1" → "1.31" """
-    return ".".join(version.split(".")[:2])
+        raise EngineError(
+            f"{TITLES[name]} is not installed: pip install 'ppllava-edge[{EXTRAS[name]}]'"
+        ) from None
 
 
 def import_onnxruntime() -> Any:
-    """The library, or one line that names the extra to install. Raises EngineError."""
+    """Import ONNX Runtime.
+
+    Raises:
+        EngineError: It isn't installed; the message names the extra to install.
+    """
     try:
         import onnxruntime
     except ImportError:
@@ -51,3 +42,33 @@ def import_onnxruntime() -> Any:
             "no engine is installed: pip install 'ppllava-edge[cpu]' (or [cuda] for an NVIDIA card)"
         ) from None
     return onnxruntime
+
+
+def installed_version(library: str) -> str:
+    """The installed version of a library, or "" if there is none. TensorRT isn't loaded.
+
+    Args:
+        library: "onnxruntime", "tensorrt" or "tensorrt_rtx".
+    """
+    if library == "onnxruntime":
+        try:
+            return str(import_onnxruntime().__version__)
+        except EngineError:
+            return ""
+    for package in (library, library.replace("_", "-"), f"{library}_cu13", f"{library}_cu12"):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def title(trt: Any) -> str:
+    """Name and version of an imported library, like "TensorRT 10.16.1"."""
+    name = "tensorrt_rtx" if trt.__name__.endswith("rtx") else "tensorrt"
+    return f"{TITLES[name]} {trt.__version__}"
+
+
+def minor(version: str) -> str:
+    """Major and minor version: "1.31.1" → "1.31"."""
+    return ".".join(version.split(".")[:2])

@@ -1,4 +1,4 @@
-"""What all command lines share: errors in one line, tables, progress on stderr."""
+"""Shared by all commands: grouped options, one-line errors, tables, and progress bars on stderr."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Command(click.Command):
             return super().invoke(ctx)
         except PPLLaVAError as error:
             fail(str(error), error.exit_status)
-        except BrokenPipeError:  # the reader of our output went away: nothing to say to it
+        except BrokenPipeError:  # the reader of the output is gone, as in `ppllava-info | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except KeyboardInterrupt:
@@ -73,31 +73,50 @@ class Command(click.Command):
 
 
 def fail(message: str, status: int = 2) -> None:
-    """Print one line and exit."""
+    """Print an error in one line on stderr and exit.
+
+    Args:
+        message: What is wrong, where, and what to do.
+        status: The exit status.
+    """
     click.echo("error: " + " ".join(message.split()), err=True)
     sys.exit(status)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], err: bool = False) -> None:
-    """Print a table; numbers are right-aligned."""
+    """Print a table. Columns of numbers are right-aligned.
+
+    Args:
+        title: The line above the table.
+        columns: Column headings.
+        rows: One value per column each.
+        err: Print to stderr.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    t = Table(title=escape(title), title_justify="left")
+    printed = Table(title=escape(title), title_justify="left")
     for i, column in enumerate(columns):
         numeric = bool(rows) and all(_is_number(row[i]) for row in rows)
-        t.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        printed.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        t.add_row(*(escape(str(cell)) for cell in row))  # 'ppllava-edge[cpu]' is no markup
-    Console(stderr=err, highlight=False).print(t)
+        printed.add_row(*(escape(str(cell)) for cell in row))  # 'ppllava-edge[cpu]' isn't markup
+    Console(stderr=err, highlight=False).print(printed)
 
 
 @contextlib.contextmanager
 def progress_steps(title: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A function (what, done, of how many) that draws a bar on stderr; silent when stderr is not a terminal."""
+    """Draw a progress bar on stderr, if stderr is a terminal.
+
+    Args:
+        title: Text before the bar.
+
+    Yields:
+        A function (what, done, total) that updates the bar.
+    """
     if not sys.stderr.isatty():
-        yield lambda what, done, of: None
+        yield lambda what, done, total: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -105,19 +124,22 @@ def progress_steps(title: str) -> Iterator[Callable[[str, int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda what, done, of: bar.update(
-            task, description=f"{title}: {what}", completed=done, total=of
-        )
+
+        def update(what: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{title}: {what}", completed=done, total=total)
+
+        yield update
 
 
 def _is_number(cell: object) -> bool:
-    return (
-        isinstance(cell, (int, float)) or str(cell).replace(",", "").replace(".", "").split(" ")[0].isdigit()
-    )
+    """Whether a cell is a number, or starts with one as "12.3 MB" does."""
+    if isinstance(cell, (int, float)):
+        return True
+    return str(cell).replace(",", "").replace(".", "").split(" ")[0].isdigit()
 
 
 def human_bytes(count: float) -> str:
-    """ "12.3 MB" """
+    """A size for people: 12300000 → "12.3 MB"."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -126,7 +148,14 @@ def human_bytes(count: float) -> str:
 
 
 def triple(name: str) -> Callable[[click.Context, click.Parameter, str | None], tuple[int, int, int] | None]:
-    """A click callback for options like --kernel 2,3,3."""
+    """Make the click callback of an option like --kernel 2,3,3.
+
+    Args:
+        name: The option, for messages.
+
+    Returns:
+        A callback that parses three whole numbers of 1 or more: frames, rows, columns.
+    """
 
     def parse(
         ctx: click.Context, parameter: click.Parameter, value: str | None
