@@ -110,7 +110,7 @@ def main(
         import onnx  # noqa: F401
     except ImportError:
         fail("building needs the package onnx: pip install 'ppllava-edge[export]'")
-    from ppllava_edge.engines.targets.tensorrt import Options
+    from ppllava_edge.engines.targets.tensorrt_plan import Options
 
     options = Options(capacity=capacity, frames=frames, plugin=plugin, decoder_profiles=profiles, level=level)
     if capability:
