@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from helpers import upstream_samplers
 from helpers.commands import GOLDEN
 from ppllava_edge.engines.bundle.manifest import Preprocessing
 from ppllava_edge.engines.bundle.prompt_template import MVBENCH_SYSTEM, TEMPLATES, PromptTemplate
@@ -46,7 +47,7 @@ def test_sample_indices(case: dict[str, Any]) -> None:
         if segments > 0
         else case["assigned_frame"]
         if segments == 0
-        else frames.frames_for_duration(-segments, duration)
+        else upstream_samplers.frames_for_duration(-segments, duration)
     )
     assert (
         frames.sample_indices(case["n_frames_total"], case["fps"], wanted, bound, case["first_idx"])
@@ -58,19 +59,19 @@ def test_sample_indices(case: dict[str, Any]) -> None:
 def test_centred_indices(case: dict[str, Any]) -> None:
     if isinstance(case["indices"], str):
         with pytest.raises(ZeroDivisionError):
-            frames.centred_indices(case["total"], case["desired"])
+            upstream_samplers.centred_indices(case["total"], case["desired"])
     else:
-        assert frames.centred_indices(case["total"], case["desired"]) == case["indices"]
+        assert upstream_samplers.centred_indices(case["total"], case["desired"]) == case["indices"]
 
 
 @pytest.mark.parametrize("case", [c for c in INDICES["get_frame_indices"] if c["sample"] != "start"], ids=str)
 def test_indices_of_the_training_sampler(case: dict[str, Any]) -> None:
     if case["sample"] == "middle":
-        assert frames.middle_indices(case["num_frames"], case["vlen"]) == case["indices"]
+        assert upstream_samplers.middle_indices(case["num_frames"], case["vlen"]) == case["indices"]
     else:
         rate = float(case["sample"].removeprefix("fps"))
         assert (
-            frames.indices_at_rate(rate, case["vlen"], case["input_fps"], case["max_num_frames"])
+            upstream_samplers.indices_at_rate(rate, case["vlen"], case["input_fps"], case["max_num_frames"])
             == case["indices"]
         )
 

@@ -1,4 +1,4 @@
-"""Any-resolution images: one view of the whole image plus a grid of crops, as LLaVA-NeXT does."""
+"""Any-resolution images: a view of the whole image plus a grid of crops, as LLaVA-NeXT does."""
 
 from __future__ import annotations
 
@@ -8,20 +8,40 @@ import numpy as np
 
 
 def best_resolution(size: tuple[int, int], grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (height, width) of the grids that keeps most of an image of size (height, width) and wastes least."""
+    """Choose the grid that keeps most of an image's pixels, and of those the one that wastes least.
+
+    Args:
+        size: Height and width of the image.
+        grids: The choices, (height, width) in pixels.
+
+    Returns:
+        Height and width of the chosen grid.
+    """
     height, width = size
-    best, best_effective, least_waste = grids[0], 0, float("inf")
+    best = grids[0]
+    most_kept = 0
+    least_wasted = float("inf")
     for grid_height, grid_width in grids:
         scale = min(grid_width / width, grid_height / height)
-        effective = min(int(width * scale) * int(height * scale), width * height)
-        waste = grid_width * grid_height - effective
-        if effective > best_effective or (effective == best_effective and waste < least_waste):
-            best, best_effective, least_waste = (grid_height, grid_width), effective, waste
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        wasted = grid_width * grid_height - kept
+        if kept > most_kept or (kept == most_kept and wasted < least_wasted):
+            best = grid_height, grid_width
+            most_kept = kept
+            least_wasted = wasted
     return best
 
 
 def unpad(tokens: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """tokens (rows, columns, D) over an image that was padded to their aspect → without the padding. size: (height, width) of the image."""
+    """Remove the tokens of letterbox margins.
+
+    Args:
+        tokens: (rows, columns, D), of an image that was padded to their aspect.
+        size: Height and width of the image before.
+
+    Returns:
+        (fewer rows, columns, D) or (rows, fewer columns, D).
+    """
     height, width = size
     rows, columns = tokens.shape[:2]
     if width / height > columns / rows:
@@ -39,17 +59,31 @@ def assemble(
     tile: int,
     newline: np.ndarray,
 ) -> np.ndarray:
-    """tiles (1+n, rows*columns, D) → (N,D): tile 0, then the crops laid out, unpadded, a newline vector after every row."""
+    """Put the tokens of an image's tiles in order.
+
+    Args:
+        tiles: (1+n, rows*columns, D): the whole image, then its n crops row by row.
+        grid: Rows and columns of tokens in one tile.
+        size: Height and width of the image, pixels.
+        grids: The choices of crops, as `best_resolution` takes them.
+        tile: Side of a tile, pixels.
+        newline: (D,), a vector to put after every row of the crops.
+
+    Returns:
+        (N, D): the whole image, then the crops as one picture without margins.
+
+    Raises:
+        ValueError: If the image makes another number of crops.
+    """
     best_height, best_width = best_resolution(size, grids)
-    down, across, (rows, columns), depth = best_height // tile, best_width // tile, grid, tiles.shape[-1]
+    down, across = best_height // tile, best_width // tile
+    rows, columns = grid
+    depth = tiles.shape[-1]
     if down * across != len(tiles) - 1:
         raise ValueError(f"an image of {size} makes {down}x{across} crops, not {len(tiles) - 1}")
-    crops = (
-        tiles[1:]
-        .reshape(down, across, rows, columns, depth)
-        .transpose(0, 2, 1, 3, 4)
-        .reshape(down * rows, across * columns, depth)
-    )
-    crops = unpad(crops, size)
-    lines = np.concatenate([crops, np.broadcast_to(newline, (len(crops), 1, depth))], axis=1)
+    crops = tiles[1:].reshape(down, across, rows, columns, depth)
+    picture = crops.transpose(0, 2, 1, 3, 4).reshape(down * rows, across * columns, depth)
+    picture = unpad(picture, size)
+    newlines = np.broadcast_to(newline, (len(picture), 1, depth))
+    lines = np.concatenate([picture, newlines], axis=1)
     return np.concatenate([tiles[0], lines.reshape(-1, depth)])

@@ -1,8 +1,9 @@
-"""Encoded videos on disk, so that a restart answers without opening the video decoder.
+"""Encoded videos on disk, so that a restarted process answers without decoding and encoding a video again.
 
-One safetensors file per video, bundle, engine and way of sampling, below the user's cache folder. A file is written beside its place, checked by size and
-checksum when it is read, and removed when the cache grows beyond its limit, the longest unused first. Several processes may share it: nothing is
-ever changed in place, and whatever another one removed is simply not there.
+There is one safetensors file per video, bundle, engine and choice of frames, in the user's cache folder.
+When the files exceed the size limit, those unused for longest are removed. Several processes may share the
+folder: a file is written under a temporary name and renamed, never changed afterwards, checked by checksum
+when it is read, and may vanish at any time.
 """
 
 from __future__ import annotations
@@ -26,46 +27,70 @@ from ppllava_edge.engines.bundle.integrity import cache_folder
 from ppllava_edge.engines.errors import MediaError
 
 log = logging.getLogger(__name__)
-LIMIT = 4 << 30  # bytes, unless told otherwise
-EDGE = 1 << 20  # bytes hashed at a file's beginning and at its end
-STALE_PART = 3600  # seconds after which a file that was never finished is removed
+DEFAULT_LIMIT = 4 << 30  # bytes
+HASHED_EDGE = 1 << 20  # bytes at the beginning and the end of a file that its hash covers
+STALE_SECONDS = 3600  # age at which an unfinished file of another process is removed
 SUFFIX = ".features"
 FORMAT = "1"
 
 
 @dataclass
 class CachedVideo:
-    """arrays: "features" or "states" and "features", as encoded. facts: what else is known of the video, for JSON."""
+    """An encoded video, as it is stored.
+
+    Attributes:
+        arrays: "features", or "states" and "features", as the pipeline encodes them.
+        facts: Everything else that is known of the video, as JSON.
+    """
 
     arrays: dict[str, np.ndarray]
     facts: dict[str, Any]
 
 
 def content_hash(source: str | os.PathLike[str]) -> str:
-    """Of a file's size, first and last megabyte; of a folder's names, sizes and times. Hours of video cost nothing. Raises MediaError."""
-    path, digest = Path(source), hashlib.sha256()
+    """Hash a file or a folder in the same short time, however long the video is.
+
+    Args:
+        source: The path.
+
+    Returns:
+        SHA-256 in hex: of a file's size, first and last megabyte; of the names, sizes and times of a
+        folder's files.
+
+    Raises:
+        MediaError: If it can't be read.
+    """
+    path = Path(source)
     try:
-        if path.is_dir():
-            for entry in sorted(path.iterdir()):
-                s = entry.stat()
-                digest.update(f"{entry.name}\0{s.st_size}\0{s.st_mtime_ns}\0".encode())
-            return digest.hexdigest()
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest.update(f"{size}\0".encode())
-            digest.update(file.read(EDGE))
-            if size > EDGE:
-                file.seek(max(size - EDGE, EDGE))
-                digest.update(file.read(EDGE))
+        return _folder_hash(path) if path.is_dir() else _file_hash(path)
     except FileNotFoundError:
         raise MediaError(f"no such file: {source}") from None
     except OSError as error:
         raise MediaError(f"{source} can't be read: {error.strerror}") from None
+
+
+def _folder_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for entry in sorted(folder.iterdir()):
+        s = entry.stat()
+        digest.update(f"{entry.name}\0{s.st_size}\0{s.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(f"{size}\0".encode())
+        digest.update(file.read(HASHED_EDGE))
+        if size > HASHED_EDGE:
+            file.seek(max(size - HASHED_EDGE, HASHED_EDGE))
+            digest.update(file.read(HASHED_EDGE))
     return digest.hexdigest()
 
 
 def bundle_hash(bundle: Bundle) -> str:
-    """Of every file's hash in the manifest, and of how frames are prepared."""
+    """Hash what features depend on in a bundle: its files, and how frames are preprocessed and encoded."""
     m = bundle.manifest
     parts = {
         "files": {name: entry.sha256 for name, entry in m.files.items()},
@@ -76,31 +101,36 @@ def bundle_hash(bundle: Bundle) -> str:
 
 
 class FeatureCache:
-    """folder: default ~/.cache/ppllava-edge/features. limit: bytes of all files together.
+    """A folder of encoded videos with a size limit.
 
-    No call raises for a fault of the disk (full, read-only, damaged files): a cache that can't be used costs time, nothing else, and logs why.
+    No method raises for a fault of the disk (full, read-only, damaged files): it logs the reason, and the
+    video is encoded as if there were no cache.
+
+    Args:
+        folder: Default: ~/.cache/ppllava-edge/features.
+        limit: Bytes of all files together.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None = None, limit: int = LIMIT):
-        self.folder, self.limit = Path(folder) if folder is not None else cache_folder() / "features", limit
+    def __init__(self, folder: str | os.PathLike[str] | None = None, limit: int = DEFAULT_LIMIT):
+        self.folder = Path(folder) if folder is not None else cache_folder() / "features"
+        self.limit = limit
 
     def path(self, *key: object) -> Path:
-        """Where what this key stands for is kept."""
-        return self.folder / (
-            hashlib.sha256(json.dumps([FORMAT, *map(str, key)]).encode()).hexdigest() + SUFFIX
-        )
+        """Return the file of a key, whether it exists or not."""
+        digest = hashlib.sha256(json.dumps([FORMAT, *map(str, key)]).encode()).hexdigest()
+        return self.folder / (digest + SUFFIX)
 
     def load(self, *key: object) -> CachedVideo | None:
-        """What was stored under a key, None if nothing (whole) was. A damaged file is removed."""
-        from safetensors import SafetensorError, safe_open
+        """Read the video of a key.
+
+        Returns:
+            The video; None if it isn't stored. A damaged file is removed and counts as not stored.
+        """
+        from safetensors import SafetensorError
 
         path = self.path(*key)
         try:
-            with safe_open(path, "np") as file:
-                facts = json.loads(file.metadata()["facts"])
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-                if json.loads(file.metadata()["checksums"]) != _checksums(file.metadata()["facts"], arrays):
-                    raise ValueError("its checksum is wrong")
+            video = _read(path)
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -108,47 +138,45 @@ class FeatureCache:
             _remove(path)
             return None
         with contextlib.suppress(OSError):
-            os.utime(path)  # used now
-        return CachedVideo(arrays, facts)
+            os.utime(path)  # the modification time says when a file was last used
+        return video
 
     def store(self, video: CachedVideo, *key: object) -> bool:
-        """Keep it, and make room. Returns whether it was kept."""
-        from safetensors.numpy import save_file
+        """Write a video under a key, and make room for it.
 
+        Returns:
+            Whether it was stored.
+        """
         size = sum(array.nbytes for array in video.arrays.values())
         if size > self.limit:
             log.info("features of %d bytes are not cached: the limit is %d", size, self.limit)
             return False
         path = self.path(*key)
-        part = path.with_name(f".{path.stem}.{os.getpid()}.{time.monotonic_ns()}.part")
+        unfinished = path.with_name(f".{path.stem}.{os.getpid()}.{time.monotonic_ns()}.part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(size)
-            arrays = {name: np.ascontiguousarray(array) for name, array in video.arrays.items()}
-            facts = json.dumps(video.facts)
-            save_file(
-                arrays, part, metadata={"facts": facts, "checksums": json.dumps(_checksums(facts, arrays))}
-            )
-            part.replace(path)
+            _write(video, unfinished)
+            unfinished.replace(path)
         except Exception as error:  # safetensors reports a full disk with an exception of its own
             log.warning("features could not be cached in %s: %s", self.folder, error)
             return False
         finally:
-            _remove(part)
+            _remove(unfinished)
         return True
 
-    def _make_room(self, wanted: int) -> None:
-        """Remove the longest unused until `wanted` bytes more fit, and parts that crashed processes left."""
+    def _make_room(self, size: int) -> None:
+        """Remove files until `size` more bytes fit, unused for longest first, and stale unfinished files."""
         files = sorted(self._files(), key=lambda item: item[1].st_mtime)
         total = sum(s.st_size for _, s in files)
         for path, s in files:
-            if total + wanted <= self.limit:
+            if total + size <= self.limit:
                 break
             _remove(path)
             total -= s.st_size
         for path in self.folder.glob(".*.part"):
             with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > STALE_PART:
+                if time.time() - path.stat().st_mtime > STALE_SECONDS:
                     _remove(path)
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
@@ -157,12 +185,36 @@ class FeatureCache:
                 yield path, path.stat()
 
 
+def _read(path: Path) -> CachedVideo:
+    """Read a file and check its checksums."""
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+        facts = json.loads(metadata["facts"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        if json.loads(metadata["checksums"]) != _checksums(metadata["facts"], arrays):
+            raise ValueError("its checksum is wrong")
+    return CachedVideo(arrays, facts)
+
+
+def _write(video: CachedVideo, path: Path) -> None:
+    """Write arrays, facts and checksums to one file."""
+    from safetensors.numpy import save_file
+
+    arrays = {name: np.ascontiguousarray(array) for name, array in video.arrays.items()}
+    facts = json.dumps(video.facts)
+    checksums = json.dumps(_checksums(facts, arrays))
+    save_file(arrays, path, metadata={"facts": facts, "checksums": checksums})
+
+
 def _checksums(facts: str, arrays: dict[str, np.ndarray]) -> dict[str, int]:
-    found = {
+    """CRC-32 of every array by name, and of the facts under ""."""
+    checksums = {
         name: zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         for name, array in arrays.items()
     }
-    return {**found, "": zlib.crc32(facts.encode())}
+    return {**checksums, "": zlib.crc32(facts.encode())}
 
 
 def _remove(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the model is to see of a source: how many frames, from when to when, chosen how."""
+"""The caller's options for frames: how many, from when to when, chosen how, and how many visual tokens."""
 
 from __future__ import annotations
 
@@ -16,9 +16,20 @@ SELECTIONS = ("uniform", "guided")
 
 @dataclass(frozen=True)
 class FrameOptions:
-    """frames: how many the model sees; None: its default; "auto": more for longer videos. start, end: seconds. tokens: most visual tokens, None:
-    what the model's windows give (with "auto": as many as its default frames give). select: "uniform", or "guided": the question picks the frames out of
-    `candidates` that are encoded.
+    """Which frames of a source the model sees. The repr is part of the feature cache's key.
+
+    Attributes:
+        frames: How many; None: the model's default; "auto": more for longer videos.
+        start: Seconds; None: the source's beginning.
+        end: Seconds; None: the source's end.
+        tokens: The most visual tokens; None: as many as the model's pooling windows give, and with
+            frames="auto" as many as they give for the default number of frames.
+        select: "uniform" (evenly spaced frames), or "guided": `candidates` frames are encoded, and the
+            question chooses among them.
+        candidates: How many frames guided selection encodes.
+
+    Raises:
+        MediaError: For a value out of range.
     """
 
     frames: int | str | None = None
@@ -39,37 +50,57 @@ class FrameOptions:
             raise MediaError(f"--tokens must be 1 or more, not {self.tokens}")
 
     def count(self, m: Manifest, reader: FrameReader) -> int:
-        """How many frames the model sees of this source. Raises MediaError for more than its temporal adapter knows."""
+        """Decide how many frames of a source the model sees.
+
+        Raises:
+            MediaError: For more frames than its temporal adapter supports.
+        """
         if self.frames == "auto":
-            start, end = (
-                self.start or 0.0,
-                reader.duration if self.end is None else min(self.end, reader.duration),
-            )
-            step = m.pooling.video.min_frames() if m.pooling.windowed and m.pooling.video.kernel else 1
-            return frames_for_length(
-                max(end - start, 0.0), m.vision.default_frames, m.vision.max_frames, step
-            )
+            return self._auto_count(m, reader.duration)
         count = m.vision.default_frames if self.frames is None else int(self.frames)
         check_clip_length(m, count)
         return count
 
+    def _auto_count(self, m: Manifest, duration: float) -> int:
+        """How many frames frames="auto" takes of a source of so many seconds."""
+        start = self.start or 0.0
+        end = duration if self.end is None else min(self.end, duration)
+        windowed = m.pooling.windowed and m.pooling.video.kernel
+        step = m.pooling.video.min_frames() if windowed else 1
+        return frames_for_length(max(end - start, 0.0), m.vision.default_frames, m.vision.max_frames, step)
+
     def windows(self, m: Manifest, frames: int) -> Windows | None:
-        """Pooling windows that keep within the token budget; None: the model's own."""
-        tokens = self.tokens
-        if tokens is None and self.frames != "auto":
+        """Choose pooling windows that keep within the token budget.
+
+        Args:
+            m: The model.
+            frames: How many frames it sees.
+
+        Returns:
+            The windows; None: the model's own.
+
+        Raises:
+            MediaError: If `tokens` is set and the model pools without windows.
+        """
+        if self.tokens is None and self.frames != "auto":
             return None
         if not m.pooling.windowed:
             if self.tokens is None:
                 return None
             raise MediaError(f"--tokens needs windowed pooling; {m.name} pools with {m.pooling.method}")
+        tokens = self.tokens
         if tokens is None:
-            output = m.pooling.video.resolve((m.vision.default_frames, *m.vision.grid))[0]
-            tokens = output[0] * output[1] * output[2]
+            shape = m.pooling.video.resolve((m.vision.default_frames, *m.vision.grid))[0]
+            tokens = shape[0] * shape[1] * shape[2]
         return within_budget(m.pooling.video, (frames, *m.vision.grid), tokens)
 
 
 def check_clip_length(manifest: Manifest, frames: int) -> None:
-    """Raise MediaError if a clip of `frames` frames is longer than the model's temporal adapter knows."""
+    """Refuse clips of more frames than the model's temporal adapter supports.
+
+    Raises:
+        MediaError: For too many frames.
+    """
     limit = manifest.vision.max_frames
     if limit is not None and frames > limit:
         raise MediaError(

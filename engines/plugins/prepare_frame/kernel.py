@@ -22,6 +22,7 @@ from ppllava_edge.engines.backends.device_memory import Buffer
 from ppllava_edge.engines.bundle.manifest import Preprocessing
 from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.engines.plugins.compiling import compile_source, open_device
+from ppllava_edge.engines.plugins.prepare_frame.letterbox import letterbox
 from ppllava_edge.engines.plugins.weighted_pool.kernel import HEADER, import_cuda_core
 
 FOLDER = Path(__file__).parent
@@ -129,15 +130,11 @@ class FramePreparer:
         return pixels, canvas
 
     def _fit(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], side: int) -> Buffer:
-        """Aspect kept, centred on black (runtime/preprocess.py, _fit); a canvas that is one short is stretched."""
-        height, width = shape[:2]
-        if width > height:
-            new = min(math.ceil(height * (side / width)), side), side
-        else:
-            new = side, min(math.ceil(width * (side / height)), side)
-        top, left = (side - new[0]) // 2, (side - new[1]) // 2
-        canvas = self.gpu.zeros((new[0] + 2 * top, new[1] + 2 * left, 3), np.uint8)
-        self._resize(address, shape, strides, canvas, new, top, left)
+        """Resize with the aspect kept, centred on black; stretch a canvas that is one pixel short."""
+        fitted = letterbox(*shape[:2], side, side)
+        canvas = self.gpu.zeros((*fitted.canvas, 3), np.uint8)
+        size = fitted.height, fitted.width
+        self._resize(address, shape, strides, canvas, size, fitted.top, fitted.left)
         if canvas.shape == (side, side, 3):
             return canvas
         stretched = self.gpu.empty((side, side, 3), np.uint8)
