@@ -80,7 +80,8 @@ def check_graphs(bundle: Bundle) -> None:
 
 def _fit(bundle: Bundle, text: str, as_json: bool) -> None:
     """Prediction and advice for a bundle that is there."""
-    from ppllava_edge.engines.machine.estimate import estimate, parse_size, shape_of, suggest
+    from ppllava_edge.engines.machine.estimate import estimate, parse_size, suggest
+    from ppllava_edge.engines.machine.model_shape import shape_of
 
     limit = parse_size(text)
     try:

@@ -1,4 +1,4 @@
-"""What GPUs are here, asked of the driver itself: no library beyond it is needed, and none is loaded."""
+"""The GPUs of this machine, from the CUDA driver itself: no other library is needed or loaded."""
 
 from __future__ import annotations
 
@@ -6,12 +6,25 @@ import ctypes
 from dataclasses import dataclass
 from typing import Any
 
-_MAJOR, _MINOR, _INTEGRATED, _PROCESSORS, _CLOCK, _BUS = 75, 76, 18, 16, 36, 37  # CUdevice_attribute
+# CUdevice_attribute
+_CAPABILITY_MAJOR = 75
+_CAPABILITY_MINOR = 76
+_INTEGRATED = 18
+_MULTIPROCESSORS = 16
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. capability: "8.7". memory, free: bytes (free: None where nobody could say). integrated: shares the system's memory (Jetson)."""
+    """One GPU.
+
+    Attributes:
+        name: Its product name.
+        capability: Its compute capability, like "8.7".
+        memory: Total memory, bytes.
+        free: Free memory, bytes; None if unknown.
+        processors: Number of streaming multiprocessors.
+        integrated: Whether it shares the system's memory, as on a Jetson.
+    """
 
     name: str
     capability: str
@@ -22,7 +35,7 @@ class Gpu:
 
 
 def load_driver() -> Any:
-    """The CUDA driver's library, started; None if there is no driver or no GPU that it runs."""
+    """Load and initialise the CUDA driver's library; None without a driver or a GPU that it supports."""
     for name in ("libcuda.so.1", "nvcuda.dll"):
         try:
             driver = ctypes.CDLL(name)
@@ -33,54 +46,61 @@ def load_driver() -> Any:
 
 
 def driver_version(driver: Any) -> str:
-    """The newest CUDA that the driver runs: "13.0"."""
+    """The newest CUDA version that the driver supports, like "13.0"."""
     version = ctypes.c_int()
     driver.cuDriverGetVersion(ctypes.byref(version))
     return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def gpus(driver: Any = None) -> list[Gpu]:
-    """All GPUs of this machine; [] without a driver."""
+    """All GPUs of this machine; [] without a driver.
+
+    Args:
+        driver: The driver's library; None loads it.
+    """
     driver = driver or load_driver()
-    if driver is None:
+    count = ctypes.c_int()
+    if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return []
-    count, found = ctypes.c_int(), []
-    if driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return []
-    for ordinal in range(count.value):
-        device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
-        driver.cuDeviceGet(ctypes.byref(device), ordinal)
-        driver.cuDeviceGetName(name, 256, device)
-        driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-
-        def ask(attribute: int, device: Any = device) -> int:
-            value = ctypes.c_int()
-            driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-            return value.value
-
-        capability = f"{ask(_MAJOR)}.{ask(_MINOR)}"
-        found.append(
-            Gpu(
-                name.value.decode(errors="replace"),
-                capability,
-                memory.value,
-                _free(driver, device),
-                ask(_PROCESSORS),
-                bool(ask(_INTEGRATED)),
-            )
-        )
-    return found
+    return [_describe(driver, ordinal) for ordinal in range(count.value)]
 
 
-def _free(driver: Any, device: Any) -> int | None:
-    """Free memory of a device, through its primary context."""
-    context, free, total = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+def _describe(driver: Any, ordinal: int) -> Gpu:
+    device = ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
+    memory = ctypes.c_size_t()
+    driver.cuDeviceGet(ctypes.byref(device), ordinal)
+    driver.cuDeviceGetName(name, 256, device)
+    driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    major = _attribute(driver, device, _CAPABILITY_MAJOR)
+    minor = _attribute(driver, device, _CAPABILITY_MINOR)
+    return Gpu(
+        name=name.value.decode(errors="replace"),
+        capability=f"{major}.{minor}",
+        memory=memory.value,
+        free=_free_memory(driver, device),
+        processors=_attribute(driver, device, _MULTIPROCESSORS),
+        integrated=bool(_attribute(driver, device, _INTEGRATED)),
+    )
+
+
+def _attribute(driver: Any, device: ctypes.c_int, attribute: int) -> int:
+    value = ctypes.c_int()
+    driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+    return value.value
+
+
+def _free_memory(driver: Any, device: ctypes.c_int) -> int | None:
+    """Free memory of a device in bytes, asked in its primary context."""
+    context = ctypes.c_void_p()
+    free = ctypes.c_size_t()
+    total = ctypes.c_size_t()
     if driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) != 0:
         return None
     try:
         driver.cuCtxPushCurrent_v2(context)
-        good = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)) == 0
+        status = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
         driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
-        return free.value if good else None
+        return free.value if status == 0 else None
     finally:
         driver.cuDevicePrimaryCtxRelease_v2(device)

@@ -1,4 +1,4 @@
-"""Memory of this process, and of the machine."""
+"""Memory of this process and of the machine."""
 
 from __future__ import annotations
 
@@ -8,29 +8,27 @@ from pathlib import Path
 
 
 def peak_memory() -> int:
-    """Largest resident size so far, bytes.
+    """The largest resident size of this process so far, bytes.
 
-    From /proc where there is one: getrusage's figure starts at what the parent process had.
+    From /proc where it exists: getrusage starts at the size of the parent process.
     """
-    return _of_this_process("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _process_status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def resident_memory() -> int:
-    """Bytes resident now; 0 where the system doesn't say."""
-    return _of_this_process("VmRSS")
-
-
-def _of_this_process(name: str) -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    return 0
+    """The resident size of this process, bytes; 0 where the system doesn't say."""
+    return _process_status("VmRSS")
 
 
 def system_memory(root: Path = Path("/")) -> dict[str, int]:
-    """What the kernel says of this machine's memory, by its names (MemTotal, MemAvailable, …), bytes; {} where it doesn't. root: in tests."""
+    """The machine's memory as /proc/meminfo lists it.
+
+    Args:
+        root: Root of the file system (for tests).
+
+    Returns:
+        Bytes by the kernel's names (MemTotal, MemAvailable, …); {} without /proc/meminfo.
+    """
     try:
         text = (root / "proc/meminfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -39,5 +37,14 @@ def system_memory(root: Path = Path("/")) -> dict[str, int]:
 
 
 def available_memory() -> int | None:
-    """Bytes that this machine could give, None where nobody says."""
+    """Memory that can be allocated without swapping, bytes; None where the system doesn't say."""
     return system_memory().get("MemAvailable")
+
+
+def _process_status(name: str) -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return 0
