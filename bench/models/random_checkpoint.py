@@ -2,7 +2,7 @@
 
     python -m ppllava_edge.bench.models.random_checkpoint FOLDER --shape vit-l-336
 
-Weights are noise, so answers are too: they serve to measure time and memory where the real ones can't be had.
+Weights are noise, and so are answers: for measuring time and memory where the real weights can't be had.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -18,11 +19,30 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 SHARD_BYTES = 1 << 30
+QUESTION_POSITIONS = 248  # LongCLIP's
+TOWER = "vision_tower.vision_model."
+PROJECTOR = "multi_modal_projector."
+QUESTION = "multi_modal_projector.clip_text_model."
+LANGUAGE = "language_model."
+NORMS = ("norm.weight", "norm1.weight", "norm2.weight", "layernorm.weight", "layrnorm.weight", "ln.weight")
+Tensors = Iterator[tuple[str, tuple[int, ...]]]  # names and shapes
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a CLIP + LLaMA checkpoint with prompt-guided pooling. adapter: depth of the temporal adapter, 0 for none."""
+    """Sizes of a CLIP + LLaMA checkpoint with prompt-guided pooling.
+
+    Attributes:
+        image, patch: Pixels a side.
+        vision, vision_mlp, vision_layers, vision_heads: Of the vision tower.
+        adapter: Layers of the temporal adapter; 0: none.
+        max_frames: Frames that the adapter knows.
+        question, question_mlp, question_layers, question_heads: Of the question tower.
+        projection: Size of the space in which patches and question are compared.
+        decoder, decoder_mlp, decoder_layers, decoder_heads: Of the language model.
+        vocab, context: Tokens.
+        kernel: Windows of pooling (frames, rows, columns); the stride is the same.
+    """
 
     image: int
     patch: int
@@ -47,14 +67,15 @@ class Shape:
 
     @property
     def grid(self) -> int:
+        """Patches a side."""
         return self.image // self.patch
 
 
 TINY = Shape(84, 14, 32, 64, 4, 4, 3, 16, 24, 48, 2, 4, 20, 48, 64, 2, 4, 300, 1024)
 VIT_L_336 = Shape(336, 14, 1024, 4096, 24, 16, 4, 64, 768, 3072, 12, 12, 768, 4096, 11008, 4, 32, 32000, 4096)
-ONE_LAYER = replace(
+ONE_LAYER = replace(  # one layer of every stage, at full width
     VIT_L_336, vision_layers=2, adapter=2, question_layers=1, decoder_layers=1, vocab=1024
-)  # of every stage, at full width
+)
 SHAPES = {
     "tiny": TINY,
     "one-layer": ONE_LAYER,
@@ -63,59 +84,52 @@ SHAPES = {
 }
 
 
-def tensor_shapes(s: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+def tensor_shapes(s: Shape) -> Tensors:
     """Every tensor of such a checkpoint, in the order in which it is written."""
-    tower, projector, language = "vision_tower.vision_model.", "multi_modal_projector.", "language_model."
-
-    def norm(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield from ((f"{name}.weight", (width,)), (f"{name}.bias", (width,)))
-
-    def linear(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield from ((f"{name}.weight", (outputs, inputs)), (f"{name}.bias", (outputs,)))
-
-    def attention(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        for part in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            yield from linear(f"{name}.self_attn.{part}", width, width)
-
-    def layer(name: str, width: int, mlp: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield from attention(name, width)
-        yield from norm(f"{name}.layer_norm1", width)
-        yield from linear(f"{name}.mlp.fc1", width, mlp)
-        yield from linear(f"{name}.mlp.fc2", mlp, width)
-        yield from norm(f"{name}.layer_norm2", width)
-
     yield "image_newline", (s.decoder,)
-    yield tower + "embeddings.class_embedding", (s.vision,)
-    yield tower + "embeddings.patch_embedding.weight", (s.vision, 3, s.patch, s.patch)
-    yield tower + "embeddings.position_embedding.weight", (s.grid**2 + 1, s.vision)
-    yield from norm(tower + "pre_layrnorm", s.vision)
-    yield from norm(tower + "post_layernorm", s.vision)
+    yield from _vision_tensors(s)
+    yield from _projector_tensors(s)
+    yield from _language_tensors(s)
+
+
+def _vision_tensors(s: Shape) -> Tensors:
+    yield TOWER + "embeddings.class_embedding", (s.vision,)
+    yield TOWER + "embeddings.patch_embedding.weight", (s.vision, 3, s.patch, s.patch)
+    yield TOWER + "embeddings.position_embedding.weight", (s.grid**2 + 1, s.vision)
+    yield from _norm(TOWER + "pre_layrnorm", s.vision)
+    yield from _norm(TOWER + "post_layernorm", s.vision)
     for i in range(s.vision_layers):
-        yield from layer(f"{tower}encoder.layers.{i}", s.vision, s.vision_mlp)
+        yield from _clip_layer(f"{TOWER}encoder.layers.{i}", s.vision, s.vision_mlp)
     for i in range(s.adapter):
-        yield from layer(f"{tower}btadapter_S_layers.{i}", s.vision, s.vision_mlp)
-        yield from attention(f"{tower}btadapter_T_layers.{i}", s.vision)
-        yield from norm(f"{tower}btadapter_T_layers.{i}.layer_norm1", s.vision)
-        yield from linear(f"{tower}btadapter_T_layers.{i}.temporal_fc", s.vision, s.vision)
+        spatial, temporal = f"{TOWER}btadapter_S_layers.{i}", f"{TOWER}btadapter_T_layers.{i}"
+        yield from _clip_layer(spatial, s.vision, s.vision_mlp)
+        yield from _attention(temporal, s.vision)
+        yield from _norm(f"{temporal}.layer_norm1", s.vision)
+        yield from _linear(f"{temporal}.temporal_fc", s.vision, s.vision)
     if s.adapter:
-        yield tower + "btadapter_cls_token", (1, 1, s.vision)
-        yield tower + "btadapter_time_embed.weight", (s.max_frames, s.vision)
-    text = projector + "clip_text_model."
-    yield text + "embeddings.token_embedding.weight", (s.vocab, s.question)
-    yield text + "embeddings.position_embedding", (248, s.question)
-    yield text + "embeddings.position_embedding_res", (248, s.question)
+        yield TOWER + "btadapter_cls_token", (1, 1, s.vision)
+        yield TOWER + "btadapter_time_embed.weight", (s.max_frames, s.vision)
+
+
+def _projector_tensors(s: Shape) -> Tensors:
+    yield QUESTION + "embeddings.token_embedding.weight", (s.vocab, s.question)
+    yield QUESTION + "embeddings.position_embedding", (QUESTION_POSITIONS, s.question)
+    yield QUESTION + "embeddings.position_embedding_res", (QUESTION_POSITIONS, s.question)
     for i in range(s.question_layers):
-        yield from layer(f"{text}encoder.layers.{i}", s.question, s.question_mlp)
-    yield from norm(text + "final_layer_norm", s.question)
-    yield projector + "clip_text_projection.weight", (s.projection, s.question)
-    yield projector + "clip_visual_projection.weight", (s.projection, s.vision)
-    yield from norm(projector + "clip_visual_ln", s.vision)
-    yield projector + "logit_scale", (1,)
-    yield from linear(projector + "linear_1", s.vision, s.decoder)
-    yield from linear(projector + "linear_2", s.decoder, s.decoder)
-    yield language + "model.embed_tokens.weight", (s.vocab, s.decoder)
+        yield from _clip_layer(f"{QUESTION}encoder.layers.{i}", s.question, s.question_mlp)
+    yield from _norm(QUESTION + "final_layer_norm", s.question)
+    yield PROJECTOR + "clip_text_projection.weight", (s.projection, s.question)
+    yield PROJECTOR + "clip_visual_projection.weight", (s.projection, s.vision)
+    yield from _norm(PROJECTOR + "clip_visual_ln", s.vision)
+    yield PROJECTOR + "logit_scale", (1,)
+    yield from _linear(PROJECTOR + "linear_1", s.vision, s.decoder)
+    yield from _linear(PROJECTOR + "linear_2", s.decoder, s.decoder)
+
+
+def _language_tensors(s: Shape) -> Tensors:
+    yield LANGUAGE + "model.embed_tokens.weight", (s.vocab, s.decoder)
     for i in range(s.decoder_layers):
-        name = f"{language}model.layers.{i}"
+        name = f"{LANGUAGE}model.layers.{i}"
         for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
             yield f"{name}.self_attn.{part}.weight", (s.decoder, s.decoder)
         yield f"{name}.mlp.gate_proj.weight", (s.decoder_mlp, s.decoder)
@@ -123,73 +137,95 @@ def tensor_shapes(s: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{name}.mlp.down_proj.weight", (s.decoder, s.decoder_mlp)
         yield f"{name}.input_layernorm.weight", (s.decoder,)
         yield f"{name}.post_attention_layernorm.weight", (s.decoder,)
-    yield language + "model.norm.weight", (s.decoder,)
-    yield language + "lm_head.weight", (s.vocab, s.decoder)
+    yield LANGUAGE + "model.norm.weight", (s.decoder,)
+    yield LANGUAGE + "lm_head.weight", (s.vocab, s.decoder)
+
+
+def _clip_layer(name: str, width: int, mlp: int) -> Tensors:
+    yield from _attention(name, width)
+    yield from _norm(f"{name}.layer_norm1", width)
+    yield from _linear(f"{name}.mlp.fc1", width, mlp)
+    yield from _linear(f"{name}.mlp.fc2", mlp, width)
+    yield from _norm(f"{name}.layer_norm2", width)
+
+
+def _attention(name: str, width: int) -> Tensors:
+    for part in ("k_proj", "v_proj", "q_proj", "out_proj"):
+        yield from _linear(f"{name}.self_attn.{part}", width, width)
+
+
+def _linear(name: str, inputs: int, outputs: int) -> Tensors:
+    yield f"{name}.weight", (outputs, inputs)
+    yield f"{name}.bias", (outputs,)
+
+
+def _norm(name: str, width: int) -> Tensors:
+    yield f"{name}.weight", (width,)
+    yield f"{name}.bias", (width,)
 
 
 def random_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """float16 noise of a size that keeps activations sane: norms near 1, matrices by their fan-in."""
+    """float16 noise of a size that keeps activations in range: norms near 1, matrices by their fan-in."""
     if name.endswith("logit_scale"):
         return np.full(shape, np.log(100), np.float16)
     if len(shape) == 1:
-        centre = (
-            1.0
-            if name.endswith(
-                (
-                    "norm.weight",
-                    "norm1.weight",
-                    "norm2.weight",
-                    "layernorm.weight",
-                    "layrnorm.weight",
-                    "ln.weight",
-                )
-            )
-            else 0.0
-        )
-        return (centre + 0.02 * rng.standard_normal(shape, np.float32)).astype(np.float16)
+        mean = 1.0 if name.endswith(NORMS) else 0.0
+        return (mean + 0.02 * rng.standard_normal(shape, np.float32)).astype(np.float16)
     scale = 0.02 if "embed" in name else 0.7 / np.sqrt(np.prod(shape[1:]))
     return (rng.standard_normal(shape, np.float32) * np.float32(scale)).astype(np.float16)
 
 
 def write_random_checkpoint(folder: Path, shape: Shape, seed: int = 0) -> None:
-    """Write config.json, sharded safetensors with an index, clip/ and both tokenizers. Memory: one shard."""
+    """Write config.json, sharded safetensors with an index, clip/ and both tokenizers.
+
+    Needs memory for one shard.
+
+    Args:
+        folder: Made if it isn't there.
+        shape: Sizes of the model.
+        seed: Of the weights.
+    """
     (folder / "clip").mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    shards: list[list[str]] = []
-    batch: dict[str, np.ndarray] = {}
+    index = _write_shards(folder, shape, np.random.default_rng(seed))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "config.json").write_text(json.dumps(_config(shape), indent=1))
+    (folder / "clip" / "config.json").write_text(json.dumps(_question_config(shape)))
+    language_tokenizer = byte_tokenizer(["<s>", "</s>", "<image>"], "<s> $A")
+    language_tokenizer.save(str(folder / "tokenizer.json"))
+    question_tokenizer = byte_tokenizer(["<|start|>", "<|end|>"], "<|start|> $A <|end|>")
+    question_tokenizer.save(str(folder / "clip" / "tokenizer.json"))
+
+
+def _write_shards(folder: Path, shape: Shape, rng: np.random.Generator) -> dict[str, str]:
+    """Write all tensors. Returns tensor → file."""
+    index: dict[str, str] = {}
+    shard: dict[str, np.ndarray] = {}
+    count = 0
 
     def flush() -> None:
-        if batch:
-            save_file(batch, folder / f"model-{len(shards) + 1:05d}.safetensors")
-            shards.append(list(batch))
-            batch.clear()
+        nonlocal count
+        if shard:
+            count += 1
+            file = f"model-{count:05d}.safetensors"
+            save_file(shard, folder / file)
+            index.update(dict.fromkeys(shard, file))
+            shard.clear()
 
     for name, dims in tensor_shapes(shape):
-        batch[name] = random_tensor(name, dims, rng)
-        if sum(a.nbytes for a in batch.values()) >= SHARD_BYTES:
+        shard[name] = random_tensor(name, dims, rng)
+        if sum(array.nbytes for array in shard.values()) >= SHARD_BYTES:
             flush()
     flush()
-    where = {name: f"model-{i + 1:05d}.safetensors" for i, names in enumerate(shards) for name in names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    (folder / "config.json").write_text(json.dumps(_config(shape), indent=1))
-    text = {
-        "hidden_size": shape.question,
-        "intermediate_size": shape.question_mlp,
-        "num_hidden_layers": shape.question_layers,
-        "num_attention_heads": shape.question_heads,
-        "vocab_size": shape.vocab,
-        "eos_token_id": 257,
-        "projection_dim": shape.projection,
-    }
-    (folder / "clip" / "config.json").write_text(json.dumps({"model_type": "clip", "text_config": text}))
-    byte_tokenizer(["<s>", "</s>", "<image>"], "<s> $A").save(str(folder / "tokenizer.json"))
-    byte_tokenizer(["<|start|>", "<|end|>"], "<|start|> $A <|end|>").save(
-        str(folder / "clip" / "tokenizer.json")
-    )
+    return index
 
 
 def byte_tokenizer(special: list[str], template: str) -> Tokenizer:
-    """One token per byte, then the special ones from 256 on."""
+    """A tokenizer with one token per byte, and special tokens from 256 on.
+
+    Args:
+        special: Special tokens.
+        template: What is put around a text, "$A".
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -200,7 +236,20 @@ def byte_tokenizer(special: list[str], template: str) -> Tokenizer:
     return tokenizer
 
 
-def _config(s: Shape) -> dict:
+def _question_config(s: Shape) -> dict[str, Any]:
+    text = {
+        "hidden_size": s.question,
+        "intermediate_size": s.question_mlp,
+        "num_hidden_layers": s.question_layers,
+        "num_attention_heads": s.question_heads,
+        "vocab_size": s.vocab,
+        "eos_token_id": 257,
+        "projection_dim": s.projection,
+    }
+    return {"model_type": "clip", "text_config": text}
+
+
+def _config(s: Shape) -> dict[str, Any]:
     return {
         "model_type": "llava_next",
         "pooling": "ppllava",
@@ -244,10 +293,10 @@ def _config(s: Shape) -> dict:
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--shape", type=click.Choice(sorted(SHAPES)), required=True)
-@click.option("--seed", type=int, default=0)
+@click.option("--shape", type=click.Choice(sorted(SHAPES)), required=True, help="Size of the model.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the weights.")
 def main(folder: Path, shape: str, seed: int) -> None:
-    """Write a random checkpoint."""
+    """Write a random checkpoint to FOLDER."""
     write_random_checkpoint(folder, SHAPES[shape], seed)
 
 

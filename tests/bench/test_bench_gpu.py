@@ -1,4 +1,4 @@
-"""bench/gpu.py as far as it runs without a GPU: the compile table, the kernel's checks over the host build."""
+"""bench/gpu.py as far as it runs without a GPU: the compile table, the kernel checks over the host build."""
 
 from __future__ import annotations
 
