@@ -45,7 +45,7 @@ class Sequence(ABC):
         """Logits (n, V) float32 of the last pass: of its last position, or of its last min(count, 8)."""
 
     def chosen(self, sampler: Sampler, ids: list[int]) -> Iterable[int]:
-        """The token that follows each position of the last pass whose logits are there.
+        """The token that follows a prompt, or each position of a verified pass.
 
         Args:
             sampler: Chooses from logits (V,) and the ids so far.
