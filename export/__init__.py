@@ -1,1 +1,5 @@
-"""From a checkpoint to a bundle. Needs the extra `export` (onnx, safetensors); never torch."""
+"""From a checkpoint to a bundle. Needs the extra `export` (onnx, safetensors); torch only to read .bin shards.
+
+Imports the engines only; calibration imports it, and so does the command line in cli.py, which stands above
+both.
+"""

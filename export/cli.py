@@ -1,298 +1,332 @@
-"""ppllava-export: a checkpoint into a bundle."""
+"""ppllava-export: convert a checkpoint into a bundle."""
 
 from __future__ import annotations
 
 import json
 import signal
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ppllava_edge.engines.bundle.manifest import POOLINGS
+from ppllava_edge.engines.bundle.manifest import MANIFEST, POOLINGS, Manifest
+from ppllava_edge.engines.bundle.manifest_parser import read_manifest
+from ppllava_edge.engines.bundle.packed import PACKED
 from ppllava_edge.engines.errors import PPLLaVAError
-from ppllava_edge.engines.terminal import Command, fail, human_bytes, table, triple
+from ppllava_edge.engines.terminal import Command, fail, human_bytes, option, progress_steps, table, triple
+
+if TYPE_CHECKING:
+    from ppllava_edge.calibration.calibrate import Job
+    from ppllava_edge.export.convert import StageReport
+    from ppllava_edge.export.options import Options
+
+OUTPUT = "Output"
+PRECISION = "Precision and calibration"
+CHECKPOINT = "Checkpoint"
+POOLING = "Pooling"
+PREDICTION = "Prediction"
+TARGET_LIBRARIES = {"rtx": "tensorrt_rtx", "orin": "tensorrt", "orin-jp6": "tensorrt"}
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("checkpoint")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory of the bundle to write.")
-@click.option(
+@option("-o", "--output", group=OUTPUT, type=click.Path(path_type=Path), help="Directory of the bundle.")
+@option("--force", group=OUTPUT, is_flag=True, help="Replace an existing bundle.")
+@option(
+    "--engine/--no-engine",
+    group=OUTPUT,
+    default=None,
+    help="Whether to build the CPU engine too.  [default: if anything is quantised]",
+)
+@option(
+    "--target",
+    "targets",
+    group=OUTPUT,
+    multiple=True,
+    help="Build this engine too, as ppllava-build does: cuda, rtx, orin, …  Repeat it for several engines.",
+)
+@option("--json", "as_json", group=OUTPUT, is_flag=True, help="Print the result as JSON.")
+@option(
     "--precision",
+    group=PRECISION,
     default="fp16",
     show_default=True,
-    help="fp32, fp16, int8 or int4; or per part, like vision=int8,decoder=int4,kv=int8.",
+    help="fp32, fp16, int8 or int4; or part by part, like vision=int8,decoder=int4,kv=int8.",
 )
-@click.option(
+@option(
     "--block",
+    group=PRECISION,
     type=click.Choice(["16", "32", "64", "128"]),
     default="32",
     show_default=True,
-    help="Weights per INT4 scale; 128 for TensorRT.",
+    help="Group size of INT4: weights per scale. 128 for TensorRT.",
 )
-@click.option(
+@option(
     "--calibrate",
+    group=PRECISION,
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Videos to calibrate on: like those the model will see.",
+    help="Calibrate on the videos of this folder. Use videos like those that the model will see.",
 )
-@click.option(
+@option(
     "--questions",
+    group=PRECISION,
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="What to ask about them: one a line, optionally a tab and its answer.",
+    help="Questions about the videos, one a line, each with a tab and its answer if you have one.",
 )
-@click.option(
+@option(
     "--clips",
+    group=PRECISION,
     type=click.IntRange(1, 1000),
     default=16,
     show_default=True,
-    help="The most videos of --calibrate to use.",
+    help="Use at most this many videos of --calibrate.",
 )
-@click.option(
-    "--calibration-frames", type=click.IntRange(1, 1024), help="Frames per video.  [the model's default]"
+@option(
+    "--calibration-frames",
+    group=PRECISION,
+    type=click.IntRange(1, 1024),
+    help="Frames per video.  [default: the model's]",
 )
-@click.option(
+@option(
     "--keep-fp16",
+    group=PRECISION,
     type=click.IntRange(0),
     default=8,
     show_default=True,
-    help="Layers that may stay in higher precision for the parity gate.",
+    help="Layers that may keep a higher precision to pass the parity gate.",
 )
-@click.option(
+@option(
     "--allow-drift",
+    group=PRECISION,
     is_flag=True,
-    help="Keep a bundle that fails the parity gate (it says so in its manifest).",
+    help="Write the bundle even if it fails the parity gate; its manifest records that.",
 )
-@click.option("--weight-only", is_flag=True, help="nano: don't calibrate on drawn clips.")
-@click.option(
-    "--engine/--no-engine",
-    default=None,
-    help="Write engines/cpu into the bundle too.  [if anything is quantised]",
+@option("--weight-only", group=PRECISION, is_flag=True, help="Quantise nano without calibrating it.")
+@option(
+    "--subfolder",
+    group=CHECKPOINT,
+    default="",
+    help="Where the checkpoint is inside its directory or hub repository.",
 )
-@click.option(
-    "--target",
-    "targets",
-    multiple=True,
-    help="Build this engine too, as ppllava-build does: cuda, rtx, orin, …; may be given several times.",
+@option(
+    "--clip",
+    group=CHECKPOINT,
+    help="Directory or hub id of the question tower (CLIP or SigLIP), if the checkpoint lacks it.",
 )
-@click.option(
-    "--subfolder", default="", help="Where the checkpoint lies inside its directory or hub repository."
+@option(
+    "--base",
+    group=CHECKPOINT,
+    help="Directory or hub id of the language model's tokenizer, if the checkpoint lacks it.",
 )
-@click.option(
-    "--clip", help="Directory or hub id of the question tower (CLIP or SigLIP), if the checkpoint lacks it."
+@option(
+    "--no-tokenizer",
+    group=CHECKPOINT,
+    is_flag=True,
+    help="Write a bundle without tokenizers, to be used with token ids only.",
 )
-@click.option(
-    "--base", help="Directory or hub id of the language model's tokenizer, if the checkpoint lacks it."
+@option("--template", group=CHECKPOINT, help="Prompt template: plain_v1, plain_qwen, conv_vcg_v1, …")
+@option(
+    "--pooling",
+    group=POOLING,
+    type=click.Choice(POOLINGS),
+    help="Pooling method.  [default: the checkpoint's]",
 )
-@click.option(
-    "--no-tokenizer", is_flag=True, help="Write a bundle without tokenizers, for use with token ids only."
+@option(
+    "--kernel",
+    group=POOLING,
+    callback=triple("--kernel"),
+    metavar="T,H,W",
+    help="Size of a pooling window for videos: frames, rows, columns.",
 )
-@click.option("--pooling", type=click.Choice(POOLINGS), help="Pooling instead of the checkpoint's.")
-@click.option("--kernel", callback=triple("--kernel"), metavar="T,H,W", help="Pooling window for videos.")
-@click.option(
+@option(
     "--stride",
+    group=POOLING,
     callback=triple("--stride"),
     metavar="T,H,W",
-    help="Step between windows for videos; smaller than the kernel: they overlap.",
+    help="Step between windows for videos. Windows overlap if it is smaller than the kernel.",
 )
-@click.option(
+@option(
     "--output-size",
+    group=POOLING,
     callback=triple("--output-size"),
     metavar="T,H,W",
-    help="Windows along frames, rows, columns.",
+    help="Number of windows for videos.",
 )
-@click.option(
-    "--image-kernel", callback=triple("--image-kernel"), metavar="T,H,W", help="Pooling window for images."
+@option(
+    "--image-kernel",
+    group=POOLING,
+    callback=triple("--image-kernel"),
+    metavar="T,H,W",
+    help="Size of a pooling window for images.",
 )
-@click.option(
+@option(
     "--image-stride",
+    group=POOLING,
     callback=triple("--image-stride"),
     metavar="T,H,W",
     help="Step between windows for images.",
 )
-@click.option(
+@option(
     "--pooling-temperature",
+    group=POOLING,
     type=float,
-    help="Temperature of the softmax inside a window.  [checkpoint's, 0.01]",
+    help="Temperature of the softmax inside a window.  [default: the checkpoint's, else 0.01]",
 )
-@click.option(
+@option(
     "--valuew-plus/--no-valuew-plus",
+    group=POOLING,
     default=None,
-    help="SigLIP: multiply the weights by the head's attention.",
+    help="SigLIP: whether to multiply the weights by the attention of the vision head.",
 )
-@click.option("--template", help="Prompt template by name (plain_v1, plain_qwen, conv_vcg_v1, …).")
-@click.option("--dry-run", is_flag=True, help="Write nothing; predict sizes and memory, from shapes alone.")
-@click.option(
-    "--fit", metavar="SIZE", help="With --dry-run: what to change so that an answer fits, like 8GB."
+@option(
+    "--dry-run",
+    group=PREDICTION,
+    is_flag=True,
+    help="Write nothing; predict file sizes and memory from the shapes.",
 )
-@click.option(
+@option("--fit", group=PREDICTION, metavar="SIZE", help="With --dry-run: suggest how to fit a size like 8GB.")
+@option(
     "--frames",
+    group=PREDICTION,
     type=click.IntRange(1, 4096),
-    help="With --dry-run: frames of the answer.  [the model's default]",
+    help="With --dry-run: frames of a video.  [default: the model's]",
 )
-@click.option("--force", is_flag=True, help="Replace a bundle that is already there.")
-@click.option("--json", "as_json", is_flag=True, help="Print the closing table as JSON.")
-def main(checkpoint: str, output: Path | None, precision: str, as_json: bool, **options: Any) -> None:
-    """Turn CHECKPOINT (a directory in upstream's layout, or a hub id) into a bundle that ppllava-run opens.
+def main(checkpoint: str, output: Path | None, as_json: bool, **settings: Any) -> None:
+    """Convert CHECKPOINT into a bundle for ppllava-run.
 
-    Weights are read tensor by tensor: the whole model is never in memory.
+    CHECKPOINT is a directory in upstream's layout, a hub id (owner/name), a bundle in fp16 or fp32, or
+    "nano". Weights are read one by one: the whole model is never in memory.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to end: tidy up as for an interrupt
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after an interrupt
     try:
-        from ppllava_edge.export.config import Overrides
-        from ppllava_edge.export.convert import convert
-        from ppllava_edge.export.quantisation.precision import parse_precision
-        from ppllava_edge.export.sources import Options
+        import ppllava_edge.export.convert  # noqa: F401  (loads onnx)
     except ModuleNotFoundError as error:
         fail(f"exporting needs the package {error.name}: pip install 'ppllava-edge[export]'")
-    overrides = Overrides(
-        options["pooling"],
-        options["kernel"],
-        options["stride"],
-        options["output_size"],
-        options["image_kernel"],
-        options["image_stride"],
-        options["pooling_temperature"],
-        options["valuew_plus"],
-        options["template"],
-    )
-    if output is None and not options["dry_run"]:
+    if output is None and not settings["dry_run"]:
         raise PPLLaVAError(
             "name the directory of the bundle to write with -o (or predict its size with --dry-run)"
         )
-    job = Options(
-        checkpoint,
-        output or Path(),
-        parse_precision(precision),
-        overrides,
-        options["subfolder"],
-        options["clip"],
-        options["base"],
-        not options["no_tokenizer"],
-        options["force"],
-        int(options["block"]),
-        options["engine"],
-    )
-    _check_targets(options["targets"])
-    if options["dry_run"]:
-        _predict(job, options["frames"], options["fit"], as_json)
+    options = _options(checkpoint, output or Path(), settings)
+    _check_targets(settings["targets"])
+    if settings["dry_run"]:
+        _predict(options, settings["frames"], settings["fit"], as_json)
         return
-    calibration = _calibration(job, options)
-    with _progress() as progress:
-        if calibration is None:
-            manifest, reports = convert(job, progress)
-        else:
-            from ppllava_edge.calibration.calibrate import quantize_with_data
-
-            manifest, reports, _ = quantize_with_data(job, calibration, progress)
-    engines = _build(job.output, options["targets"])
-    rows = [(r.stage, f"{r.parameters:,}", human_bytes(r.bytes), f"{r.seconds:.2f}") for r in reports]
+    manifest, reports = _export(options, settings)
+    engines = _build_engines(options.output, settings["targets"])
     if as_json:
-        stages = [vars(r) for r in reports]
-        click.echo(
-            json.dumps(
-                {
-                    "bundle": str(output),
-                    "name": manifest.name,
-                    "precision": manifest.precision,
-                    "parity": manifest.parity,
-                    "stages": stages,
-                    "engines": engines,
-                }
-            )
-        )
-        return
-    total = sum(f.bytes for f in manifest.files.values())
-    rows.append(
-        (
-            "all",
-            f"{sum(r.parameters for r in reports):,}",
-            human_bytes(total),
-            f"{sum(r.seconds for r in reports):.2f}",
-        )
+        result = {
+            "bundle": str(output),
+            "name": manifest.name,
+            "precision": manifest.precision,
+            "parity": manifest.parity,
+            "stages": [vars(report) for report in reports],
+            "engines": engines,
+        }
+        click.echo(json.dumps(result))
+    else:
+        _print_result(options, manifest, reports)
+
+
+def _options(checkpoint: str, output: Path, settings: dict[str, Any]) -> Options:
+    from ppllava_edge.export.config.model import Overrides
+    from ppllava_edge.export.options import Options
+    from ppllava_edge.export.quantisation.precision import parse_precision
+
+    overrides = Overrides(
+        pooling=settings["pooling"],
+        kernel=settings["kernel"],
+        stride=settings["stride"],
+        output_size=settings["output_size"],
+        image_kernel=settings["image_kernel"],
+        image_stride=settings["image_stride"],
+        temperature=settings["pooling_temperature"],
+        valuew_plus=settings["valuew_plus"],
+        template=settings["template"],
     )
-    table(f"{manifest.name} → {output}", ("stage", "parameters", "size", "seconds"), rows, err=True)
-    if manifest.parity:
-        verdict = "holds" if manifest.parity["holds"] else f"does not hold: {manifest.parity['drift']}"
-        click.echo(f"parity gate {verdict}; the whole story: {job.output / 'report.html'}", err=True)
+    return Options(
+        checkpoint=checkpoint,
+        output=output,
+        precision=parse_precision(settings["precision"]),
+        overrides=overrides,
+        subfolder=settings["subfolder"],
+        clip=settings["clip"],
+        base=settings["base"],
+        tokenizer=not settings["no_tokenizer"],
+        force=settings["force"],
+        block=int(settings["block"]),
+        engine=settings["engine"],
+    )
 
 
 def _check_targets(targets: tuple[str, ...]) -> None:
-    """Refuse what can't be built here before hours go into the export."""
+    """Refuse engines that can't be built here before the export, which may take hours."""
     from ppllava_edge.engines.libraries import installed_version
     from ppllava_edge.engines.targets.select import TARGETS
 
     for target in targets:
         if target not in TARGETS:
             raise PPLLaVAError(f"--target {target!r} is unknown; choose {', '.join(TARGETS)}")
-        library = {"rtx": "tensorrt_rtx", "orin": "tensorrt", "orin-jp6": "tensorrt"}.get(target)
+        library = TARGET_LIBRARIES.get(target)
         if library and not installed_version(library):
             raise PPLLaVAError(
-                f"--target {target} needs {library}, which is not installed; ppllava-doctor says what each target needs"
+                f"--target {target} needs {library}, which is not installed; "
+                "ppllava-doctor says what each target needs"
             )
 
 
-def _build(output: Path, targets: tuple[str, ...]) -> list[str]:
-    """Engines into a bundle that was just written."""
-    from ppllava_edge.engines.bundle.bundle import Bundle
-    from ppllava_edge.engines.targets.build import build
-    from ppllava_edge.engines.terminal import progress_steps
-
-    for target in targets:
-        with progress_steps(f"building {target}") as tell:
-            build(Bundle.open(output), target, None, tell)
-        click.echo(f"engine: {output}/engines/{target}", err=True)
-    return list(targets)
-
-
-def _predict(job: Any, frames: int | None, fit: str | None, as_json: bool) -> None:
-    """What --dry-run prints."""
+def _predict(options: Options, frames: int | None, fit: str | None, as_json: bool) -> None:
+    """Print the prediction of --dry-run."""
     from ppllava_edge.engines.machine.estimate import estimate, parse_size, suggest
-    from ppllava_edge.export.convert import predict
+    from ppllava_edge.export.predict import predict
 
-    shape, int4 = predict(job, frames)
-    found = estimate(shape)
+    shape, int4 = predict(options, frames)
+    estimated = estimate(shape)
     advice = suggest(shape, parse_size(fit), int4) if fit else []
     if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    **vars(found),
-                    "frames": shape.frames,
-                    "visual_tokens": shape.visual_tokens,
-                    "advice": advice,
-                }
-            )
-        )
+        video = {"frames": shape.frames, "visual_tokens": shape.visual_tokens}
+        click.echo(json.dumps({**vars(estimated), **video, "advice": advice}))
         return
-    table(
-        f"{job.checkpoint}, {shape.frames} frames, {shape.visual_tokens} visual tokens: predicted",
-        ("what", "size"),
-        found.rows(),
-    )
+    title = f"{options.checkpoint}, {shape.frames} frames, {shape.visual_tokens} visual tokens: predicted"
+    table(title, ("what", "size"), estimated.rows())
     for line in advice:
         click.echo(line)
 
 
-def _calibration(job: Any, options: dict[str, Any]) -> Any:
-    """The calibration job that the options ask for, or None for weight-only quantisation, said on stderr."""
-    if not job.precision.quantized:
-        if options["calibrate"] or options["questions"]:
+def _export(options: Options, settings: dict[str, Any]) -> tuple[Manifest, list[StageReport]]:
+    from ppllava_edge.export.convert import convert
+    from ppllava_edge.export.progress import ProgressBar
+
+    job = _calibration_job(options, settings)
+    with ProgressBar() as progress:
+        if job is None:
+            return convert(options, progress)
+        from ppllava_edge.calibration.calibrate import quantize_with_data
+
+        manifest, reports, _ = quantize_with_data(options, job, progress)
+        return manifest, reports
+
+
+def _calibration_job(options: Options, settings: dict[str, Any]) -> Job | None:
+    """The calibration that the options ask for; None: no quantisation, or weight-only (with a note)."""
+    folder, questions = settings["calibrate"], settings["questions"]
+    if not options.precision.quantized:
+        if folder or questions:
             raise PPLLaVAError(
                 "--calibrate and --questions are for integers; ask for some with --precision int8 or int4"
             )
         return None
-    folder, is_nano = options["calibrate"], _is_nano(Path(job.checkpoint))
-    if options["weight_only"] or (folder is None and not is_nano):
-        if options["questions"]:
+    generates_clips = folder is None and not settings["weight_only"] and _is_nano(options)
+    if settings["weight_only"] or (folder is None and not generates_clips):
+        if questions:
             raise PPLLaVAError(
                 "--questions are asked about calibration videos; name their folder with --calibrate"
             )
         click.echo(
-            "note: no calibration videos, so weights alone are quantised and nothing is compared with the float model; "
-            "for INT8 activations, AWQ and the parity gate: --calibrate FOLDER",
+            "note: no calibration videos, so weights alone are quantised and nothing is compared with the "
+            "float model; for INT8 activations, AWQ and the parity gate: --calibrate FOLDER",
             err=True,
         )
         return None
@@ -300,73 +334,60 @@ def _calibration(job: Any, options: dict[str, Any]) -> Any:
         from ppllava_edge.calibration.calibrate import Job
     except ModuleNotFoundError as error:
         fail(
-            f"calibration runs the model, which needs the package {error.name}: pip install 'ppllava-edge[cpu,export]'"
+            f"calibration runs the model, which needs the package {error.name}: "
+            "pip install 'ppllava-edge[cpu,export]'"
         )
     return Job(
-        folder,
-        options["questions"],
-        options["calibration_frames"],
-        options["clips"],
-        options["keep_fp16"],
-        options["allow_drift"],
+        folder=folder,
+        questions=questions,
+        frames=settings["calibration_frames"],
+        clips=settings["clips"],
+        keep_float=settings["keep_fp16"],
+        allow_drift=settings["allow_drift"],
+        drawn=_nano_clips() if generates_clips else None,
     )
 
 
-def _is_nano(folder: Path) -> bool:
-    from ppllava_edge.engines.bundle.manifest import MANIFEST
-    from ppllava_edge.engines.bundle.manifest_parser import read_manifest
+def _is_nano(options: Options) -> bool:
+    """Whether the source is a nano bundle, which is calibrated on generated clips."""
+    from ppllava_edge.export.sources.source import source_bundle
 
-    return (
-        (folder / MANIFEST).is_file()
-        and (manifest := read_manifest(folder / MANIFEST)).demo
-        and manifest.name == "nano"
-    )
+    folder = source_bundle(options)
+    if folder is None:
+        return False
+    manifest = read_manifest(folder / MANIFEST)
+    return manifest.demo and manifest.name == PACKED
 
 
-def _progress() -> Any:
-    """A progress bar on stderr over the bytes written; quiet when stderr is not a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+def _nano_clips() -> Callable[..., Any]:
+    from ppllava_edge.nano.calibration_clips import drawn
 
-    from ppllava_edge.export.convert import Progress
+    return drawn
 
-    class Shown(Progress):
-        def __init__(self) -> None:
-            columns = (
-                TextColumn("{task.description:12s}"),
-                BarColumn(),
-                DownloadColumn(),
-                TimeRemainingColumn(),
-            )
-            self.bar = Bar(
-                *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-            )
-            self.task = self.bar.add_task("reading", total=None)
-            self.steps: dict[str, Any] = {}
 
-        def __enter__(self) -> Shown:
-            self.bar.start()
-            return self
+def _build_engines(output: Path, targets: tuple[str, ...]) -> list[str]:
+    """Build engines into a bundle that was just written."""
+    from ppllava_edge.engines.bundle.bundle import Bundle
+    from ppllava_edge.engines.targets.build import build
 
-        def __exit__(self, *_: object) -> None:
-            self.bar.stop()
+    for target in targets:
+        with progress_steps(f"building {target}") as progress:
+            build(Bundle.open(output), target, None, progress)
+        click.echo(f"engine: {output}/engines/{target}", err=True)
+    return list(targets)
 
-        def start(self, total_bytes: int) -> None:
-            self.bar.update(self.task, total=total_bytes)
 
-        def stage(self, name: str) -> None:
-            self.bar.update(self.task, description=name)
-
-        def wrote(self, count: int) -> None:
-            self.bar.advance(self.task, count)
-
-        def step(self, what: str, done: int, of: int) -> None:
-            if what not in self.steps:
-                self.steps[what] = self.bar.add_task(what, total=of)
-            self.bar.update(self.steps[what], completed=done, total=of)
-
-    return Shown()
+def _print_result(options: Options, manifest: Manifest, reports: list[StageReport]) -> None:
+    rows = [(r.stage, f"{r.parameters:,}", human_bytes(r.bytes), f"{r.seconds:.2f}") for r in reports]
+    parameters = sum(report.parameters for report in reports)
+    seconds = sum(report.seconds for report in reports)
+    total = sum(file.bytes for file in manifest.files.values())
+    rows.append(("all", f"{parameters:,}", human_bytes(total), f"{seconds:.2f}"))
+    title = f"{manifest.name} → {options.output}"
+    table(title, ("stage", "parameters", "size", "seconds"), rows, err=True)
+    if manifest.parity:
+        verdict = "holds" if manifest.parity["holds"] else f"does not hold: {manifest.parity['drift']}"
+        click.echo(f"parity gate {verdict}; details: {options.output / 'report.html'}", err=True)
 
 
 if __name__ == "__main__":

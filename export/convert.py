@@ -1,60 +1,46 @@
-"""A whole model into a bundle, stage after stage."""
+"""Convert a whole model into a bundle, stage by stage."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.integrity import write_manifest
 from ppllava_edge.engines.bundle.manifest import Manifest
 from ppllava_edge.engines.errors import EngineError, PPLLaVAError
-from ppllava_edge.engines.machine.estimate import Shape, shape_of
-from ppllava_edge.engines.staging import staging_folder
+from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.engines.targets.build import build_cpu
-from ppllava_edge.export.quantisation.precision import Precision, parse_precision
-from ppllava_edge.export.quantisation.quantize import LayerRecord, Plan, quantize, weight_only_plan
-from ppllava_edge.export.quantisation.rounding import round_int8
-from ppllava_edge.export.sources import Options, Source, open_source
+from ppllava_edge.export.embeddings import EMBEDDINGS, write_embeddings
+from ppllava_edge.export.options import Options
+from ppllava_edge.export.output import bundle_staging, check_output, move_into_place
+from ppllava_edge.export.progress import Progress
+from ppllava_edge.export.quantisation.plan import LayerRecord, Plan, weight_only_plan
+from ppllava_edge.export.quantisation.quantize import quantize
+from ppllava_edge.export.sources.source import Source, open_source
 
-EMBEDDINGS = "embed_tokens.safetensors"
-Finish = Callable[[Path, Manifest, dict[str, list[LayerRecord]]], Manifest]
+Records = dict[str, list[LayerRecord]]  # by stage
+Finish = Callable[[Path, Manifest, Records], Manifest]
 
 
 @dataclass(frozen=True)
 class StageReport:
-    """One row of the closing table."""
+    """One row of the table that ppllava-export prints.
+
+    Attributes:
+        stage: What was written.
+        parameters: Its number of values.
+        bytes: Its size on disk.
+        seconds: Time to write it.
+    """
 
     stage: str
     parameters: int
     bytes: int
     seconds: float
-
-
-class Progress:
-    """What convert() tells while it works; the command line draws it."""
-
-    def start(self, total_bytes: int) -> None:
-        """The checkpoint is whole and this much will be written."""
-
-    def stage(self, name: str) -> None:
-        """A stage begins."""
-
-    def wrote(self, count: int) -> None:
-        """So many bytes of weights were written."""
-
-    def step(self, what: str, done: int, of: int) -> None:
-        """So much of a part of calibration is done."""
 
 
 def convert(
@@ -64,147 +50,94 @@ def convert(
     plans: Mapping[str, Plan] | None = None,
     finish: Finish | None = None,
 ) -> tuple[Manifest, list[StageReport]]:
-    """Write a bundle. Nothing is left behind when it fails: the bundle is written beside its place and renamed when it is whole.
+    """Write a bundle.
 
-    plans: what becomes of each stage's layers; None: weight-only quantisation where the precision asks for integers. finish: called when
-    everything but the manifest is written; it may add files, change the manifest, or refuse by raising.
-    Raises PPLLaVAError in one line for anything that the user can mend.
+    It is built beside its place and renamed when complete, so a failure leaves nothing behind.
+
+    Args:
+        options: What to export.
+        progress: Callbacks.
+        source: The model; None: opened as the options say. It is closed at the end.
+        plans: How each stage is quantised. None: weight-only where the precision asks for integers.
+        finish: Called with the folder, the manifest and the layers' records when everything but the manifest
+            is written. It may add files, return a changed manifest, or raise to refuse the bundle.
+
+    Returns:
+        The manifest, and a report per stage.
+
+    Raises:
+        PPLLaVAError: The user can correct the cause: an option, the checkpoint, a full disk.
     """
-    progress, precision = progress or Progress(), options.precision
+    progress = progress or Progress()
+    precision = options.precision
     output = check_output(options)
     if precision.parts["kv"] == "int8" and plans is None:
         raise PPLLaVAError("kv=int8 needs calibration clips for the cache's scales: add --calibrate FOLDER")
-    with contextlib.closing(source or open_source(options)) as model, work_beside(output) as work:
-        graphs, records = {}, dict[str, list[LayerRecord]]()
-        for name, build in model.graphs(precision).items():
-            graphs[name], integer = build(), precision.integer(name)
-            if plans is not None and name in plans:
-                records[name] = quantize(graphs[name], plans[name])
-            elif integer:
-                records[name] = quantize(graphs[name], weight_only_plan(graphs[name], integer, options.block))
+    with contextlib.closing(source or open_source(options)) as model, bundle_staging(output) as staging:
+        graphs, records = quantized_graphs(model, options, plans or {})
         progress.start(sum(g.weight_bytes for g in graphs.values()))
-        model.write_tokenizers(work)  # first: quick, and may fail
-        reports = []
-        for name, g in graphs.items():
-            progress.stage(name)
-            started = time.perf_counter()
-            g.save(work / f"{name}.onnx", progress.wrote)
-            size = sum(path.stat().st_size for path in work.glob(f"{name}.onnx*"))
-            reports.append(StageReport(name, g.parameters, size, time.perf_counter() - started))
-        reports.append(write_embeddings(model, precision, work))
+        model.write_tokenizers(staging)  # first: quick, and may fail
+        reports = [_save_stage(g, staging, progress) for g in graphs.values()]
+        reports.append(_save_embeddings(model, options, staging))
         manifest = model.manifest(precision)
-        if precision.quantized if options.engine is None else options.engine:
-            _write_engine(
-                work, write_manifest(work, manifest), progress, reports, needed=bool(options.engine)
-            )
+        if options.writes_cpu_engine:
+            bundle = Bundle(staging, write_manifest(staging, manifest))
+            reports += _build_cpu_engine(bundle, progress, is_required=bool(options.engine))
         if finish:
-            manifest = finish(work, manifest, records)
-        manifest = write_manifest(work, manifest)
-        _move_into_place(work, output, options.force)
+            manifest = finish(staging, manifest, records)
+        manifest = write_manifest(staging, manifest)
+        move_into_place(staging, output, options.force)
     return manifest, reports
 
 
-def predict(options: Options, frames: int | None = None) -> tuple[Shape, Shape | None]:
-    """The shape of the bundle that convert() would write, and that of the same model at int4 (None if it is): nothing is loaded or written."""
-    with contextlib.closing(open_source(options)) as model:
-        chosen = _shape(model, options, frames)
-        if options.precision.of_stage("decoder") == "int4":
-            return chosen, None
-        return chosen, _shape(model, replace(options, precision=parse_precision("int4"), engine=None), frames)
+def quantized_graphs(
+    model: Source, options: Options, plans: Mapping[str, Plan]
+) -> tuple[dict[str, Graph], Records]:
+    """Build and quantise all graphs, without loading a weight.
+
+    Args:
+        model: The model.
+        options: Its precision and INT4 block.
+        plans: By stage; stages without one are quantised weight-only if their precision is an integer's.
+
+    Returns:
+        The graphs, and the records of the quantised ones, by stage.
+    """
+    graphs: dict[str, Graph] = {}
+    records: Records = {}
+    for name, build in model.graphs(options.precision).items():
+        graphs[name] = build()
+        integer = options.precision.integer(name)
+        if name in plans:
+            records[name] = quantize(graphs[name], plans[name])
+        elif integer:
+            records[name] = quantize(graphs[name], weight_only_plan(graphs[name], integer, options.block))
+    return graphs, records
 
 
-def _shape(model: Source, options: Options, frames: int | None) -> Shape:
-    precision = options.precision
-    graphs = {name: build() for name, build in model.graphs(precision).items()}
-    for name, g in graphs.items():
-        if integer := precision.integer(name):
-            quantize(g, weight_only_plan(g, integer, options.block))
-    table, newline = model.embeddings()
-    each = {"fp32": 4, "fp16": 2, "int8": 1}[precision.parts["embeddings"]]
-    manifest = model.manifest(precision, hash_weights=False)
-    engine = precision.quantized if options.engine is None else options.engine
-    return shape_of(graphs, manifest, each * (table.count + newline.count), engine, frames)
+def _save_stage(g: Graph, staging: Path, progress: Progress) -> StageReport:
+    progress.stage(g.name)
+    started = time.perf_counter()
+    g.save(staging / f"{g.name}.onnx", progress.wrote)
+    size = sum(path.stat().st_size for path in staging.glob(f"{g.name}.onnx*"))
+    return StageReport(g.name, g.parameters, size, time.perf_counter() - started)
 
 
-def _write_engine(
-    work: Path, manifest: Manifest, progress: Progress, reports: list[StageReport], needed: bool
-) -> None:
-    """engines/cpu beside the graphs. Without ONNX Runtime it is left out, unless it was asked for."""
+def _save_embeddings(model: Source, options: Options, staging: Path) -> StageReport:
+    started = time.perf_counter()
+    count = write_embeddings(model, options.precision, staging)
+    size = (staging / EMBEDDINGS).stat().st_size
+    return StageReport("embeddings", count, size, time.perf_counter() - started)
+
+
+def _build_cpu_engine(bundle: Bundle, progress: Progress, is_required: bool) -> list[StageReport]:
+    """Write engines/cpu. Without ONNX Runtime it is left out, unless it is required."""
     started = time.perf_counter()
     try:
-        engine = build_cpu(
-            Bundle(work, manifest), lambda stage, done, of: progress.step("engine for this CPU", done, of)
-        )
+        engine = build_cpu(bundle, lambda stage, done, of: progress.step("engine for this CPU", done, of))
     except EngineError:
-        if needed:
+        if is_required:
             raise
-        return
-    reports.append(
-        StageReport(
-            "engines/cpu", 0, sum(f.bytes for f in engine.files.values()), time.perf_counter() - started
-        )
-    )
-
-
-def check_output(options: Options) -> Path:
-    """The bundle's absolute path. Raises PPLLaVAError if something is there that must not be replaced."""
-    output = Path(os.path.abspath(options.output))
-    if output.exists() and not options.force:
-        raise PPLLaVAError(
-            f"{options.output} exists already; name another directory, or replace it with --force"
-        )
-    return output
-
-
-def write_embeddings(model: Source, precision: Precision, work: Path) -> StageReport:
-    """Token embeddings and image_newline: looked up by the runtime, memory-mapped, never part of a graph. INT8: a scale per row."""
-    started, kind = time.perf_counter(), precision.parts["embeddings"]
-    table, newline = model.embeddings()
-    dtype = "float32" if kind == "fp32" else "float16"
-    arrays = {"image_newline": newline.load().astype(dtype, copy=False)}
-    if kind == "int8":
-        rounded = round_int8(table.load().T, "float16")
-        arrays |= {"embed_tokens": rounded.values.T, "embed_tokens.scale": rounded.scales}
-    else:
-        arrays["embed_tokens"] = table.load().astype(dtype, copy=False)
-    try:
-        save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, work / EMBEDDINGS)
-    except SafetensorError as error:
-        if f"os error {errno.ENOSPC}" in str(error):
-            raise OSError(errno.ENOSPC, "No space left on device") from None
-        raise
-    os.chmod(work / EMBEDDINGS, 0o644)
-    return StageReport(
-        "embeddings",
-        table.count + newline.count,
-        (work / EMBEDDINGS).stat().st_size,
-        time.perf_counter() - started,
-    )
-
-
-@contextlib.contextmanager
-def work_beside(output: Path) -> Iterator[Path]:
-    """A scratch directory beside the output; removed on any failure or interrupt. A full disk is one clear line."""
-    with contextlib.ExitStack() as stack:
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            work = stack.enter_context(staging_folder(output))
-        except OSError as error:
-            raise PPLLaVAError(f"can't write beside {output}: {error.strerror}") from None
-        try:
-            yield work
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise PPLLaVAError(
-                f"the disk that holds {output.parent} is full; nothing was left behind"
-            ) from None
-
-
-def _move_into_place(work: Path, output: Path, force: bool) -> None:
-    work.chmod(0o755)
-    if force and output.exists():
-        if not output.is_dir() or (any(output.iterdir()) and not (output / "manifest.json").is_file()):
-            raise PPLLaVAError(f"{output} is not a bundle; --force replaces only bundles")
-        shutil.rmtree(output)
-    work.rename(output)
+        return []
+    size = sum(file.bytes for file in engine.files.values())
+    return [StageReport("engines/cpu", 0, size, time.perf_counter() - started)]

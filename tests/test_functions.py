@@ -22,7 +22,7 @@ from ppllava_edge.engines.bundle.windows import Windows
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.engines.graphs.graph import DOMAIN, Graph
 from ppllava_edge.engines.graphs.tensors import Tensor
-from ppllava_edge.export.stages.pooling import POOL, pool_function
+from ppllava_edge.export.stages.pool_function import POOL, pool_function
 from ppllava_edge.export.stages.question import stretch_positions
 from ppllava_edge.runtime.vision import frame_choice as frames
 from ppllava_edge.runtime.vision.anyres import best_resolution, unpad
@@ -304,7 +304,8 @@ _UNGUIDED = [
 @pytest.mark.parametrize(("mode", "case"), _UNGUIDED, ids=str)
 def test_unguided_projectors(mode: str, case: dict[str, Any], tmp_path: Path) -> None:
     """Adaptive average pooling, and its variant of fixed windows, with other output sizes."""
-    from ppllava_edge.export.config import Overrides, read_model
+    from ppllava_edge.export.config.model import Overrides
+    from ppllava_edge.export.config.reader import read_model
 
     folder, i, frames_ = GOLDEN / "pllava_tiny", case["case"], case["num_frames"]
     arrays = np.load(folder / f"projector_direct_{mode}.npz")
@@ -333,7 +334,8 @@ def test_guided_projectors(variant: str, case: int, tmp_path: Path) -> None:
     """The whole projector, question tower included, on random features with other grids, kernels, output sizes and temperatures."""
     from safetensors.numpy import load_file
 
-    from ppllava_edge.export.config import Overrides, read_model
+    from ppllava_edge.export.config.model import Overrides
+    from ppllava_edge.export.config.reader import read_model
     from ppllava_edge.export.stages.question import build_question
     from ppllava_edge.export.stages.similarity import build_similarity
 

@@ -1,11 +1,11 @@
 """decoder.onnx: LLaMA or Qwen2 with an in-place KV cache.
 
-Inputs: inputs_embeds (1, s, D); position_ids (1, s) int64; write_index (1) int64; mask (1, 1, s, capacity), additive;
-past.i.key and past.i.value (1, kv_heads, capacity, head_size) for every layer i.
+Inputs: inputs_embeds (1, s, D); position_ids (1, s) int64; write_index (1) int64; mask (1, 1, s, capacity),
+additive; past.i.key and past.i.value (1, kv_heads, capacity, head_size) for every layer i.
 Outputs: logits (1, V) float32 of the last position; present.i.key and present.i.value.
 
-TensorScatter writes the new keys and values at write_index: bind past and present to one buffer and nothing is
-copied. The capacity is symbolic; the runtime chooses it for each generation.
+TensorScatter writes the new keys and values at write_index: bind past and present to one buffer and nothing
+is copied. The capacity is symbolic; the runtime chooses it for each generation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import TensorProto
 
-from ppllava_edge.engines.graphs.graph import Graph, Tensor
+from ppllava_edge.engines.graphs.graph import Graph
+from ppllava_edge.engines.graphs.tensors import Tensor
 from ppllava_edge.export.config.model import Decoder
 from ppllava_edge.export.stages.layers import Source, activation, linear, merge_heads, rms_norm, split_heads
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from ppllava_edge.engines.graphs.graph import Graph, Tensor
+from ppllava_edge.engines.graphs.graph import Graph
+from ppllava_edge.engines.graphs.tensors import Tensor
 from ppllava_edge.export.config.model import Tower
 
 Source = Callable[..., Tensor]  # source("name", *shape) → Tensor; see sources.tensors.Checkpoint.source
@@ -66,7 +67,8 @@ def feed_forward(g: Graph, source: Source, x: str, name: str, width: int, hidden
 def linear(g: Graph, source: Source, x: str, name: str, inputs: int, outputs: int, bias: bool = True) -> str:
     """Add a linear layer, x (…, inputs) → (…, outputs).
 
-    The weight is stored as (inputs, outputs): the layout of MatMul, and of quantisation in blocks along inputs.
+    The weight is stored as (inputs, outputs): the layout of MatMul, and of quantisation in blocks along
+    inputs.
     """
     y = g.MatMul(x, g.weight(source(f"{name}.weight", outputs, inputs).T))
     return g.Add(y, g.weight(source(f"{name}.bias", outputs))) if bias else y

@@ -2,8 +2,8 @@
 
 Inputs: ids (1, L) int64, mask (1, L) int64. Output: q (1, E) float32, before normalisation.
 
-CLIP attends causally and pools at the end token. SigLIP attends in both directions and pools the last position, so
-its input must be padded to full length.
+CLIP attends causally and pools at the end token. SigLIP attends in both directions and pools the last
+position, so its input must be padded to full length.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
-from ppllava_edge.engines.graphs.graph import Graph, Tensor
+from ppllava_edge.engines.graphs.graph import Graph
+from ppllava_edge.engines.graphs.tensors import Tensor
 from ppllava_edge.export.config.model import Question
 from ppllava_edge.export.stages.layers import Source, layer_norm, linear, transformer_layer
 
@@ -71,7 +72,8 @@ def causal_mask(g: Graph, mask: str, length: str) -> str:
 def pool_end_token(g: Graph, x: str, ids: str, q: Question) -> str:
     """Select the end token's state, x (1, L, C) → (1, C).
 
-    The end token is the one with the largest id under the legacy rule, else the first with the end id, else position 0.
+    The end token is the one with the largest id under the legacy rule, else the first with the end id, else
+    position 0.
     """
     small = g.Cast(ids, to=TensorProto.INT32)
     if q.legacy_eos:
@@ -85,8 +87,8 @@ def pool_end_token(g: Graph, x: str, ids: str, q: Question) -> str:
 def position_table(source: Source, shapes: dict[str, tuple[int, ...]], q: Question) -> Tensor:
     """Return the position embeddings, (positions, width).
 
-    For a stretched tower upstream keeps two tables: the first 20 rows come from one, the rest, trained, from the
-    other. A stretched tower whose checkpoint has a plain CLIP table gets that table, stretched here.
+    For a stretched tower upstream keeps two tables: the first 20 rows come from one, the rest, trained, from
+    the other. A stretched tower whose checkpoint has a plain CLIP table gets that table, stretched here.
     """
     plain = TOWER + "embeddings.position_embedding.weight"
     first = TOWER + "embeddings.position_embedding"

@@ -18,8 +18,8 @@ from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.engines.graphs import graph
 from ppllava_edge.engines.graphs.tensors import Tensor, Weight
 from ppllava_edge.export.convert import convert
+from ppllava_edge.export.options import Options
 from ppllava_edge.export.quantisation.precision import parse_precision
-from ppllava_edge.export.sources import Options
 from ppllava_edge.runtime import Pipeline
 
 FP32 = parse_precision("fp32")
@@ -357,7 +357,8 @@ def test_models_that_are_not_supported_are_refused_by_name(
 
 
 def test_linear_rotary_scaling_stretches_positions(golden: Path) -> None:
-    from ppllava_edge.export.config import Overrides, read_model
+    from ppllava_edge.export.config.model import Overrides
+    from ppllava_edge.export.config.reader import read_model
     from ppllava_edge.export.stages.decoder import rotary_tables
 
     config = json.loads((golden / "config.json").read_text())

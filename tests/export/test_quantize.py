@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from helpers.commands import GOLDEN, assert_one_line_error, run_command
 from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.engines.graphs.rewrite import to_float32
-from ppllava_edge.export.quantisation.quantize import Plan, find_layers, quantize, weight_only_plan
+from ppllava_edge.export.quantisation.plan import Plan, find_layers, weight_only_plan
+from ppllava_edge.export.quantisation.quantize import quantize
 from ppllava_edge.export.quantisation.rounding import MIN_SCALE, round_int4, round_int8, unpack_int4
 from ppllava_edge.runtime import Pipeline
 

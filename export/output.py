@@ -1,0 +1,74 @@
+"""The directory of a new bundle: checked first, built beside its place, and renamed when complete."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ppllava_edge.engines.bundle.manifest import MANIFEST
+from ppllava_edge.engines.errors import PPLLaVAError
+from ppllava_edge.engines.staging import staging_folder
+from ppllava_edge.export.options import Options
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def check_output(options: Options) -> Path:
+    """Return the bundle's absolute path.
+
+    Raises:
+        PPLLaVAError: Something is there that must not be replaced.
+    """
+    output = Path(os.path.abspath(options.output))
+    if output.exists() and not options.force:
+        raise PPLLaVAError(
+            f"{options.output} exists already; name another directory, or replace it with --force"
+        )
+    return output
+
+
+@contextlib.contextmanager
+def bundle_staging(output: Path) -> Iterator[Path]:
+    """Create a staging folder beside the output, which is removed on any failure or interrupt.
+
+    Raises:
+        PPLLaVAError: The folder can't be created, or the disk is full.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            staging = stack.enter_context(staging_folder(output))
+        except OSError as error:
+            raise PPLLaVAError(f"can't write beside {output}: {error.strerror}") from None
+        try:
+            yield staging
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise PPLLaVAError(
+                f"the disk that holds {output.parent} is full; nothing was left behind"
+            ) from None
+
+
+def move_into_place(staging: Path, output: Path, force: bool) -> None:
+    """Rename a complete bundle to its place.
+
+    Args:
+        staging: The complete bundle.
+        output: Its place.
+        force: Whether a bundle there is replaced.
+
+    Raises:
+        PPLLaVAError: Something else than a bundle is there.
+    """
+    staging.chmod(0o755)
+    if force and output.exists():
+        is_replaceable = output.is_dir() and (not any(output.iterdir()) or (output / MANIFEST).is_file())
+        if not is_replaceable:
+            raise PPLLaVAError(f"{output} is not a bundle; --force replaces only bundles")
+        shutil.rmtree(output)
+    staging.rename(output)
