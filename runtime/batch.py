@@ -111,8 +111,8 @@ def run_batch(
     """Ask every question about every video below a folder.
 
     Every (video, question) pair becomes a line of JSON, synced to disk before the next. A video or a question
-    that fails becomes a line with "error". Pairs that have a line already are skipped, so a run that was killed
-    can be resumed: no line is lost or written twice.
+    that fails becomes a line with "error". Pairs that have a line already are skipped, so a run that was
+    killed can be resumed: no line is lost or written twice.
 
     Args:
         qa: The model.
@@ -185,24 +185,29 @@ def _open_output(path: Path) -> Iterator[tuple[IO[bytes], set[tuple[str, str]]]]
         raise PPLLaVAError(f"can't write {path}: {error.strerror}") from None
     with file:
         _lock(file, path)
-        pairs = set[tuple[str, str]]()
-        end = 0
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.endswith(b"\n"):
-                    break  # cut off by a crash
-                try:
-                    value = json.loads(line)
-                    pairs.add((str(value["video"]), str(value["question"])))
-                except (ValueError, KeyError, TypeError):
-                    raise PPLLaVAError(
-                        f"{path} line {number} is no answer of a batch; "
-                        "choose another output, or remove that line"
-                    ) from None
-                end += len(line)
+        pairs, end = _read_pairs(path)
         file.truncate(end)
         file.seek(end)
         yield file, pairs
+
+
+def _read_pairs(path: Path) -> tuple[set[tuple[str, str]], int]:
+    """The (video, question) pairs of an output, and where its last whole line ends, in bytes."""
+    pairs = set[tuple[str, str]]()
+    end = 0
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                break  # cut off by a crash
+            try:
+                value = json.loads(line)
+                pairs.add((str(value["video"]), str(value["question"])))
+            except (ValueError, KeyError, TypeError):
+                raise PPLLaVAError(
+                    f"{path} line {number} is no batch answer; choose another output, or remove that line"
+                ) from None
+            end += len(line)
+    return pairs, end
 
 
 def _lock(file: IO[bytes], path: Path) -> None:

@@ -116,7 +116,7 @@ def test_killed_in_the_middle_again_and_again(tmp_path: Path, questions: Path) -
 
 def test_two_runs_never_write_to_one_file(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
-    with batch._appending(output), pytest.raises(PPLLaVAError, match="another run is writing"):
+    with batch._open_output(output), pytest.raises(PPLLaVAError, match="another run is writing"):
         run_batch(VideoQA(device="cpu"), folder, QUESTIONS, output)
 
 
@@ -167,7 +167,7 @@ def test_what_makes_no_sense(folder: Path, questions: Path, tmp_path: Path) -> N
     output.write_text('{"something": "else"}\n')
     assert_one_line_error(
         run_command("ppllava-run", "--batch", folder, questions, "-o", output),
-        "line 1 is no answer of a batch",
+        "line 1 is no batch answer",
     )
     assert output.read_text() == '{"something": "else"}\n'
 

@@ -1,0 +1,82 @@
+"""Encoded videos in the feature cache: opened again without decoding or encoding."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers.commands import SAMPLE
+from ppllava_edge import MediaError, VideoQA
+from ppllava_edge.runtime.encoding.cached_features import CachedFeatures
+from ppllava_edge.runtime.session.attention_map import attention_picture
+from ppllava_edge.runtime.vision.frame_options import FrameOptions
+
+QUESTION, DESCRIBE = "What color is the circle?", "Describe the video."
+
+
+def test_a_restart_answers_without_opening_the_video_decoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = VideoQA(device="cpu", cache=tmp_path / "cache").open(SAMPLE)
+    want = first.ask(DESCRIBE)
+    assert want.timings["vision"] > 0 and want.time_to_first_token["first_ask"] is not None
+    monkeypatch.setattr(
+        "ppllava_edge.runtime.video_qa.reader_of", lambda *arguments: pytest.fail("the video was opened")
+    )
+    again = VideoQA(device="cpu", cache=tmp_path / "cache").open(SAMPLE)
+    answer = again.ask(DESCRIBE)
+    assert answer.text == want.text and answer.timings["vision"] == answer.timings["video_decode"] == 0
+    assert answer.frame_times == want.frame_times and answer.moments == want.moments
+    assert answer.time_to_first_token["first_ask"] is None
+    np.testing.assert_array_equal(again.features, first.features)
+
+
+def test_pictures_of_a_cached_video_are_read_again(tmp_path: Path) -> None:
+    fresh = VideoQA(device="cpu", cache=tmp_path).open(SAMPLE)
+    cached = VideoQA(device="cpu", cache=tmp_path).open(SAMPLE)
+    assert cached.frames.images == [] and cached.frames.indices == fresh.frames.indices
+    np.testing.assert_array_equal(attention_picture(cached, QUESTION), attention_picture(fresh, QUESTION))
+
+
+def test_sources_that_cannot_be_opened_with_a_cache(tmp_path: Path) -> None:
+    qa = VideoQA(device="cpu", cache=tmp_path / "cache")
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (("nothing.mp4", "no such file"), ("pipe", "not a regular file")):
+        with pytest.raises(MediaError, match=words):
+            qa.open(tmp_path / name)
+
+
+def test_another_video_sampling_or_bundle_is_another_entry(
+    tmp_path: Path, tiny_bundle: Path, video_file: Path
+) -> None:
+    qa = VideoQA(device="cpu", cache=tmp_path)
+    for arguments in ({}, {"frames": 6}, {"end": 1.0}, {"select": "guided", "candidates": 16}, {"tokens": 9}):
+        assert qa.open(SAMPLE, **arguments).ask(QUESTION).timings["vision"] > 0, arguments  # type: ignore[arg-type]
+        assert qa.open(SAMPLE, **arguments).ask(QUESTION).timings["vision"] == 0, arguments  # type: ignore[arg-type]
+    assert qa.open(video_file).ask(QUESTION).timings["vision"] > 0
+    other = VideoQA(tiny_bundle, device="cpu", cache=tmp_path)
+    assert other.open(SAMPLE, frames=4).ask("?", 1).timings["vision"] > 0
+    assert len(list(tmp_path.glob("*.features"))) == 7
+
+
+def test_guided_candidates_come_back_from_disk(tmp_path: Path) -> None:
+    first = VideoQA(device="cpu", cache=tmp_path).open(SAMPLE, select="guided", candidates=24)
+    again = VideoQA(device="cpu", cache=tmp_path).open(SAMPLE, select="guided", candidates=24)
+    want, answer = first.ask("What color is the cross?"), again.ask("What color is the cross?")
+    assert answer.text == want.text == "yellow"
+    assert answer.frame_indices == want.frame_indices and answer.timings["vision"] == 0
+
+
+def test_an_entry_of_another_version_is_encoded_anew(tmp_path: Path) -> None:
+    qa = VideoQA(device="cpu", cache=tmp_path)
+    qa.open(SAMPLE)
+    assert qa.cache is not None
+    key = CachedFeatures(qa.cache, qa.pipeline, SAMPLE, FrameOptions())._key
+    cached = qa.cache.load(*key)
+    assert cached is not None
+    cached.facts["something new"] = 1
+    qa.cache.store(cached, *key)
+    assert qa.open(SAMPLE).ask(QUESTION).timings["vision"] > 0

@@ -1,0 +1,77 @@
+"""How many frames the model sees of a video, and how many visual tokens they become."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from helpers.commands import SAMPLE, assert_one_line_error, run_command
+from ppllava_edge import MediaError, VideoQA
+from ppllava_edge.engines.bundle.windows import Windows, within_budget
+from ppllava_edge.runtime.media.writing import write_video
+from ppllava_edge.runtime.vision.frame_choice import frames_for_length
+
+QUESTION = "What color is the circle?"
+
+
+@settings(max_examples=200)
+@given(st.integers(2, 300), st.integers(3, 27), st.integers(1, 2000))
+def test_windows_keep_within_the_budget(frames: int, side: int, tokens: int) -> None:
+    windows = within_budget(Windows((2, 3, 3), (2, 3, 3), None), (frames, side, side), tokens)
+    output, kernel, stride = windows.resolve((frames, side, side))
+    assert 1 <= output[0] * output[1] * output[2] <= tokens and kernel == stride
+    if tokens >= 2 * (side // 3) ** 2:
+        assert kernel[1:] == (3, 3), "time is pooled before space"
+
+
+def test_the_released_models_budget_is_its_own_windows() -> None:
+    windows = Windows((2, 3, 3), (2, 3, 3), None)
+    assert within_budget(windows, (32, 24, 24), 1024).kernel == (2, 3, 3)
+    assert within_budget(windows, (64, 24, 24), 1024).kernel == (4, 3, 3)
+    assert within_budget(windows, (256, 24, 24), 1024).kernel == (16, 3, 3)
+
+
+@given(st.floats(0, 1e5), st.integers(1, 64), st.one_of(st.none(), st.integers(1, 64)), st.integers(1, 4))
+def test_frames_grow_with_the_length_within_what_the_model_knows(
+    duration: float, default: int, limit: int | None, step: int
+) -> None:
+    count = frames_for_length(duration, default, limit, step)
+    assert 1 <= count <= (limit or 512) and count <= frames_for_length(duration + 100, default, limit, step)
+
+
+def test_auto_frames_and_tokens(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Without an adapter, a longer video gives more frames, and no more tokens than a short one."""
+    clip = write_video(tmp_path / "long.mp4", np.zeros((130, 32, 32, 3), np.uint8), fps=1)
+    bundle = tmp_path / "plain"
+    options = ("--precision", "fp32", "--kernel", "2,3,3", "--stride", "2,3,3")
+    assert run_command("ppllava-export", tiny_checkpoint, "-o", bundle, *options).returncode == 0
+    qa = VideoQA(bundle, device="cpu")
+    m = qa.pipeline.manifest
+    video = qa.open(clip, frames="auto")
+    answer = video.ask("What?", 1)
+    fits = frames_for_length(130, m.vision.default_frames, m.vision.max_frames, 2)
+    assert len(answer.frame_indices) == fits
+    own = m.pooling.video.resolve((m.vision.default_frames, *m.vision.grid))[0]
+    assert answer.visual_tokens <= own[0] * own[1] * own[2]
+    assert qa.open(clip, frames=8, tokens=8).ask("What?", 1).visual_tokens <= 8
+    for wrong in ({"frames": "many"}, {"tokens": 0}):
+        with pytest.raises(MediaError):
+            qa.open(clip, **wrong)  # type: ignore[arg-type]
+    assert_one_line_error(run_command("ppllava-run", SAMPLE, "What?", "--tokens", "0"), "--tokens")
+    run = run_command("ppllava-run", SAMPLE, QUESTION, "--frames", "auto", "--tokens", "18", "--json")
+    assert json.loads(run.stdout)["visual_tokens"] <= 18
+
+
+def test_a_token_budget_for_a_picture_that_is_read_as_a_video(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle, picture = tmp_path / "npu", tmp_path / "still.png"
+    options = ("--precision", "fp32", "--pooling", "pllava_npu", "--output-size", "1,2,2")
+    run = run_command("ppllava-export", tiny_checkpoint, "-o", bundle, *options)
+    assert run.returncode == 0, run.stderr
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(picture)
+    assert VideoQA(bundle, device="cpu").open(picture, frames=4, tokens=9).ask("What?", 1).visual_tokens <= 9

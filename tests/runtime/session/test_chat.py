@@ -1,0 +1,114 @@
+"""Chats: later questions reuse the visual tokens and the KV cache."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.commands import SAMPLE
+from ppllava_edge import BusyError, MediaError, PromptError, VideoQA
+from ppllava_edge.runtime.session.chat import Chat
+
+QUESTION, ANSWER, DESCRIBE = "What color is the circle?", "red", "Describe the video."
+
+
+@pytest.fixture(scope="module")
+def qa() -> VideoQA:
+    return VideoQA(device="cpu")
+
+
+def test_a_chat_prefills_only_new_tokens_and_answers_as_a_full_prompt_would(
+    tiny_bundle: Path, video_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every turn: the kept cache gives the answer that the whole conversation, prefilled at once, gives."""
+    qa = VideoQA(tiny_bundle, device="cpu")
+    lengths: list[int] = []
+    generate = qa.pipeline.generate
+
+    def counted(prompt: Any, *arguments: Any) -> Any:
+        lengths.append(len(prompt))
+        return generate(prompt, *arguments)
+
+    monkeypatch.setattr(qa.pipeline, "generate", counted)
+    kept, whole = (qa.open(video_file, frames=8, keep="tokens") for _ in range(2))
+    said = []
+    for n, question in enumerate(["What moves?", "And then?", "Why is it red?"]):
+        answer = kept.ask(question, max_new_tokens=9)
+        chat = whole._chat
+        assert chat is not None
+        chat._drop_cache()  # everything is prefilled again
+        again = whole.ask(question, max_new_tokens=9)
+        said.append((answer.text, again.text))
+        if n:
+            assert answer.timings["pooling"] == answer.timings["question"] == answer.timings["vision"] == 0
+            assert lengths[-2] < 60 < lengths[-1], "the kept cache prefills the new turn only"
+    assert all(a == b for a, b in said), said
+
+
+def test_prefix_answers_as_if_nothing_had_been_asked_before(qa: VideoQA) -> None:
+    video = qa.open(SAMPLE, keep="prefix")
+    first = video.ask(QUESTION)
+    other = video.ask("How many objects are there?")
+    assert first.text == ANSWER and video.ask(QUESTION).text == ANSWER
+    assert other.visual_tokens == first.visual_tokens
+    assert other.timings["pooling"] == 0 and other.moments == []
+
+
+def test_a_chat_goes_on_after_a_closed_answer_and_ends_at_the_context(qa: VideoQA) -> None:
+    video = qa.open(SAMPLE, keep="tokens")
+    stream = video.stream(DESCRIBE)
+    next(stream)
+    stream.close()
+    assert video.ask(QUESTION, max_new_tokens=4).text is not None
+    with pytest.raises(PromptError, match=r"the conversation has \d+ tokens, the model's context is 512"):
+        for _ in range(100):
+            video.ask(DESCRIBE, max_new_tokens=60)
+    with pytest.raises(MediaError, match="keep must be"):
+        qa.open(SAMPLE, keep="everything")
+
+
+def test_one_question_at_a_time_in_a_chat(qa: VideoQA) -> None:
+    video = qa.open(SAMPLE, keep="prefix")
+    open_one = video.stream(QUESTION)
+    next(open_one)
+    with pytest.raises(PromptError, match="last answer is not finished"):
+        video.ask(QUESTION)
+    found: list[str] = []
+    waiting = video.stream(QUESTION)
+    thread = threading.Thread(target=lambda: found.extend(waiting))
+    thread.start()
+    time.sleep(0.1)
+    waiting.close()
+    thread.join(5)
+    assert not thread.is_alive() and not found and waiting.answer.finish == "cancelled"
+    errors: list[Exception] = []
+
+    def late() -> None:
+        try:
+            video.ask(QUESTION, timeout=0.1)
+        except BusyError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=late)
+    thread.start()
+    thread.join(5)
+    assert "still being answered" in str(errors[0])
+    open_one.close()
+    assert video.ask(QUESTION).text == ANSWER and qa.admission.held == 0
+
+
+def test_a_chat_keeps_one_cache_while_it_has_room(qa: VideoQA) -> None:
+    video = qa.open(SAMPLE, keep="tokens")
+    chat = video._chat
+    assert isinstance(chat, Chat)
+    caches = set()
+    for _ in range(4):
+        video.ask(QUESTION, max_new_tokens=4)
+        caches.add(id(chat.sequence))
+        filled = chat.prefix + len(chat.after)
+        assert filled - 1 <= chat.sequence.length <= filled
+    assert len(caches) == 1
