@@ -1,4 +1,4 @@
-"""A question that is asked again and again, in a thread of its own."""
+"""A question that is asked periodically, in its own thread."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ MIN_EVERY = 0.01  # seconds between the questions of a watch
 
 
 class Watch:
-    """A question that is asked every so many seconds until it is stopped.
+    """A question that is asked periodically until the watch is stopped.
 
     Args:
-        ask: Starts an answer from what a live view remembers now.
-        every: Seconds between questions. One that takes longer delays the next; none pile up.
+        ask: Starts an answer from the live view's current window.
+        every: Seconds between questions. An answer that takes longer delays the next; none pile up.
         on_answer: Called with each answer, in the watch's thread.
-        changes_only: Call on_answer only when the text differs from the last.
-        on_error: Called with what went wrong (nothing seen yet, engine busy); the watch goes on.
+        changes_only: Call on_answer only when the text differs from the last answer's.
+        on_error: Called with errors (no frame yet, engine busy); the watch goes on.
 
     Attributes:
-        answers, errors: How many there were.
+        every: As given.
+        answers, errors: Counts so far.
     """
 
     def __init__(
@@ -38,7 +39,8 @@ class Watch:
         changes_only: bool,
         on_error: Callable[[PPLLaVAError], None] | None,
     ):
-        self.every, self.answers, self.errors = every, 0, 0
+        self.every = every
+        self.answers = self.errors = 0
         self._ask, self._changes_only = ask, changes_only
         self._on_answer, self._on_error = on_answer, on_error
         self._stopped = threading.Event()
@@ -49,11 +51,11 @@ class Watch:
 
     @property
     def running(self) -> bool:
-        """Whether it still asks."""
+        """Whether the watch still asks."""
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Ask no more; an answer under way ends within one token."""
+        """Stop asking; an answer under way ends within one token."""
         self._stopped.set()
         if self._stream is not None:
             self._stream.close()
