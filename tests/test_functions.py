@@ -1,9 +1,8 @@
-"""The pieces that have golden arrays of their own: frame indices, prompts, preprocessing, position stretch, pooling, projectors."""
+"""Functions with golden data of their own: prompts, position stretch, pooling, projectors."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from helpers import upstream_samplers
 from helpers.commands import GOLDEN
-from ppllava_edge.engines.bundle.manifest import Preprocessing
 from ppllava_edge.engines.bundle.prompt_template import MVBENCH_SYSTEM, TEMPLATES, PromptTemplate
 from ppllava_edge.engines.bundle.windows import Windows
 from ppllava_edge.engines.errors import PPLLaVAError
@@ -24,63 +21,10 @@ from ppllava_edge.engines.graphs.graph import DOMAIN, Graph
 from ppllava_edge.engines.graphs.tensors import Tensor
 from ppllava_edge.export.stages.pool_function import POOL, pool_function
 from ppllava_edge.export.stages.question import stretch_positions
-from ppllava_edge.runtime.vision import frame_choice as frames
-from ppllava_edge.runtime.vision.anyres import best_resolution, unpad
-from ppllava_edge.runtime.vision.preprocess import preprocess_image, preprocess_video
 
-INDICES = json.loads((GOLDEN / "frames" / "frame_indices.json").read_text())
 PROMPTS = json.loads((GOLDEN / "text" / "prompts.json").read_text())
 POOLING = json.loads((GOLDEN / "functions" / "pooling.json").read_text())
 POOLING_ARRAYS = np.load(GOLDEN / "functions" / "pooling.npz")
-INFO = json.loads((GOLDEN / "preprocess" / "info.json").read_text())
-
-
-# -- frame indices ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", INDICES["get_index"], ids=str)
-def test_sample_indices(case: dict[str, Any]) -> None:
-    segments, bound = case["num_segments"], tuple(case["bound"]) if case["bound"] else None
-    duration = bound[1] - bound[0] if bound else case["max_frame"] / case["fps"]
-    wanted = (
-        segments
-        if segments > 0
-        else case["assigned_frame"]
-        if segments == 0
-        else upstream_samplers.frames_for_duration(-segments, duration)
-    )
-    assert (
-        frames.sample_indices(case["n_frames_total"], case["fps"], wanted, bound, case["first_idx"])
-        == case["indices"]
-    )
-
-
-@pytest.mark.parametrize("case", INDICES["get_seq_frames"], ids=str)
-def test_centred_indices(case: dict[str, Any]) -> None:
-    if isinstance(case["indices"], str):
-        with pytest.raises(ZeroDivisionError):
-            upstream_samplers.centred_indices(case["total"], case["desired"])
-    else:
-        assert upstream_samplers.centred_indices(case["total"], case["desired"]) == case["indices"]
-
-
-@pytest.mark.parametrize("case", [c for c in INDICES["get_frame_indices"] if c["sample"] != "start"], ids=str)
-def test_indices_of_the_training_sampler(case: dict[str, Any]) -> None:
-    if case["sample"] == "middle":
-        assert upstream_samplers.middle_indices(case["num_frames"], case["vlen"]) == case["indices"]
-    else:
-        rate = float(case["sample"].removeprefix("fps"))
-        assert (
-            upstream_samplers.indices_at_rate(rate, case["vlen"], case["input_fps"], case["max_num_frames"])
-            == case["indices"]
-        )
-
-
-@given(st.integers(1, 5000), st.floats(0.5, 120), st.integers(1, 128))
-def test_sampled_indices_lie_in_the_video_in_order(count: int, fps: float, wanted: int) -> None:
-    found = frames.sample_indices(count, fps, wanted)
-    assert len(found) == wanted and found == sorted(found)
-    assert found[0] >= 0 and found[-1] < count
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------
@@ -120,51 +64,6 @@ def test_prompts(case: dict[str, Any]) -> None:
 def test_templates_survive_the_manifest() -> None:
     for template in TEMPLATES.values():
         assert PromptTemplate.from_json(json.loads(json.dumps(template.as_json()))) == template
-
-
-# -- preprocessing ---------------------------------------------------------------------------------------------------
-
-_ARRAYS = np.load(GOLDEN / "preprocess" / "pixel_values.npz")
-_FRAMES = [np.load(GOLDEN / "preprocess" / "frames.npz")[f"frame_{i}"] for i in range(4)]
-_GRIDS = tuple((h, w) for h, w in INFO["grid_pinpoints"])
-_CLIP = Preprocessing("squash", 84, tuple(INFO["clip_mean"]), tuple(INFO["clip_std"]), _GRIDS)
-_SIGLIP = Preprocessing("pad", 84, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), _GRIDS)
-
-
-def test_clip_video_pixels() -> None:
-    np.testing.assert_allclose(
-        preprocess_video(_FRAMES, _CLIP), _ARRAYS["clip_video_pixel_values"][:, 0], atol=1e-6
-    )
-
-
-def test_siglip_video_pixels() -> None:
-    pixels = preprocess_video(_FRAMES, replace(_SIGLIP, size=384))
-    np.testing.assert_allclose(
-        pixels[..., ::12, ::12], _ARRAYS["siglip_video_pixel_values_stride12"][:, 0], atol=1e-6
-    )
-    np.testing.assert_allclose(pixels[:, :, 192], _ARRAYS["siglip_video_row192"][:, 0], atol=1e-6)
-    np.testing.assert_allclose(
-        pixels.astype(np.float64).sum((2, 3)), _ARRAYS["siglip_video_channel_sum"][:, 0], atol=0.05
-    )
-
-
-@pytest.mark.parametrize("family", ["clip", "siglip"])
-@pytest.mark.parametrize("i", range(4))
-def test_any_resolution_tiles(family: str, i: int) -> None:
-    tiles = preprocess_image(_FRAMES[i], _CLIP if family == "clip" else _SIGLIP)
-    assert [1, *tiles.shape] == INFO[f"{family}_image_shape_{i}"]
-    np.testing.assert_allclose(
-        tiles[..., ::4, ::4], _ARRAYS[f"{family}_image_pixel_values_{i}"][0], atol=1e-6
-    )
-
-
-@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 40), st.integers(1, 40))
-def test_unpadding_leaves_something_centred(height: int, width: int, rows: int, columns: int) -> None:
-    tokens = np.arange(rows * columns, dtype=np.float32).reshape(rows, columns, 1)
-    left = unpad(tokens, (height, width))
-    assert left.ndim == 3 and left.shape[0] <= rows and left.shape[1] <= columns
-    assert left.shape[0] == rows or left.shape[1] == columns
-    assert best_resolution((height, width), _GRIDS) in _GRIDS
 
 
 # -- positions -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import pytest
 
 from helpers.commands import frame_number
 from helpers.encoded_clips import encode_clip
-from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.media.writing import write_video
 from ppllava_edge.runtime.vision.frame_choice import read_frames, sample_indices
 
@@ -46,30 +45,6 @@ def test_the_sampled_frames_are_the_right_ones(
     assert [frame_number(image) for image in found.images] == found.indices
     assert found.times == pytest.approx([i / 12 for i in found.indices], abs=0.01)
     assert not found.notes and found.kind == "video" and found.images[0].shape == (96, 128, 3)
-
-
-def test_a_range(video_file: Path) -> None:
-    found = read_frames(video_file, 4, start=0.5, end=1.5)
-    assert found.indices == sample_indices(24, 12.0, 4, (0.5, 1.5))
-    assert found.indices[0] >= 6 and found.indices[-1] <= 18
-    assert [frame_number(image) for image in found.images] == found.indices
-    assert read_frames(video_file, 4, start=1.0).indices[0] >= 12
-    for start, end in ((5, 9), (1.5, 0.5)):
-        with pytest.raises(MediaError, match="no frames of"):
-            read_frames(video_file, 4, start=start, end=end)
-    with pytest.raises(MediaError, match="--start"):
-        read_frames(video_file, 4, start=-1)
-
-
-def test_a_short_video_repeats_frames(video_file: Path) -> None:
-    found = read_frames(video_file, 60)
-    assert len(found.images) == 60 and sorted(set(found.indices)) == list(range(24))
-
-
-@pytest.mark.parametrize("frames", [0, -3, 10**6])
-def test_impossible_frame_counts(video_file: Path, frames: int) -> None:
-    with pytest.raises(MediaError, match="--frames"):
-        read_frames(video_file, frames)
 
 
 def test_variable_frame_rate(tmp_path: Path, moving_frames: np.ndarray) -> None:
