@@ -1,4 +1,4 @@
-"""Ask a video file several questions: it is decoded and encoded once.
+"""Ask several questions about a video file. It is decoded and encoded once.
 
 python examples/ask_a_file.py nano/sample/shapes.mp4 "What color is the circle?" "Describe the video."
 """
@@ -14,17 +14,16 @@ def main(path: str, *questions: str) -> None:
     for question in questions:
         print(f"{question} ", end="", flush=True)
         stream = video.stream(question)
-        for piece in stream:
+        for piece in stream:  # text, as it is generated
             print(piece, end="", flush=True)
         answer = stream.answer
-        when = ", ".join(f"{m.seconds:.1f} s" for m in answer.moments)
-        print(
-            f"\n    {1000 * answer.timings['first_token']:.0f} ms to the first token; looked mostly at {when}"
-        )
+        milliseconds = 1000 * answer.timings["first_token"]
+        moments = ", ".join(f"{moment.seconds:.1f} s" for moment in answer.moments)
+        print(f"\n    {milliseconds:.0f} ms to the first token; most relevant frames: {moments}")
 
 
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
-    except PPLLaVAError as error:
+    except PPLLaVAError as error:  # every error of the package, in one clear line
         sys.exit(f"error: {error}")

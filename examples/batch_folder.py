@@ -1,6 +1,8 @@
-"""Answer the same questions about every video below a folder, into JSON Lines. Run it again after a crash: it goes on where it stopped.
+"""Answer the same questions about every video below a folder, as JSON Lines.
 
-python examples/batch_folder.py videos/ answers.jsonl "What color is the circle?" "How many objects are there?"
+python examples/batch_folder.py videos/ answers.jsonl "What color is the circle?" "How many objects?"
+
+Run it again after an interruption: it skips what is in the output already.
 """
 
 import json
@@ -10,19 +12,19 @@ from ppllava_edge import PPLLaVAError, VideoQA
 from ppllava_edge.runtime.batch import run_batch
 
 
+def show_progress(video: str, done: int, total: int) -> None:
+    print(f"{done}/{total} {video}", file=sys.stderr)
+
+
 def main(folder: str, output: str, *questions: str) -> None:
-    qa = VideoQA(cache=True)  # encoded videos are kept on disk: further questions next week cost no decoding
-    result = run_batch(
-        qa,
-        folder,
-        questions,
-        output,
-        progress=lambda video, done, of: print(f"{done}/{of} {video}", file=sys.stderr),
-    )
+    # With cache=True encoded videos stay on disk, so further questions need no decoding, even weeks later.
+    qa = VideoQA(cache=True)
+    result = run_batch(qa, folder, questions, output, progress=show_progress)
     print(f"{result.answered} answered, {result.failed} failed, {result.skipped} were there already")
     with open(output, encoding="utf-8") as lines:
         for line in map(json.loads, lines):
-            print(f"{line['video']}: {line['question']} {line.get('text', line.get('error'))}")
+            answer = line["text"] if "text" in line else line["error"]
+            print(f"{line['video']}: {line['question']} {answer}")
 
 
 if __name__ == "__main__":

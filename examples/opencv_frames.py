@@ -1,8 +1,6 @@
-"""Frames from OpenCV (a capture, a simulator, your own pipeline) into a live view.
+"""Push frames from OpenCV (a capture, a simulator, your own pipeline) into a live view.
 
-    python examples/opencv_frames.py nano/sample/shapes.mp4 "What color is the circle?"
-
-OpenCV's pictures are BGR; the model wants RGB.
+python examples/opencv_frames.py nano/sample/shapes.mp4 "What color is the circle?"
 """
 
 import sys
@@ -15,15 +13,16 @@ from ppllava_edge import PPLLaVAError, VideoQA
 def main(source: str, question: str) -> None:
     capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
     rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
-    qa, number = VideoQA(), 0
+    qa = VideoQA()
     with qa.live(fps=4, window=16) as live:
+        number = 0
         while True:
-            there, picture = capture.read()
-            if not there:
+            success, frame = capture.read()
+            if not success:
                 break
-            live.push(
-                cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), t=number / rate, wait=True
-            )  # a file: take every frame that is due
+            rgb = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)  # OpenCV's frames are BGR, the model wants RGB
+            # wait=True encodes every due frame of a file. With a camera leave it out: the newest frame wins.
+            live.push(rgb, t=number / rate, wait=True)
             number += 1
         capture.release()
         if not live.wait_for(1, timeout=10):

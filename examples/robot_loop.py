@@ -1,9 +1,9 @@
-"""A control loop that must never block: it pushes camera frames and asks questions, and goes on while the answer is being made.
+"""A control loop that must never block: it pushes camera frames and asks questions while it goes on steering.
 
     python examples/robot_loop.py
 
-Pushing a frame takes microseconds (a newer one replaces one that wasn't encoded yet); asking happens in asyncio; a question that takes too long ends as it
-is. The loop measures by how much it was late.
+Pushing a frame takes microseconds: the newest frame replaces one that isn't encoded yet. Questions run in
+asyncio and end after a timeout. The program measures how late the loop was.
 """
 
 import asyncio
@@ -16,44 +16,49 @@ from ppllava_edge.nano.clips import clip_frames, sample_scene_for_the_readme
 
 RATE = 50.0  # control steps a second
 SECONDS = 4.0
+STEPS_BETWEEN_QUESTIONS = 25
+QUESTION = "What color is the circle?"
 
 
 def camera() -> np.ndarray:
-    """Frames of a drawn scene in the place of a camera: (T,H,W,3) RGB uint8."""
+    """Frames of a drawn scene in place of a camera: (T, H, W, 3) RGB uint8."""
     return clip_frames(sample_scene_for_the_readme(), np.random.default_rng(1), frames=int(RATE * 2))
 
 
+def print_answer(task: asyncio.Task) -> bool:
+    """Print a finished question's answer, or why there is none. Returns whether there is one."""
+    try:
+        print(f"answer: {task.result().text}")
+        return True
+    except (MediaError, BusyError) as error:  # no frame encoded yet, or too many questions: go on
+        print(f"no answer: {error}")
+        return False
+
+
 async def main() -> None:
-    frames, qa = camera(), VideoQA(threads=1)  # leave a core to the robot
+    frames = camera()
+    qa = VideoQA(threads=1)  # leave a core to the robot
     question: asyncio.Task | None = None
-    late, answers = [], 0
+    answers = 0
+    late = []
     with qa.live(fps=4, window=16) as live:
-        began = time.monotonic()
+        started = time.monotonic()
         for step in range(int(RATE * SECONDS)):
             live.push(frames[step % len(frames)])  # never waits
-            if question is None and step % 25 == 24:
-                question = asyncio.create_task(
-                    live.ask_async("What color is the circle?", last=2, timeout=1.0)
-                )
+            if question is None and step % STEPS_BETWEEN_QUESTIONS == STEPS_BETWEEN_QUESTIONS - 1:
+                question = asyncio.create_task(live.ask_async(QUESTION, last=2, timeout=1.0))
             if question is not None and question.done():
-                try:
-                    print(f"{time.monotonic() - began:.2f} s: {question.result().text}")
-                    answers += 1
-                except (
-                    MediaError,
-                    BusyError,
-                ) as error:  # nothing seen yet, or too much asked: a robot goes on
-                    print(f"no answer: {error}")
+                answers += print_answer(question)
                 question = None
-            due = began + (step + 1) / RATE  # … here the robot would steer …
+            # Here the robot would steer.
+            due = started + (step + 1) / RATE
             await asyncio.sleep(max(due - time.monotonic(), 0))
             late.append(max(time.monotonic() - due, 0.0))
         if question is not None:
-            await question
-    late.sort()
-    print(
-        f"{answers} answers; the loop was late by {1000 * late[len(late) // 2]:.1f} ms (median), {1000 * late[int(0.99 * len(late))]:.1f} ms (99 %)"
-    )
+            await asyncio.wait([question])
+            answers += print_answer(question)
+    median, high = (1000 * np.percentile(late, share) for share in (50, 99))
+    print(f"{answers} answers; the loop was late by {median:.1f} ms (median), {high:.1f} ms (99 %)")
 
 
 if __name__ == "__main__":

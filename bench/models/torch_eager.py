@@ -1,4 +1,4 @@
-"""The original algorithm in torch, eager: what the runtime is measured against, and an independent check of it.
+"""The original algorithm in torch, eager: a baseline for benchmarks, and an independent check of the runtime.
 
 Written from upstream's order of operations: every layer is computed, linear_2 stands before the pooling,
 windows are unfolded and multiplied, and prefill returns the logits of all positions. CLIP + LLaMA, with or
