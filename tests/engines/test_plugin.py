@@ -1,4 +1,4 @@
-"""The pooling plugin in TensorRT: built into real engines by TensorRT-RTX (no GPU needed), run through doubles."""
+"""The pooling plugin in TensorRT: built into real engines by TensorRT-RTX, run through test doubles."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_weighted_pool import reference
 
-from helpers.pool_host import FakeCudaCore, library
+from helpers.pool_host import FakeCudaCore, library, reference
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.packed import packed_bundle
 from ppllava_edge.engines.errors import EngineError
@@ -41,34 +40,29 @@ def fake(host: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     kernel.compile_kernels.cache_clear()
 
 
-def case() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pooling_case() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
-    hidden, weights = rng.standard_normal(SHAPE).astype(np.float32), rng.random(SHAPE[:3]).astype(np.float32)
-    return (
-        hidden,
-        weights,
-        reference(hidden, weights, Call(SHAPE[:3], SHAPE[3], KERNEL, STRIDE, 0.1, "float32", gelu=True)),
-    )
+    hidden = rng.standard_normal(SHAPE).astype(np.float32)
+    weights = rng.random(SHAPE[:3]).astype(np.float32)
+    call = Call(SHAPE[:3], SHAPE[3], KERNEL, STRIDE, 0.1, "float32", gelu=True)
+    return hidden, weights, reference(hidden, weights, call)
 
 
-# -- the node --------------------------------------------------------------------------------------------------------
+# -- the node ------------------------------------------------------------------------------------------------
 
 
-def test_the_node_takes_the_gelu_and_the_windows() -> None:
+def test_the_node_has_gelu_and_windows_as_attributes() -> None:
     bundle = Bundle.open(packed_bundle())
     before = Graph.read(bundle.file("pooling.onnx"))
     g = with_plugin(before, KERNEL, STRIDE)
     node = next(n for n in g.nodes if n.op_type == "PromptGuidedPool3d")
     attributes = {a.name: a for a in node.attribute}
-    assert (
-        list(attributes["kernel"].ints) == list(KERNEL)
-        and attributes["gelu"].i == 1
-        and attributes["plugin_namespace"].s == b"ppllava_edge"
-    )
+    assert list(attributes["kernel"].ints) == list(KERNEL)
+    assert attributes["gelu"].i == 1
+    assert attributes["plugin_namespace"].s == b"ppllava_edge"
     assert len(node.input) == 2 and {v.name for v in g.inputs} == {"features", "weights"}
-    assert "Gelu" not in {n.op_type for n in g.nodes} and "Gelu" in {n.op_type for n in before.nodes}, (
-        "the original stays as it is"
-    )
+    assert "Gelu" not in {n.op_type for n in g.nodes}
+    assert "Gelu" in {n.op_type for n in before.nodes}, "the original graph isn't changed"
     assert set(g.weights) == set(before.weights)
 
 
@@ -77,39 +71,38 @@ def test_unguided_pooling_has_no_plugin() -> None:
         with_plugin(Graph("pooling"), KERNEL, STRIDE)
 
 
-# -- Python ----------------------------------------------------------------------------------------------------------
+# -- Python --------------------------------------------------------------------------------------------------
 
 BUILD = """
 import sys
 from pathlib import Path
 import tensorrt_rtx as trt
 import onnx
-from ppllava_edge.engines.bundle import Bundle
+from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.plugins.weighted_pool import tensorrt_plugin
-from ppllava_edge.engines.profiles import limits, profiles
-from ppllava_edge.engines.tensorrt_worker import Job, build
+from ppllava_edge.engines.targets.profiles import limits, profiles
+from ppllava_edge.engines.targets.tensorrt_worker import Job, build
 if sys.argv[3] == "python":
     tensorrt_plugin.register(trt)
-    tensorrt_plugin.register(trt)  # twice is harmless
+    tensorrt_plugin.register(trt)  # again is harmless
 elif sys.argv[3] != "none":
     assert trt.get_plugin_registry().load_library(sys.argv[3])
 manifest = Bundle.open(sys.argv[2]).manifest
 inputs = onnx.load(sys.argv[1], load_external_data=False).graph.input
-plan = build(Job(sys.argv[1], "", "tensorrt_rtx", profiles("pooling", inputs, manifest, limits(manifest)), ["8.9"]))
+shapes = profiles("pooling", inputs, manifest, limits(manifest))
+plan = build(Job(sys.argv[1], "", "tensorrt_rtx", shapes, ["8.9"]))
 print(len(plan), plan.count(b"PromptGuidedPool3d"))
 """
 
 
 def build_with_plugin(folder: Path, plugin: str) -> subprocess.CompletedProcess[str]:
-    """Nano's pooling graph with the plugin's node, built in a process that finds the library under the name that plugins are loaded by."""
+    """Build nano's pooling graph with the plugin's node, in a process that finds the unversioned library."""
     import tensorrt_rtx_libs
 
-    with_plugin(Graph.read(Bundle.open(packed_bundle()).file("pooling.onnx")), KERNEL, STRIDE).save(
-        folder / "pooling.onnx", check=False
-    )
-    (folder / "libtensorrt_rtx.so").symlink_to(
-        Path(tensorrt_rtx_libs.__file__).with_name("libtensorrt_rtx.so.1")
-    )
+    pooling = Graph.read(Bundle.open(packed_bundle()).file("pooling.onnx"))
+    with_plugin(pooling, KERNEL, STRIDE).save(folder / "pooling.onnx", check=False)
+    versioned = Path(tensorrt_rtx_libs.__file__).with_name("libtensorrt_rtx.so.1")
+    (folder / "libtensorrt_rtx.so").symlink_to(versioned)
     environment = {**os.environ, "LD_LIBRARY_PATH": f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
     command = [sys.executable, "-c", BUILD, str(folder / "pooling.onnx"), str(packed_bundle()), plugin]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -129,14 +122,15 @@ def test_without_the_plugin_its_node_is_refused(tmp_path: Path) -> None:
     assert run.returncode != 0 and "PromptGuidedPool3d" in run.stderr
 
 
-def test_it_runs_what_an_engine_asks_of_it(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made from fields, saved, made again, cloned; then one call, over host memory."""
+def test_the_python_plugin_runs(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Create from fields, serialise, create again, clone; then run once over host memory."""
     trt = pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(tensorrt_plugin, "_launcher", Launcher)
-    creator = tensorrt_plugin._classes(trt)()
-    plugin = creator.create_plugin("pool", tensorrt_plugin._fields(trt, KERNEL, STRIDE, [0.1], [1]), None)
+    creator = tensorrt_plugin.creator_class(trt)()
+    fields = tensorrt_plugin.plugin_fields(trt, KERNEL, STRIDE, [0.1], [1])
+    plugin = creator.create_plugin("pool", fields, None)
     plugin = creator.create_plugin("pool", plugin.get_fields_to_serialize(), None).attach_to_context(None)
-    hidden, weights, want = case()
+    hidden, weights, want = pooling_case()
     out = np.full(want.shape, np.nan, np.float32)
     description = SimpleNamespace(dims=SHAPE, type=trt.DataType.FLOAT)
     plugin.enqueue([description], None, [hidden.ctypes.data, weights.ctypes.data], [out.ctypes.data], None, 5)
@@ -149,17 +143,16 @@ def test_it_runs_what_an_engine_asks_of_it(fake: Any, monkeypatch: pytest.Monkey
 
     kinds = trt.DataType
     assert takes(kinds.HALF, kinds.FLOAT, kinds.HALF) and takes(kinds.BF16, kinds.FLOAT, kinds.BF16)
-    assert (
-        not takes(kinds.HALF, kinds.HALF, kinds.HALF)
-        and not takes(kinds.HALF, kinds.FLOAT, kinds.FLOAT)
-        and not takes(kinds.INT8, kinds.FLOAT, kinds.INT8)
-    )
+    assert not takes(kinds.HALF, kinds.HALF, kinds.HALF)
+    assert not takes(kinds.HALF, kinds.FLOAT, kinds.FLOAT)
+    assert not takes(kinds.INT8, kinds.FLOAT, kinds.INT8)
     assert not takes(kinds.HALF, kinds.FLOAT, kinds.HALF, format=trt.TensorFormat.CHW4)
+    two_axes = tensorrt_plugin.plugin_fields(trt, (2, 3), STRIDE, [0.1], [1])
     with pytest.raises(EngineError, match="whole numbers"):
-        creator.create_plugin("pool", tensorrt_plugin._fields(trt, (2, 3), STRIDE, [0.1], [1]), None)
+        creator.create_plugin("pool", two_axes, None)
 
 
-def test_a_name_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_name_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     double = SimpleNamespace(
         **{name: getattr(trt, name) for name in dir(trt) if not name.startswith("__")},
@@ -171,17 +164,17 @@ def test_a_name_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         tensorrt_plugin.register(double)
 
 
-# -- ahead of time ---------------------------------------------------------------------------------------------------
+# -- ahead of time -------------------------------------------------------------------------------------------
 
 
 class Size(int):
-    """A dimension that is known: as TensorRT's symbolic ones, it can be asked for its value."""
+    """A known dimension, with the interface of TensorRT's symbolic ones."""
 
     def constant_value(self) -> int:
         return int(self)
 
 
-def test_the_embedded_kernel_is_launched_as_the_direct_one(
+def test_the_embedded_kernel_is_launched_like_the_direct_one(
     fake: Any, host: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registered: dict[str, Any] = {}
@@ -210,12 +203,12 @@ def test_the_embedded_kernel_is_launched_as_the_direct_one(
     monkeypatch.setattr(aot, "registered", {})
     monkeypatch.setattr(aot, "compile_kernels", lambda capability, form: SimpleNamespace(code=b"// ptx"))
     older = SimpleNamespace(**{**vars(trt), "NetworkDefinitionCreationFlag": SimpleNamespace()})
-    assert (
-        aot.is_available(trt, trtp) and not aot.is_available(trt, None) and not aot.is_available(older, trtp)
-    )
+    assert aot.is_available(trt, trtp)
+    assert not aot.is_available(trt, None)
+    assert not aot.is_available(older, trtp)
     aot.register_aot(trt, trtp, (8, 9))
     aot.register_aot(trt, trtp, (8, 9))
-    hidden, weights, want = case()
+    hidden, weights, want = pooling_case()
     described = SimpleNamespace(
         dtype="float", shape_expr=[Size(n) for n in SHAPE], like=lambda: SimpleNamespace(dtype="float")
     )
@@ -247,7 +240,7 @@ def test_one_form_of_the_plugin_in_a_process(monkeypatch: pytest.MonkeyPatch) ->
         aot.register_aot(SimpleNamespace(__name__="x"), SimpleNamespace(), (8, 9))
 
 
-# -- C++ -------------------------------------------------------------------------------------------------------------
+# -- C++ -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(

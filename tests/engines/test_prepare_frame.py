@@ -1,4 +1,7 @@
-"""Frames that lie on the GPU: prepared there as Pillow does on the host, bit for bit (the kernels' host build, over doubles of driver and cuda-core)."""
+"""Frames in GPU memory are prepared bit for bit as by Pillow on the host.
+
+The kernels' host build runs over test doubles of the CUDA driver and cuda-core.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from helpers.gpu_doubles import FakeDriver
+from helpers.gpu_doubles import FakeDriver, OnGpu
 from helpers.pool_host import FakeCudaCore, library
 from ppllava_edge import MediaError, VideoQA
 from ppllava_edge.engines.backends.cuda_driver import CudaDevice
@@ -29,10 +32,9 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> FakeCudaCore:
 
 
 def rows_first(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """Pillow's order up to version 12; from 13 on it takes columns first for some shapes (tall ones, mostly), and rounds otherwise."""
-    return picture.resize((width, picture.height), Image.Resampling.BICUBIC).resize(
-        (width, height), Image.Resampling.BICUBIC
-    )
+    """Resize rows first, as Pillow up to 12; version 13 takes columns first for some shapes."""
+    narrowed = picture.resize((width, picture.height), Image.Resampling.BICUBIC)
+    return narrowed.resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,24 +45,6 @@ def doubles(core: FakeCudaCore) -> Any:
         kernel.compile_kernels.cache_clear()
         yield
     kernel.compile_kernels.cache_clear()
-
-
-class OnGpu:
-    """What torch, CuPy and pycuda show of an array on the GPU."""
-
-    def __init__(self, array: np.ndarray):
-        self.in_device_memory, self.shape = array, array.shape
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        a = self.in_device_memory
-        return {
-            "shape": a.shape,
-            "typestr": a.dtype.str,
-            "data": (a.ctypes.data, True),
-            "strides": a.strides,
-            "version": 3,
-        }
 
 
 def preprocessing(size: int, method: str) -> Preprocessing:
@@ -93,37 +77,37 @@ def test_real_sizes(shape: tuple[int, int]) -> None:
         pixels, picture = kernel.FramePreparer(CudaDevice(FakeDriver()), p).prepare(OnGpu(image))
         np.testing.assert_array_equal(np.asarray(pixels), preprocess_video([image], p))
         if method == "squash":
-            np.testing.assert_array_equal(
-                np.asarray(picture), np.asarray(rows_first(Image.fromarray(image), size, size))
-            )
+            want = rows_first(Image.fromarray(image), size, size)
+            np.testing.assert_array_equal(np.asarray(picture), np.asarray(want))
 
 
-def test_strides_of_all_kinds() -> None:
-    """A part of a larger picture, one with alpha, one upside down, planes one after another."""
-    base, p = np.random.default_rng(2).integers(0, 256, (60, 80, 4), np.uint8), preprocessing(28, "squash")
+def test_strided_frames() -> None:
+    """Part of a larger picture, one with alpha, one upside down, one in planes."""
+    base = np.random.default_rng(2).integers(0, 256, (60, 80, 4), np.uint8)
+    p = preprocessing(28, "squash")
     planar = np.ascontiguousarray(base[..., :3].transpose(2, 0, 1)).transpose(1, 2, 0)
     for image in (base[5:50, 7:70, :3], base, base[::-1, :, :3], planar):
         pixels, _ = kernel.FramePreparer(CudaDevice(FakeDriver()), p).prepare(OnGpu(image))
-        np.testing.assert_array_equal(
-            np.asarray(pixels), preprocess_video([np.ascontiguousarray(image[..., :3])], p)
-        )
+        want = preprocess_video([np.ascontiguousarray(image[..., :3])], p)
+        np.testing.assert_array_equal(np.asarray(pixels), want)
 
 
-def test_what_is_no_frame() -> None:
+def test_other_arrays_are_refused() -> None:
     preparer = kernel.FramePreparer(CudaDevice(FakeDriver()), preprocessing(28, "squash"))
     for wrong in (np.zeros((4, 4), np.uint8), np.zeros((9, 9, 3), np.float32), np.zeros((9, 9, 2), np.uint8)):
         with pytest.raises(MediaError, match="must be RGB uint8"):
             preparer.prepare(OnGpu(wrong))
     with pytest.raises(MediaError, match="can't be taken from the GPU"):
         preparer.prepare(SimpleNamespace(in_device_memory="nothing"))
-    assert kernel.is_device_frame(OnGpu(np.zeros((9, 9, 3), np.uint8))) and not kernel.is_device_frame(
-        np.zeros((9, 9, 3), np.uint8)
-    )
-    there, here = (SimpleNamespace(__dlpack_device__=lambda kind=kind: (kind, 0)) for kind in (2, 1))
-    assert kernel.is_device_frame(there) and not kernel.is_device_frame(here)
+    frame = np.zeros((9, 9, 3), np.uint8)
+    assert kernel.is_device_frame(OnGpu(frame))
+    assert not kernel.is_device_frame(frame)
+    on_gpu, on_cpu = (SimpleNamespace(__dlpack_device__=lambda kind=kind: (kind, 0)) for kind in (2, 1))
+    assert kernel.is_device_frame(on_gpu)
+    assert not kernel.is_device_frame(on_cpu)
 
 
-def test_an_engine_on_the_cpu_says_so() -> None:
+def test_a_cpu_engine_refuses_device_frames() -> None:
     with (
         VideoQA(device="cpu").live() as live,
         pytest.raises(MediaError, match="lies in GPU memory; engines on the CPU"),
@@ -131,7 +115,7 @@ def test_an_engine_on_the_cpu_says_so() -> None:
         live.push(OnGpu(np.zeros((9, 9, 3), np.uint8)))
 
 
-def test_it_compiles_for_real() -> None:
+def test_nvrtc_compiles_the_kernels() -> None:
     core = pytest.importorskip("cuda.core", reason="NVRTC comes with the extra `cuda`")
     options = core.ProgramOptions(std="c++17", arch="sm_87")
     code = core.Program(kernel.source(), "c++", options).compile("cubin", name_expressions=kernel.KERNELS)

@@ -1,4 +1,4 @@
-"""The pooling kernel's arithmetic, from the header that GPU and host share, and the ways in to it."""
+"""The pooling kernel: its arithmetic, from the header that GPU and host share, and its launcher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.commands import GOLDEN
-from helpers.pool_host import BITS, FakeCudaCore, from_bfloat, library, run_host, to_bfloat
+from helpers.pool_host import (
+    BITS,
+    FakeCudaCore,
+    exact_gelu,
+    from_bfloat,
+    library,
+    reference,
+    run_host,
+    to_bfloat,
+)
 from ppllava_edge.engines.bundle.windows import Windows
 from ppllava_edge.engines.errors import EngineError
 from ppllava_edge.engines.plugins.weighted_pool import kernel
@@ -30,23 +39,6 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return library(tmp_path_factory.mktemp("kernel"))
 
 
-def reference(hidden: np.ndarray, weights: np.ndarray, call: Call) -> np.ndarray:
-    """float64, window by window, straight from the definition."""
-    hidden = hidden.astype(np.float64)
-    if call.gelu:
-        from math import erf
-
-        hidden = hidden * 0.5 * (1 + np.vectorize(erf)(hidden / np.sqrt(2)))
-    counts = [(i - k) // s + 1 for i, k, s in zip(call.size, call.kernel, call.stride)]
-    rows = []
-    for place in np.ndindex(*counts):
-        cut = tuple(slice(p * s, p * s + k) for p, s, k in zip(place, call.stride, call.kernel))
-        score = weights[cut].astype(np.float64).ravel() / np.float64(np.float32(call.temperature))
-        share = np.exp(score - score.max())
-        rows.append(share / share.sum() @ hidden[cut].reshape(-1, call.channels))
-    return np.array(rows)
-
-
 def as_stored(values: np.ndarray, dtype: str) -> np.ndarray:
     return to_bfloat(values) if dtype == "bfloat16" else values.astype(BITS[dtype])
 
@@ -56,7 +48,7 @@ def as_float(stored: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def check(host: Any, call: Call, seed: int) -> None:
-    """Random rows and weights through the host build, against float64 of what was stored; the limit is the rounding of the result."""
+    """Compare the host build with float64 on random rows; the limit is the rounding of the result."""
     rng = np.random.default_rng(seed)
     hidden = as_stored(rng.standard_normal((*call.size, call.channels)).astype(np.float32) * 3, call.dtype)
     weights = rng.random(call.size).astype(np.float32)
@@ -67,9 +59,8 @@ def check(host: Any, call: Call, seed: int) -> None:
     np.testing.assert_array_less(np.abs(got - want), absolute + 1.1 * rounding * np.abs(want))
 
 
-CASES = [
-    case for case in POOLING if "error" not in case and case["case"] not in (23, 26)
-]  # as in test_functions: refused, or nothing to compare
+# As in test_functions: without the cases that are refused or have nothing to compare.
+CASES = [case for case in POOLING if "error" not in case and case["case"] not in (23, 26)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: str(c["case"]))
@@ -89,24 +80,16 @@ def test_golden_cases(host: Any, case: dict[str, Any]) -> None:
 
 
 @given(st.data())
-def test_any_window_any_type(host: Any, data: st.DataObject) -> None:
+def test_any_window_and_type(host: Any, data: st.DataObject) -> None:
     size = tuple(data.draw(st.integers(1, 6)) for _ in range(3))
     window = tuple(data.draw(st.integers(1, n)) for n in size)
     stride = tuple(data.draw(st.integers(1, 3)) for _ in range(3))
-    channels, dtype = (
-        data.draw(st.sampled_from([1, 3, 4, 7, 8, 16, 24])),
-        data.draw(st.sampled_from(list(BITS))),
-    )
-    call = Call(
-        size,
-        channels,
-        window,
-        stride,
-        data.draw(st.sampled_from([0.01, 0.1, 1.0])),
-        dtype,
-        data.draw(st.booleans()),
-        data.draw(st.booleans()),
-    )  # type: ignore[arg-type]
+    channels = data.draw(st.sampled_from([1, 3, 4, 7, 8, 16, 24]))
+    dtype = data.draw(st.sampled_from(list(BITS)))
+    temperature = data.draw(st.sampled_from([0.01, 0.1, 1.0]))
+    gelu = data.draw(st.booleans())
+    aligned = data.draw(st.booleans())
+    call = Call(size, channels, window, stride, temperature, dtype, gelu, aligned)  # type: ignore[arg-type]
     check(host, call, data.draw(st.integers(0, 2**32 - 1)))
 
 
@@ -122,23 +105,19 @@ def test_every_16_bit_value_is_read_and_written_as_it_is(host: Any, dtype: str) 
     hidden = bits.reshape(-1, 1, 1, 1) if dtype == "bfloat16" else bits.view(np.float16).reshape(-1, 1, 1, 1)
     call = Call((len(bits), 1, 1), 1, (1, 1, 1), (1, 1, 1), 1.0, dtype)
     got = run_host(host, call, hidden, np.zeros(hidden.shape[:3], np.float32)).view(np.uint16)[:, 0]
-    same = (got == bits) | (
-        (bits & 0x7FFF == 0) & (got & 0x7FFF == 0)
-    )  # a sum that starts at 0 turns -0 into 0
+    both_zero = (bits & 0x7FFF == 0) & (got & 0x7FFF == 0)  # a sum that starts at 0 turns -0 into 0
+    same = (got == bits) | both_zero
     assert same.all(), (bits[~same][:5], got[~same][:5])
 
 
 def test_gelu_of_every_half(host: Any) -> None:
     """Within 1.7e-4 of the exact value, or the rounding of the result."""
-    from math import erf
-
     x = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     x = x[np.abs(x) < 100]
     call = Call((len(x), 1, 1), 1, (1, 1, 1), (1, 1, 1), 1.0, "float16", gelu=True)
-    got = run_host(host, call, x.reshape(-1, 1, 1, 1), np.zeros((len(x), 1, 1), np.float32))[:, 0].astype(
-        np.float64
-    )
-    want = x.astype(np.float64) * 0.5 * (1 + np.vectorize(erf)(x.astype(np.float64) / np.sqrt(2)))
+    weights = np.zeros((len(x), 1, 1), np.float32)
+    got = run_host(host, call, x.reshape(-1, 1, 1, 1), weights)[:, 0].astype(np.float64)
+    want = exact_gelu(x.astype(np.float64))
     assert (np.abs(got - want) <= 1.7e-4 + 2**-11 * np.abs(want)).all()
 
 
@@ -150,12 +129,12 @@ def test_nan_is_not_hidden(host: Any) -> None:
     assert np.isnan(run_host(host, call, np.ones_like(hidden), weights + np.float32(np.nan))).all()
 
 
-# -- launching -------------------------------------------------------------------------------------------------------
+# -- launching -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def launcher(host: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A launcher over a double of cuda-core that runs the host build."""
+    """A launcher over a test double of cuda-core that runs the host build."""
     fake = FakeCudaCore(host)
     monkeypatch.setattr(kernel, "import_cuda_core", lambda: fake)
     kernel.compile_kernels.cache_clear()
@@ -163,7 +142,7 @@ def launcher(host: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     kernel.compile_kernels.cache_clear()
 
 
-def test_launches_what_it_says(launcher: Any) -> None:
+def test_launches_the_right_variant(launcher: Any) -> None:
     launch, fake = launcher
     rng = np.random.default_rng(0)
     for channels, dtype, name in (
@@ -176,32 +155,26 @@ def test_launches_what_it_says(launcher: Any) -> None:
         got = launch.pool(hidden, weights, out, (2, 3, 3), (2, 3, 3), 0.1, gelu="gelu" in name)
         assert got is out
         call = Call((4, 6, 6), channels, (2, 3, 3), (2, 3, 3), 0.1, dtype, "gelu" in name)
-        np.testing.assert_allclose(
-            out,
-            reference(hidden.astype(np.float32), weights, call),
-            atol=5e-3 if dtype == "float16" else 1e-5,
-        )
+        want = reference(hidden.astype(np.float32), weights, call)
+        np.testing.assert_allclose(out, want, atol=5e-3 if dtype == "float16" else 1e-5)
         used, (grid, block) = fake.launches[-1]
         assert used == f"weighted_pool_{name}" and block == THREADS
-        assert (
-            grid[0] == 8 and grid[1] * THREADS * call.lanes >= channels > (grid[1] - 1) * THREADS * call.lanes
-        ), "blocks cover every channel once"
+        per_block = THREADS * call.lanes
+        assert grid[0] == 8
+        assert grid[1] * per_block >= channels > (grid[1] - 1) * per_block, "blocks cover every channel once"
 
 
 def test_constants_agree_with_the_kernel() -> None:
     text = kernel.SOURCE.read_text()
-    assert re.search(rf"kThreads = {THREADS};", text) and kernel.source().count("#include") == 2, (
-        "the header stands in the source; two of the host's remain"
-    )
+    assert re.search(rf"kThreads = {THREADS};", text)
+    assert kernel.source().count("#include") == 2, "the header is inlined; two includes of the host remain"
 
 
-def test_what_does_not_fit_is_refused(launcher: Any) -> None:
+def test_arrays_that_do_not_fit_are_refused(launcher: Any) -> None:
     launch, _ = launcher
-    hidden, weights, out = (
-        np.zeros((2, 4, 4, 8), np.float16),
-        np.zeros((2, 4, 4), np.float32),
-        np.zeros((4, 8), np.float16),
-    )
+    hidden = np.zeros((2, 4, 4, 8), np.float16)
+    weights = np.zeros((2, 4, 4), np.float32)
+    out = np.zeros((4, 8), np.float16)
     for arguments, words in (
         ((hidden, weights, np.zeros((5, 8), np.float16)), "out is (5, 8)"),
         ((hidden, weights.astype(np.float64), out), "float64"),
@@ -227,14 +200,14 @@ def test_old_cards_are_refused(host: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_without_a_gpu() -> None:
-    """One line, whatever is missing here: cuda-core, or a device."""
+    """One line, whether cuda-core or a device is missing."""
     try:
         Launcher()
     except EngineError as error:
         assert "cuda-core" in str(error) or "no usable CUDA device" in str(error)
 
 
-# -- compiled for devices ---------------------------------------------------------------------------------------------
+# -- compiled for devices ------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(

@@ -1,4 +1,4 @@
-// The host build: the same functions over host memory, a loop in the place of the grid. For tests.
+// The host build for tests: the same functions over host memory, with a loop instead of the grid.
 #include "prepare_frame.cuh"
 
 extern "C" void resample_rows(const unsigned char* in, long long row, long long pixel, long long channel, int height, int width, const int* bounds,

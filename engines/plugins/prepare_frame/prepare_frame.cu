@@ -1,6 +1,6 @@
 #include "prepare_frame.cuh"
 
-// One thread per output element and channel. in (height, *, channels) with strides in bytes → out (height, width, 3), dense.
+// One thread per output element and channel. in (height, *, channels), strides in bytes → out (height, width, 3), dense.
 extern "C" __global__ void resample_rows(const unsigned char* in, long long row, long long pixel, long long channel, int height, int width,
                                          const int* bounds, const int* weights, int taps, unsigned char* out) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -9,7 +9,7 @@ extern "C" __global__ void resample_rows(const unsigned char* in, long long row,
   out[i] = resample(in + y * row + c * channel, pixel, bounds, weights, taps, x);
 }
 
-// in (*, width, 3), dense → (height, width, 3), written into a canvas of rows `canvas_width` long, from (left, top) on.
+// in (*, width, 3), dense → (height, width, 3) at (left, top) of a canvas with rows of `canvas_width` pixels.
 extern "C" __global__ void resample_columns(const unsigned char* in, int height, int width, const int* bounds, const int* weights, int taps,
                                             unsigned char* canvas, int canvas_width, int left, int top) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -18,7 +18,7 @@ extern "C" __global__ void resample_columns(const unsigned char* in, int height,
   canvas[((top + y) * canvas_width + left + x) * 3 + c] = resample(in + x * 3 + c, width * 3ll, bounds, weights, taps, y);
 }
 
-// (side, side, 3) 8-bit → (3, side, side) of the engine's type.
+// (side, side, 3) 8-bit → (3, side, side) in the engine's type.
 #define NORMALISE_FRAME(SUFFIX, TYPE)                                                                                                                    \
   extern "C" __global__ void normalise_frame_##SUFFIX(const unsigned char* in, int side, float mean0, float mean1, float mean2, float std0, float std1,    \
                                                       float std2, TYPE* out) {                                                                            \

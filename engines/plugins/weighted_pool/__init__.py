@@ -1,1 +1,4 @@
-"""Weighted convolutional pooling on the GPU: one CUDA kernel, launched directly or as a TensorRT plugin."""
+"""Prompt-guided pooling on the GPU: one CUDA kernel, launched directly or as a TensorRT plugin.
+
+`kernel` is what the runtime imports; `tensorrt_plugin` and `aot` are the two forms of the plugin.
+"""

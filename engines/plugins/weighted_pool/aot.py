@@ -1,7 +1,8 @@
-"""The plugin ahead of time (TensorRT 10.9 and later): the engine carries the kernel, and nothing has to be registered where it runs.
+"""The plugin compiled ahead of time (TensorRT 10.9 and later): the engine carries the kernel.
 
-Build the network with the flag PREFER_AOT_PYTHON_PLUGINS. Registers under the same name as tensorrt_plugin.py: a process uses one of them.
-Not run on real hardware yet (docs/limitations.md).
+Nothing has to be registered where such an engine runs. Build the network with the flag
+PREFER_AOT_PYTHON_PLUGINS. This form registers under the same name as tensorrt_plugin.py: a process uses one
+of them. Not yet run on hardware (docs/limitations.md).
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ PLUGIN = f"{NAMESPACE}::{NAME}"
 
 
 def is_available(trt: Any, plugin: Any) -> bool:
-    """Whether this library can embed kernels. plugin: its module `plugin`, None if it has none."""
+    """Whether a library can embed kernels.
+
+    Args:
+        trt: The module tensorrt or tensorrt_rtx.
+        plugin: Its submodule `plugin`; None if it has none.
+    """
     return (
         plugin is not None
         and hasattr(plugin, "aot_impl")
@@ -35,31 +41,60 @@ def is_available(trt: Any, plugin: Any) -> bool:
 
 
 def register_aot(trt: Any, plugin: Any, capability: tuple[int, int]) -> None:
-    """Make the plugin known, with a kernel for one compute capability. Doing so twice is harmless. Raises EngineError if it can't be."""
+    """Register the plugin with a kernel for one compute capability; again is harmless.
+
+    Args:
+        trt: The module tensorrt or tensorrt_rtx.
+        plugin: Its submodule `plugin`.
+        capability: Of the GPU that engines are built for.
+
+    Raises:
+        EngineError: If the other form of the plugin is registered in this process.
+    """
     key = f"{trt.__name__} aot"
     if key in registered:
         return
     if trt.__name__ in registered:
         raise EngineError(
-            "the pooling plugin is registered in Python already in this process; build engines that carry it in another one"
+            "the pooling plugin is registered in Python already in this process; "
+            "build engines that carry it in another one"
         )
-    describe, implement = _functions(trt, plugin, capability)
+    describe = _describe_function(plugin)
+    implement = _implement_function(trt, plugin, capability)
     plugin.register(PLUGIN)(describe)
     plugin.aot_impl(PLUGIN)(implement)
     registered[key] = (describe, implement)
 
 
-def _functions(trt: Any, trtp: Any, capability: tuple[int, int]) -> tuple[Any, Any]:
-    """What the library calls: the output's type and shape, and the kernel with its launch."""
+def _window_counts(weights: Any, kernel: Any, stride: Any) -> list:
+    """Windows along each axis, as symbolic expressions."""
+    return [(weights.shape_expr[axis] - int(kernel[axis])) // int(stride[axis]) + 1 for axis in range(3)]
 
-    def counts(weights: Any, kernel: Any, stride: Any) -> list:
-        return [(weights.shape_expr[axis] - int(kernel[axis])) // int(stride[axis]) + 1 for axis in range(3)]
+
+def _describe_function(trtp: Any) -> Any:
+    """The function from which the library learns the output's type and shape."""
 
     def describe(hidden: Any, weights: Any, kernel: Any, stride: Any, temperature: Any, gelu: Any) -> Any:
-        t, h, w = counts(weights, kernel, stride)
+        t, h, w = _window_counts(weights, kernel, stride)
         result = hidden.like()
         result.shape_expr = trtp.ShapeExprs.from_tuple((t * h * w, hidden.shape_expr[3]))
         return result
+
+    triple = npt.NDArray[np.int32]
+    describe.__annotations__ = {
+        "hidden": trtp.TensorDesc,
+        "weights": trtp.TensorDesc,
+        "kernel": triple,
+        "stride": triple,
+        "temperature": float,
+        "gelu": int,
+        "return": trtp.TensorDesc,
+    }
+    return describe
+
+
+def _implement_function(trt: Any, trtp: Any, capability: tuple[int, int]) -> Any:
+    """The function from which the library takes the kernel, its launch and its arguments."""
 
     def implement(
         hidden: Any,
@@ -75,17 +110,11 @@ def _functions(trt: Any, trtp: Any, capability: tuple[int, int]) -> tuple[Any, A
         channels = hidden.shape_expr[3].constant_value()
         lanes = lanes_of(dtype, channels)  # engines align their tensors
         launch = trtp.KernelLaunchParams()
-        launch.grid_x, launch.grid_y, launch.block_x = (
-            math.prod(counts(weights, kernel, stride), start=1),
-            -(-channels // (THREADS * lanes)),
-            THREADS,
-        )
-        fixed = [
-            channels,
-            *(int(v) for v in kernel),
-            *(int(v) for v in stride),
-            float_bits(float(temperature)),
-        ]
+        launch.grid_x = math.prod(_window_counts(weights, kernel, stride), start=1)
+        launch.grid_y = -(-channels // (THREADS * lanes))
+        launch.block_x = THREADS
+        windows = [int(v) for v in (*kernel, *stride)]
+        fixed = [channels, *windows, float_bits(float(temperature))]
         extra = trtp.SymIntExprs(3 + len(fixed))
         for i in range(3):
             extra[i] = trtp.SymInt32(weights.shape_expr[i])
@@ -93,17 +122,7 @@ def _functions(trt: Any, trtp: Any, capability: tuple[int, int]) -> tuple[Any, A
             extra[3 + i] = trtp.SymInt32(value)
         return kernel_name(dtype, bool(gelu), lanes), compile_kernels(capability, "ptx").code, launch, extra
 
-    triple = npt.NDArray[np.int32]
-    describe.__annotations__ = {
-        "hidden": trtp.TensorDesc,
-        "weights": trtp.TensorDesc,
-        "kernel": triple,
-        "stride": triple,
-        "temperature": float,
-        "gelu": int,
-        "return": trtp.TensorDesc,
-    }
     implement.__annotations__ = {
         "return": tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
     }
-    return describe, implement
+    return implement

@@ -1,4 +1,5 @@
-// The header's arithmetic on the host, for tests: c++ -O2 -shared -fPIC host.cpp. Same arguments as the kernels, same results.
+// The header's arithmetic on the host, for tests: c++ -O2 -shared -fPIC host.cpp. Takes the kernels' arguments and gives
+// the same results.
 #include "weighted_pool.cuh"
 
 namespace weighted_pool {

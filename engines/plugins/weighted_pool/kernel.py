@@ -1,11 +1,14 @@
-"""The kernel as seen from Python: compiled where it runs, launched on arrays that lie on the GPU already.
+"""The pooling kernel: compiled on the machine that runs it, launched on arrays in GPU memory.
 
-cuda-core compiles (NVRTC) and launches; torch, CuPy, pycuda, numba arrays come and go through `__cuda_array_interface__` or DLPack, without
-a copy. Not run on real hardware yet (docs/limitations.md); tests run the same calls over the host build of the same arithmetic.
+cuda-core compiles (NVRTC) and launches. Arrays of torch, CuPy, pycuda or numba are passed through
+`__cuda_array_interface__` or DLPack, without a copy. Not yet run on hardware (docs/limitations.md); tests run
+the same calls over the host build of the same arithmetic.
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
 import struct
 import threading
 from dataclasses import dataclass
@@ -15,36 +18,50 @@ from typing import Any
 
 from ppllava_edge.engines.bundle.windows import Triple
 from ppllava_edge.engines.errors import EngineError
-from ppllava_edge.engines.plugins.compiling import compile_source, open_device
+from ppllava_edge.engines.plugins.compiling import compile_source, import_cuda_core, one_line, open_device
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "weighted_pool.cu"
 HEADER = FOLDER / "weighted_pool.cuh"
 THREADS = 128  # kThreads
+ACCESS_BYTES = 16  # the widest memory access of a thread
 SUFFIX = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 MIN_CAPABILITY = (7, 5)
 
 
 def lanes_of(dtype: str, channels: int, aligned: bool = True) -> int:
-    """Channels that a thread takes: 16 bytes of them, or one where rows don't start at multiples of 16 bytes."""
-    wide = 16 // ITEMSIZE[dtype]
+    """Channels per thread: 16 bytes of them, or one where rows don't start at multiples of 16 bytes."""
+    wide = ACCESS_BYTES // ITEMSIZE[dtype]
     return wide if aligned and channels % wide == 0 else 1
 
 
 def kernel_name(dtype: str, gelu: bool, lanes: int) -> str:
-    """As weighted_pool.cu names its variants."""
+    """The name of a variant in weighted_pool.cu."""
     return f"weighted_pool_{SUFFIX[dtype]}{'_gelu' if gelu else ''}{'' if lanes > 1 else '_single'}"
 
 
 def float_bits(value: float) -> int:
-    """A float's bits as an integer: how the temperature travels to the kernel."""
+    """The bits of a float32 as an integer: the form in which the kernel takes the temperature."""
     return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
 @dataclass(frozen=True)
 class Call:
-    """One pooling: hidden (T,H,W,C) of a dtype, weights (T,H,W) float32 → (N,C). gelu: applied to hidden as it is read."""
+    """One pooling: hidden (T, H, W, C), weights (T, H, W) float32 → (N, C).
+
+    Attributes:
+        size: T, H, W.
+        channels: C.
+        kernel, stride: Windows along frames, rows and columns.
+        temperature: Of the softmax inside a window.
+        dtype: Of hidden and the result: float32, float16 or bfloat16.
+        gelu: Apply the projector's GELU to hidden as it is read.
+        aligned: Whether all arrays start at multiples of 16 bytes.
+
+    Raises:
+        EngineError: If the kernel can't do it.
+    """
 
     size: Triple
     channels: int
@@ -53,38 +70,35 @@ class Call:
     temperature: float
     dtype: str
     gelu: bool = False
-    aligned: bool = True  # whether all arrays start at multiples of 16 bytes
+    aligned: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in SUFFIX:
             raise EngineError(f"weighted pooling takes {', '.join(SUFFIX)}, not {self.dtype}")
-        if (
-            self.channels < 1
-            or min(*self.kernel, *self.stride) < 1
-            or any(k > s for k, s in zip(self.kernel, self.size))
-        ):
+        too_large = any(k > s for k, s in zip(self.kernel, self.size))
+        if self.channels < 1 or min(*self.kernel, *self.stride) < 1 or too_large:
             raise EngineError(
-                f"weighted pooling: windows of {self.kernel} with stride {self.stride} don't fit {self.size}, {self.channels} channels"
+                f"weighted pooling: windows of {self.kernel} with stride {self.stride} "
+                f"don't fit {self.size}, {self.channels} channels"
             )
         if not self.temperature > 0:
             raise EngineError(f"weighted pooling: the temperature must be above 0, not {self.temperature}")
-        if max(self.windows, self.size[0] * self.size[1] * self.size[2]) >= 1 << 31:
+        if max(self.windows, math.prod(self.size)) >= 1 << 31:
             raise EngineError(f"weighted pooling: {self.size} is more than the kernel can count")
 
     @property
     def windows(self) -> int:
-        """N: rows of the result."""
-        t, h, w = ((i - k) // s + 1 for i, k, s in zip(self.size, self.kernel, self.stride))
-        return t * h * w
+        """N: the rows of the result."""
+        return math.prod((i - k) // s + 1 for i, k, s in zip(self.size, self.kernel, self.stride))
 
     @property
     def lanes(self) -> int:
-        """Channels that a thread takes."""
+        """Channels per thread."""
         return lanes_of(self.dtype, self.channels, self.aligned)
 
     @property
     def name(self) -> str:
-        """Of the kernel that does it."""
+        """The kernel variant's name."""
         return kernel_name(self.dtype, self.gelu, self.lanes)
 
     @property
@@ -98,28 +112,31 @@ class Call:
         return (*self.size, self.channels, *self.kernel, *self.stride, float_bits(self.temperature))
 
 
-def import_cuda_core() -> Any:
-    """The library, or one line that names the extra to install. Raises EngineError."""
-    try:
-        from cuda import core
-    except ImportError:
-        raise EngineError("the pooling kernel needs cuda-core: pip install 'ppllava-edge[cuda]'") from None
-    return core
-
-
 def source() -> str:
-    """The kernel's source in one piece: its header stands in it."""
+    """The kernel's source with its header inlined."""
     header = HEADER.read_text(encoding="utf-8").replace("#pragma once\n", "")
     return SOURCE.read_text(encoding="utf-8").replace('#include "weighted_pool.cuh"\n', header)
 
 
 @cache
 def compile_kernels(capability: tuple[int, int], form: str = "cubin") -> Any:
-    """All variants for one compute capability, as cuda-core's ObjectCode. form: cubin or ptx. Needs no GPU. Raises EngineError."""
+    """Compile all variants for one compute capability. Needs no GPU.
+
+    Args:
+        capability: Major and minor.
+        form: "cubin" or "ptx".
+
+    Returns:
+        A cuda-core ObjectCode.
+
+    Raises:
+        EngineError: If cuda-core is missing or the capability too old.
+    """
     core = import_cuda_core()
     if capability < MIN_CAPABILITY:
         raise EngineError(
-            f"compute capability {capability[0]}.{capability[1]} is too old: the pooling kernel needs 7.5 or later"
+            f"compute capability {capability[0]}.{capability[1]} is too old: "
+            f"the pooling kernel needs 7.5 or later"
         )
     names = tuple(
         f"weighted_pool_{suffix}{gelu}{single}"
@@ -131,7 +148,19 @@ def compile_kernels(capability: tuple[int, int], form: str = "cubin") -> Any:
 
 
 class Launcher:
-    """Launches on one device. The kernel is compiled once, on first use."""
+    """Launches the kernel on one device; compiled on first use. Safe to use from several threads.
+
+    Args:
+        device: A cuda-core device; None: the default one.
+
+    Attributes:
+        core: The module cuda.core.
+        device: The device.
+        capability: Its compute capability.
+
+    Raises:
+        EngineError: If cuda-core or a usable device is missing.
+    """
 
     def __init__(self, device: Any = None):
         self.core = import_cuda_core()
@@ -140,9 +169,16 @@ class Launcher:
         self._kernels: dict[str, Any] = {}
 
     def launch(self, call: Call, hidden: int, weights: int, out: int, stream: Any) -> None:
-        """Queue one pooling on a stream (cuda-core's, or its handle). hidden, weights, out: device addresses."""
-        import ctypes
+        """Queue one pooling.
 
+        Args:
+            call: Sizes and types.
+            hidden, weights, out: Device addresses.
+            stream: A cuda-core stream, or a stream's handle.
+
+        Raises:
+            EngineError: If the kernel can't be compiled.
+        """
         with self._lock:
             if call.name not in self._kernels:
                 self._kernels[call.name] = compile_kernels(self.capability).get_kernel(call.name)
@@ -168,58 +204,64 @@ class Launcher:
         gelu: bool = False,
         stream: Any = None,
     ) -> Any:
-        """Pool device arrays: hidden (T,H,W,C), weights (T,H,W) float32, into out (N,C) of hidden's type; returns out. Asynchronous.
+        """Pool device arrays; asynchronous.
 
-        Arrays: anything with `__cuda_array_interface__` or `__dlpack__`, C-contiguous. stream: cuda-core's, an object with
-        `__cuda_stream__`, or None for the device's default. Raises EngineError if shapes or types don't fit.
+        Arrays are C-contiguous and have `__cuda_array_interface__` or `__dlpack__`.
+
+        Args:
+            hidden: (T, H, W, C) float32, float16 or bfloat16.
+            weights: (T, H, W) float32.
+            out: (N, C) of hidden's type; written.
+            kernel, stride: Windows along frames, rows and columns.
+            temperature: Of the softmax inside a window.
+            gelu: Apply the projector's GELU to hidden as it is read.
+            stream: A cuda-core stream, an object with `__cuda_stream__`, or None for the device's default.
+
+        Returns:
+            out.
+
+        Raises:
+            EngineError: If shapes or types don't fit.
         """
         stream = self.device.default_stream if stream is None else stream
-        views = [
-            _view(self.core, array, name, stream)
-            for array, name in ((hidden, "hidden"), (weights, "weights"), (out, "out"))
-        ]
-        (
-            (address, shape, dtype),
-            (weights_address, weights_shape, weights_dtype),
-            (out_address, out_shape, out_dtype),
-        ) = views
-        if len(shape) != 4 or weights_shape != shape[:3] or weights_dtype != "float32":
+        rows = _view(self.core, hidden, "hidden", stream)
+        scores = _view(self.core, weights, "weights", stream)
+        result = _view(self.core, out, "out", stream)
+        if len(rows.shape) != 4 or scores.shape != rows.shape[:3] or scores.dtype != "float32":
             raise EngineError(
-                f"weighted pooling takes hidden (T,H,W,C) and weights (T,H,W) float32, not {shape} and {weights_shape} {weights_dtype}"
+                f"weighted pooling takes hidden (T,H,W,C) and weights (T,H,W) float32, "
+                f"not {rows.shape} and {scores.shape} {scores.dtype}"
             )
-        aligned = (address | out_address) % 16 == 0
-        call = Call(
-            (shape[0], shape[1], shape[2]), shape[3], kernel, stride, temperature, dtype, gelu, aligned
-        )
-        if out_shape != (call.windows, shape[3]) or out_dtype != dtype:
+        t, h, w, channels = rows.shape
+        aligned = (rows.address | result.address) % ACCESS_BYTES == 0
+        call = Call((t, h, w), channels, kernel, stride, temperature, rows.dtype, gelu, aligned)
+        if result.shape != (call.windows, channels) or result.dtype != rows.dtype:
             raise EngineError(
-                f"weighted pooling gives {(call.windows, shape[3])} {dtype}; out is {out_shape} {out_dtype}"
+                f"weighted pooling gives {(call.windows, channels)} {rows.dtype}; "
+                f"out is {result.shape} {result.dtype}"
             )
-        self.launch(call, address, weights_address, out_address, stream)
+        self.launch(call, rows.address, scores.address, result.address, stream)
         return out
 
 
-def _view(core: Any, array: Any, name: str, stream: Any) -> tuple[int, tuple[int, ...], str]:
-    """(address, shape, dtype) of a device array."""
+@dataclass(frozen=True)
+class _DeviceArray:
+    address: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _view(core: Any, array: Any, name: str, stream: Any) -> _DeviceArray:
     try:
         view = core.utils.StridedMemoryView.from_any_interface(
             array, stream_ptr=int(getattr(stream, "handle", -1))
         )
     except Exception as error:
-        raise EngineError(
-            f"weighted pooling: {name} is no device array ({' '.join(str(error).split())[:160]})"
-        ) from None
+        raise EngineError(f"weighted pooling: {name} is no device array ({one_line(error, 160)})") from None
     if not view.is_device_accessible:
         raise EngineError(f"weighted pooling: {name} lies in host memory; it must be on the GPU")
-    shape, strides = tuple(view.shape), view.strides
-    contiguous = tuple(_product(shape[i + 1 :]) for i in range(len(shape)))
-    if strides is not None and tuple(strides) != contiguous:
+    shape = tuple(view.shape)
+    contiguous = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    if view.strides is not None and tuple(view.strides) != contiguous:
         raise EngineError(f"weighted pooling: {name} must be C-contiguous")
-    return int(view.ptr), shape, str(view.dtype)
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
+    return _DeviceArray(int(view.ptr), shape, str(view.dtype))

@@ -1,8 +1,9 @@
-// PromptGuidedPool3d as a TensorRT plugin (IPluginV3, TensorRT 10.0 and later), for programs that load engines from C++. Built by CMake into
-// a library that the registry loads: loadLibrary(), trtexec --dynamicPlugins, or IBuilderConfig::setPluginsToSerialize.
+// PromptGuidedPool3d as a TensorRT plugin (IPluginV3, TensorRT 10.0 and later) for programs that load engines in C++.
+// CMake builds a library that the registry loads: loadLibrary(), trtexec --dynamicPlugins, or
+// IBuilderConfig::setPluginsToSerialize.
 //
 // Inputs: hidden (T,H,W,C) float, half or bfloat16; weights (T,H,W) float. Output: (N,C) of hidden's type.
-// Attributes: kernel int[3], stride int[3], temperature float, gelu int (1: hidden has not been through the projector's GELU yet).
+// Attributes: kernel int[3], stride int[3], temperature float, gelu int (1: apply the projector's GELU to hidden).
 #include "weighted_pool.cu"
 
 #include <NvInferRuntime.h>
@@ -185,7 +186,7 @@ public:
     }
 
 private:
-    // Parsers of different versions hand integers over in 32 or 64 bits.
+    // Depending on their version, parsers pass integers with 32 or 64 bits.
     static bool integers(const PluginField& field, int32_t* to, int32_t count) {
         if (field.length != count) return false;
         for (int32_t i = 0; i < count; ++i) {
@@ -212,7 +213,7 @@ private:
 #define WEIGHTED_POOL_API extern "C" __attribute__((visibility("default")))
 #endif
 
-// What TensorRT looks for in a plugin library.
+// The entry points that TensorRT looks for in a plugin library.
 WEIGHTED_POOL_API nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
     static weighted_pool::Creator creator;
     static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};

@@ -1,16 +1,18 @@
-// One block pools some channels of one window: every hidden row is read once, in 16-byte accesses, and nothing else is written than the
-// result. Compiled by nvcc, or by NVRTC where it runs. The arithmetic is in weighted_pool.cuh.
+// One block pools some channels of one window. Every hidden row is read once, in 16-byte accesses, and only the
+// result is written. Compiled by nvcc, or by NVRTC on the machine that runs it. weighted_pool.cuh has the arithmetic.
 #include "weighted_pool.cuh"
 
 namespace weighted_pool {
 
-constexpr int kChunk = 256;  // positions of a window that are in shared memory at once
+constexpr int kChunk = 256;  // positions of a window in shared memory at once
 constexpr int kThreads = 128;
-constexpr int kBlocks = 8;  // on a multiprocessor at once: allows the registers that kAhead needs (else ptxas waits for one load before the next)
-constexpr int kAhead = 6;  // rows of a thread under way at once: one alone would leave the memory idle; usual windows, of 18, are three rounds
+// Blocks per multiprocessor. Leaves the registers that kAhead needs; otherwise ptxas waits for each load before the next.
+constexpr int kBlocks = 8;
+// Loads in flight per thread. A single one would leave the memory idle; the usual windows of 18 positions take three rounds.
+constexpr int kAhead = 6;
 
-// Read a piece of a row, past the first-level cache where it is 16 bytes: it is used once. In assembly, because the compiler would take some of
-// these accesses apart.
+// Read part of a row. 16-byte reads bypass the L1 cache, because each value is used once. In assembly, because the
+// compiler would split some of these accesses.
 template <typename Row>
 __device__ __forceinline__ Row fetch(const Row* from) {
     if constexpr (sizeof(Row) == 16) {
@@ -69,7 +71,8 @@ __device__ __forceinline__ void pool(const T* __restrict__ hidden, const float* 
 
 }  // namespace weighted_pool
 
-// Temperature travels as the bits of a float: TensorRT's ahead-of-time plugins pass 32-bit integers only, between inputs and outputs.
+// The temperature is passed as the bits of a float: ahead-of-time plugins of TensorRT pass only 32-bit integers
+// between inputs and outputs.
 #define WEIGHTED_POOL(name, T, gelu, lanes)                                                                                               \
     extern "C" __global__ void __launch_bounds__(weighted_pool::kThreads, weighted_pool::kBlocks)                                                                 \
         name(const weighted_pool::T* hidden, const float* weights, int t, int h, int w, int channels, int kt, int kh, int kw, int st,      \

@@ -1,6 +1,7 @@
-// Weighted convolutional pooling (PPLLaVA): in every window over (frames, rows, columns), softmax(weights / temperature), then the weighted
-// sum of the hidden rows. Channels last. All of its arithmetic is in this file, which compiles for host and device alike; the host build is
-// what the tests compare with the original implementation's arrays. No header is needed on the device, so NVRTC compiles it anywhere.
+// Weighted convolutional pooling (PPLLaVA): in every window over (frames, rows, columns), softmax(weights / temperature),
+// then the weighted sum of the hidden rows. Channels last. All arithmetic is in this file, which compiles for host and
+// device; tests compare the host build with arrays of the original implementation. The device build includes no other
+// header, so NVRTC compiles it anywhere.
 #pragma once
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
@@ -25,7 +26,7 @@
 
 namespace weighted_pool {
 
-// -- numbers as they are stored -----------------------------------------------------------------------------------------------------------
+// -- storage types ------------------------------------------------------------------------------------------
 
 using Float = float;
 struct Half {  // IEEE half
@@ -76,7 +77,7 @@ WP_BOTH float load(Half value) {
 
 WP_BOTH void store(float value, float* to) { *to = value; }
 
-WP_BOTH void store(float value, BFloat* to) {  // to nearest, ties to even; also where the device has no such instruction (7.5)
+WP_BOTH void store(float value, BFloat* to) {  // to nearest, ties to even; capability 7.5 has no instruction for it
     const unsigned bits = bits_of(value);
     to->bits = static_cast<unsigned short>(value != value ? 0x7FFFu : (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
@@ -96,11 +97,11 @@ WP_BOTH void store(float value, Half* to) {
 #endif
 }
 
-// -- GELU ---------------------------------------------------------------------------------------------------------------------------------
+// -- GELU ---------------------------------------------------------------------------------------------------
 
-// x * Phi(x). In float32 exactly (erf). For 16-bit values max(x, 0) - |x| Phi(-|x|) with a polynomial for the second term: within 1.7e-4 of
-// the exact value everywhere, 4e-5 for |x| <= 4, which is below what rounding to 16 bits does to x, at half of erf's instructions: with erf
-// the kernel would be bound by arithmetic, not by memory.
+// x * Phi(x). Exact in float32 (erf). 16-bit values use max(x, 0) - |x| Phi(-|x|) with a polynomial for the second
+// term: within 1.7e-4 of the exact value everywhere and 4e-5 for |x| <= 4, which is less than the rounding of x to
+// 16 bits. It takes half of erf's instructions: with erf the kernel would be bound by arithmetic, not by memory.
 WP_BOTH float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); }
 
 WP_BOTH float gelu_for_16_bits(float x) {
@@ -126,7 +127,7 @@ WP_BOTH float activate(T stored) {
     return kGelu ? gelu_for_16_bits(load(stored)) : load(stored);
 }
 
-// -- windows ------------------------------------------------------------------------------------------------------------------------------
+// -- windows ------------------------------------------------------------------------------------------------
 
 struct Size {
     int t, h, w;
@@ -142,7 +143,7 @@ struct Problem {
     WP_BOTH Size output() const {
         return Size{(input.t - kernel.t) / stride.t + 1, (input.h - kernel.h) / stride.h + 1, (input.w - kernel.w) / stride.w + 1};
     }
-    // Which hidden row the i-th position of a window is.
+    // The hidden row at the i-th position of a window.
     WP_BOTH int row(int window, int i) const {
         const Size out = output();
         const int t = window / (out.h * out.w) * stride.t + i / (kernel.h * kernel.w);
@@ -150,22 +151,22 @@ struct Problem {
         const int w = window % out.w * stride.w + i % kernel.w;
         return (t * input.h + h) * input.w + w;
     }
-    // What the window's softmax is taken of.
+    // The softmax's input for a weight.
     WP_BOTH float score(float weight) const { return weight / temperature; }
 };
 
-// Some neighbouring channels of a row: 16 bytes, one access. One lane where rows are not multiples of 16 bytes.
+// Neighbouring channels of a row, 16 bytes in one access; a single lane where rows are not multiples of 16 bytes.
 template <typename T, int kLanes>
 struct alignas(sizeof(T) * kLanes) Lanes {
     T lane[kLanes];
 };
 
-// A window's weighted sum for some channels, and the softmax's sum beside it, as they grow.
+// Running weighted sum of a window for some channels, with the running sum of the softmax.
 template <int kLanes>
 struct Pooled {
     float sum[kLanes] = {}, total = 0.0f, top = lowest();
 
-    // Scores up to this one follow: what was added so far is rescaled.
+    // Raise the running maximum to a score of the rows that follow; rescales the sums.
     WP_BOTH void expect(float score) {
         if (score <= top) return;
         const float scale = expf(top - score);
