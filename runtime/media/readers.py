@@ -165,7 +165,7 @@ class VideoReader(FrameReader):
                     done.clear()
         decoded = yield from self._decode(set(self.indices) - done)
         if not set(self.indices) <= done | decoded.numbers:
-            yield from self._choose_again(choice, decoded.count)
+            yield from self._choose_again(choice, decoded.total)
         self._add_note()
 
     def _seek(self, done: set[int]) -> Iterator[Frame]:
@@ -254,7 +254,7 @@ class _Decoded(NamedTuple):
     """The result of a sequential decode: which wanted frames came out, and how many frames in all."""
 
     numbers: set[int]
-    count: int
+    total: int
 
 
 class PictureReader(FrameReader):
