@@ -1,4 +1,4 @@
-"""A folder of videos into JSON Lines: resumed after anything, one bad file never stops the rest."""
+"""ppllava-run --batch and run_batch: a bad file doesn't stop them; resumable after a kill or a full disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUESTIONS = ["What color is the circle?", "How many objects are there?"]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three good videos, one of them below, one that isn't one, and things that are not looked at."""
+    """Three good videos, one of them in a subfolder; a broken one; a hidden one and a text, both ignored."""
     root = tmp_path / "videos"
     (root / "more").mkdir(parents=True)
     (root / ".hidden").mkdir()
@@ -53,12 +53,9 @@ def test_a_folder(folder: Path, questions: Path, tmp_path: Path) -> None:
     run = run_command("ppllava-run", "--batch", folder, questions, "-o", output)
     assert run.returncode == 1 and "6 answered, 2 failed" in run.stderr and not run.stdout
     assert pairs(output) == ALL
-    lines = {
-        (line["video"], line["question"]): line for line in map(json.loads, output.read_text().splitlines())
-    }
-    assert (
-        lines["more/d.mp4", QUESTIONS[0]]["text"] == "red" and lines["c.mp4", QUESTIONS[1]]["text"] == "three"
-    )
+    lines = dict(zip(ALL, map(json.loads, output.read_text().splitlines())))
+    assert lines["more/d.mp4", QUESTIONS[0]]["text"] == "red"
+    assert lines["c.mp4", QUESTIONS[1]]["text"] == "three"
     assert "not a video that can be read" in lines["b.mp4", QUESTIONS[0]]["error"]
     again = run_command("ppllava-run", "--batch", folder, questions, "-o", output, "--json")
     assert again.returncode == 0 and json.loads(again.stdout) == {
@@ -72,7 +69,7 @@ def test_a_folder(folder: Path, questions: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [1, 40, 10**9])
 def test_a_line_that_was_cut_off_is_written_again(folder: Path, tmp_path: Path, cut: int) -> None:
-    """cut: bytes of the third line that a crash left; a huge number: all but its end."""
+    """cut: bytes of the third line that a crash left; a huge number: all but the newline."""
     qa, output = VideoQA(device="cpu"), tmp_path / "answers.jsonl"
     run_batch(qa, folder, QUESTIONS, output)
     lines = output.read_bytes().splitlines(keepends=True)
@@ -88,14 +85,8 @@ def test_killed_in_the_middle_again_and_again(tmp_path: Path, questions: Path) -
     for i in range(12):
         shutil.copy(SAMPLE, folder / f"{i:02}.mp4")
     output = tmp_path / "answers.jsonl"
-    command = [
-        str(Path(sys.executable).with_name("ppllava-run")),
-        "--batch",
-        str(folder),
-        str(questions),
-        "-o",
-        str(output),
-    ]
+    script = Path(sys.executable).with_name("ppllava-run")
+    command = [str(script), "--batch", str(folder), str(questions), "-o", str(output)]
     kills = 0
     while kills < 4:
         lines = output.read_bytes().count(b"\n") if output.exists() else 0
@@ -151,24 +142,19 @@ def test_questions(tmp_path: Path, questions: Path) -> None:
             read_questions(str(tmp_path / name))
 
 
-def test_what_makes_no_sense(folder: Path, questions: Path, tmp_path: Path) -> None:
+def test_bad_folders_options_and_outputs(folder: Path, questions: Path, tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="there are no videos below"):
         videos_below(_empty(tmp_path))
     output = tmp_path / "o.jsonl"
-    assert_one_line_error(
-        run_command("ppllava-run", "--batch", tmp_path / "nothing", questions, "-o", output),
-        "is not a folder",
-    )
+    run = run_command("ppllava-run", "--batch", tmp_path / "nothing", questions, "-o", output)
+    assert_one_line_error(run, "is not a folder")
     assert_one_line_error(run_command("ppllava-run", "--batch", folder, questions), "-o answers.jsonl")
     assert_one_line_error(run_command("ppllava-run", SAMPLE, "What?", "-o", output), "--batch")
-    assert_one_line_error(
-        run_command("ppllava-run", "--batch", "--live", folder, questions, "-o", output), "don't go together"
-    )
+    run = run_command("ppllava-run", "--batch", "--live", folder, questions, "-o", output)
+    assert_one_line_error(run, "don't go together")
     output.write_text('{"something": "else"}\n')
-    assert_one_line_error(
-        run_command("ppllava-run", "--batch", folder, questions, "-o", output),
-        "line 1 is no batch answer",
-    )
+    run = run_command("ppllava-run", "--batch", folder, questions, "-o", output)
+    assert_one_line_error(run, "line 1 is no batch answer")
     assert output.read_text() == '{"something": "else"}\n'
 
 
