@@ -1,4 +1,7 @@
-"""The layout: folders at the top of the repository install as sub-packages of ppllava_edge (metadata stands in pyproject.toml)."""
+"""The layout: folders at the top of the repository install as sub-packages of ppllava_edge.
+
+Metadata stands in pyproject.toml.
+"""
 
 from pathlib import Path
 

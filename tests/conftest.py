@@ -1,17 +1,19 @@
-"""Shared fixtures: the golden data, small bundles, and one real video. Each is built once, whatever the workers."""
+"""Shared fixtures: the golden data, small bundles, one real video. Each is built once for all workers."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import settings
 
-from helpers.commands import GOLDEN, run_command
+from helpers.commands import GOLDEN, SAMPLE, run_command
 
 # A check must say the same twice; at home every run tries new examples.
 settings.register_profile("repeatable", derandomize=True)
@@ -70,7 +72,7 @@ def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def moving_frames() -> np.ndarray:
-    """(24, 96, 128, 3) uint8: each frame has its own grey level, so that a frame can be told from its content."""
+    """(24, 96, 128, 3) uint8: each frame has a grey level of its own, so that it can be told apart."""
     frames = np.zeros((24, 96, 128, 3), np.uint8)
     for i, frame in enumerate(frames):
         frame[:] = 20 + 9 * i
@@ -89,3 +91,35 @@ def video_file(tmp_path_factory: pytest.TempPathFactory, moving_frames: np.ndarr
         lambda f: write_video(f / "moving.mp4", moving_frames, fps=12, options={"crf": "10"}) and None,
     )
     return folder / "moving.mp4"
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where exported golden checkpoints are kept, for all workers of a test run."""
+    return built_once(tmp_path_factory, "exports", lambda folder: None)
+
+
+@pytest.fixture
+def nano(tmp_path: Path) -> Path:
+    """A copy of the packed bundle, to build engines into."""
+    from ppllava_edge.engines.bundle.packed import packed_bundle
+
+    return Path(shutil.copytree(packed_bundle(), tmp_path / "nano"))
+
+
+@pytest.fixture
+def opened(nano: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Builds that copy's engine for a GPU target and opens it over doubles: (pipeline, driver, library)."""
+    from helpers.gpu_engine import open_double
+
+    return lambda target, **options: open_double(nano, target, monkeypatch, **options)
+
+
+@pytest.fixture(scope="session")
+def want() -> list[str]:
+    """What nano answers on the CPU to helpers.gpu_engine.QUESTIONS about the sample."""
+    from helpers.gpu_engine import QUESTIONS
+    from ppllava_edge import VideoQA
+
+    video = VideoQA(device="cpu").open(SAMPLE)
+    return [video.ask(question).text for question in QUESTIONS]

@@ -1,6 +1,7 @@
-"""Doubles of what needs a GPU: a CUDA driver over host memory, and a TensorRT whose engines are graphs that ONNX Runtime runs on the CPU.
+"""Doubles of a GPU: a CUDA driver over host memory, and a TensorRT whose engines run on ONNX Runtime's CPU.
 
-Addresses, shapes, profiles, aliased caches, captured graphs: everything that the runtime binds is really read and written.
+Addresses, shapes, profiles, aliased caches, captured graphs: everything that the runtime binds is really read
+and written.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ def at(address: int, size: int) -> np.ndarray:
 
 
 class FakeDriver:
-    """cuda.bindings.driver over host memory. While a stream is being captured, work is noted and not done. New memory is full of 0xFF: NaN."""
+    """cuda.bindings.driver over host memory.
+
+    While a stream is being captured, work is recorded and not done. New memory is full of 0xFF: NaN.
+    """
 
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
 
@@ -306,3 +310,21 @@ def write_fake_engine(
         details,
     )
     return replace(write_engine(work, engine), folder=place)
+
+
+class OnGpu:
+    """What torch, CuPy and pycuda show of an array on the GPU."""
+
+    def __init__(self, array: np.ndarray):
+        self.in_device_memory, self.shape = array, array.shape
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        a = self.in_device_memory
+        return {
+            "shape": a.shape,
+            "typestr": a.dtype.str,
+            "data": (a.ctypes.data, True),
+            "strides": a.strides,
+            "version": 3,
+        }

@@ -1,4 +1,4 @@
-"""Streams on loopback for the tests: HTTP with MPEG-TS or motion JPEG, that can be cut off, stalled, and fed with nonsense."""
+"""HTTP streams on loopback for the tests, MPEG-TS or motion JPEG, that can be cut, stalled or broken."""
 
 from __future__ import annotations
 
@@ -25,8 +25,14 @@ class _Server(ThreadingHTTPServer):
 
 
 class StreamServer:
-    """Serves `frames()` (RGB uint8, again and again) at `fps`. kind: mpegts, mpjpeg, garbage, silent (accepts, says nothing), stalls (some frames, then
-    nothing). cut() drops every client and refuses new ones; serve() brings the stream back at the same address."""
+    """Serves frames, again and again. cut() drops every client and refuses new ones; serve() starts again.
+
+    Args:
+        frames: Gives RGB uint8 frames.
+        kind: mpegts, mpjpeg, garbage, silent (accepts, sends nothing), stalls (some frames, then nothing).
+        fps: Frames a second.
+        codec: FFmpeg's name of the encoder.
+    """
 
     def __init__(
         self,

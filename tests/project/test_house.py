@@ -1,4 +1,4 @@
-"""The house stays in order: files, functions and folders that fit in one sitting, names that lead to the code."""
+"""The house stays in order: files, functions and folders stay small, rooms and names are documented."""
 
 from __future__ import annotations
 

@@ -10,23 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import ppllava_edge.engines
-import ppllava_edge.runtime
+from helpers.commands import ROOT
 
-MAKERS = (  # of engines; answering loads none of them
-    "graph.py",
-    "pieces.py",
-    "rewrite.py",
-    "build.py",
-    "cpu.py",
-    "cuda.py",
-    "lower.py",
-    "decode_graph.py",
-    "plugin_node.py",
-    "profiles.py",
-    "tensorrt_target.py",
-    "tensorrt_worker.py",
-)
+BUILDERS = ("graphs", "targets")  # rooms of engines that build engines; answering loads no onnx of theirs
 HEAVY = {"torch", "transformers", "onnx", "onnxscript", "onnx_ir", "optimum"}
 
 
@@ -64,35 +50,46 @@ qa.open({str(video_file)!r}, frames=4).ask("What is it?", max_new_tokens=3)
 def test_what_runs_engines_and_judges_a_machine_needs_no_onnx() -> None:
     """A Jetson has TensorRT and numpy; graphs are rewritten elsewhere."""
     modules = (
-        "runtime.gpu_pipeline",
-        "engines.device",
-        "engines.device_stage",
-        "engines.doctor",
+        "runtime.pipeline.gpu",
+        "engines.backends.cuda_driver",
+        "engines.backends.onnxruntime_device_stage",
+        "engines.backends.tensorrt_stage",
+        "engines.cli.doctor",
         "engines.plugins.weighted_pool.tensorrt_plugin",
     )
     loaded = modules_after("\n".join(f"import ppllava_edge.{module}" for module in modules))
     assert not {name.split(".")[0] for name in loaded} & (HEAVY | {"onnxruntime", "tensorrt", "cuda"})
 
 
-@pytest.mark.parametrize("package", [ppllava_edge.runtime, ppllava_edge.engines], ids=["runtime", "engines"])
-def test_no_source_file_names_a_heavy_import(package: object) -> None:
-    """Not even inside a function: the bundle is the only contract between export and runtime. Files that make engines may have onnx."""
-    for path in Path(package.__file__).parent.glob("*.py"):  # type: ignore[attr-defined]
-        allowed = {"onnx"} if package is ppllava_edge.engines and path.name in MAKERS else set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [node.module or ""] if not node.level else []
-                relative = (node.module or "").split(".")[0] if node.level == 2 else ""
-                assert relative not in ("export", "calibration", "bench"), f"{path.name} imports {relative}"
-            assert {name.split(".")[0] for name in names} & HEAVY <= allowed, path.name
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports are absolute"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("package", ["runtime", "engines"])
+def test_no_source_file_names_a_heavy_import(package: str) -> None:
+    """Not even inside a function: the bundle is the only contract between export and runtime."""
+    files = list((ROOT / package).rglob("*.py"))
+    assert len(files) > 30
+    for path in files:
+        room = path.relative_to(ROOT / package).parts[0]
+        allowed = {"onnx"} if package == "engines" and room in (*BUILDERS, "cli") else set()
+        modules = imported(path)
+        assert {name.split(".")[0] for name in modules} & HEAVY <= allowed, path
+        foreign = ("export", "calibration", "bench", "nano")
+        assert not [m for m in modules if m.startswith(tuple(f"ppllava_edge.{f}" for f in foreign))], path
 
 
 def test_export_does_not_import_the_runtime() -> None:
-    import ppllava_edge.export
-
-    for path in Path(ppllava_edge.export.__file__).parent.glob("*.py"):
-        assert "..runtime" not in path.read_text(), path.name
+    for path in (ROOT / "export").rglob("*.py"):
+        assert not [name for name in imported(path) if name.startswith("ppllava_edge.runtime")], path
 
 
 def test_exporting_needs_no_torch(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What people install: the wheel holds everything that the runtime needs, and works away from the source tree."""
+"""The wheel holds everything that the runtime needs, and works away from the source tree."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from lint_types import FOLDERS
+from lint import FOLDERS
 
 from helpers.commands import ROOT
 
@@ -17,19 +17,8 @@ from helpers.commands import ROOT
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "-w",
-        str(folder),
-        str(ROOT),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check", "--no-deps"]
+    run = subprocess.run([*pip, "-w", folder, ROOT], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     return next(folder.glob("*.whl"))
 
@@ -55,7 +44,7 @@ def test_its_contents(wheel: Path) -> None:
         sources |= {
             f"ppllava_edge/{p.relative_to(start)}"
             for kind in ("*.py", "*.cu*", "*.cpp", "CMakeLists.txt")
-            for p in (ROOT / folder).glob(kind)
+            for p in (ROOT / folder).rglob(kind)
         }
     assert sources <= names, sources - names
 
@@ -63,8 +52,9 @@ def test_its_contents(wheel: Path) -> None:
 def test_it_answers_away_from_the_source(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
-        "import ppllava_edge, sys; from ppllava_edge.engines.bundle.packed import packed_bundle; assert sys.argv[1] in ppllava_edge.__file__;"
-        "v = ppllava_edge.VideoQA().open(packed_bundle().parent / 'sample' / 'shapes.mp4'); print(v.ask('What color is the circle?').text)"
+        "import sys, ppllava_edge; from ppllava_edge.nano import sample_path;"
+        "assert sys.argv[1] in ppllava_edge.__file__;"
+        "print(ppllava_edge.VideoQA().open(sample_path()).ask('What color is the circle?').text)"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     command = [sys.executable, "-c", code, str(tmp_path)]

@@ -1,75 +1,54 @@
-"""Whole models against the arrays that the original implementation made: checkpoint → ppllava-export → Pipeline, stage by stage."""
+"""Whole models against the original implementation's arrays: checkpoint → ppllava-export → Pipeline."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from helpers.commands import GOLDEN, run_command
+from helpers.golden import VARIANTS, check, run_check
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.targets.build import build_onnxruntime
 from ppllava_edge.runtime import Pipeline
 from ppllava_edge.runtime.language.prompt_lookup import PromptLookup
-
-_spec = importlib.util.spec_from_file_location("golden_check", GOLDEN / "check.py")
-assert _spec and _spec.loader
-check = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(check)
-
-
-VARIANTS = pytest.mark.parametrize(
-    "variant",
-    range(len(check.VARIANTS)),
-    ids=["-".join(map(str, (v[0], v[1], v[3] or ""))) for v in check.VARIANTS],
-)
-
-
-def run_check(variant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    export = f"{sys.executable} -m ppllava_edge.export.cli"
-    monkeypatch.setattr(check, "VARIANTS", [check.VARIANTS[variant]])
-    monkeypatch.setattr(sys, "argv", ["check.py", "--golden", str(GOLDEN), "--export", export])
-    status = check.main()
-    printed = capsys.readouterr().out
-    failed = [line for line in printed.splitlines() if line.startswith("FAIL")]
-    assert status == 0 and not failed, "\n".join(failed) or printed
+from ppllava_edge.runtime.pipeline.base import BasePipeline
+from ppllava_edge.runtime.pipeline.cpu import CpuPipeline
 
 
 @VARIANTS
 def test_variant_matches_the_original(
-    variant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    variant: int, exports: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_check(variant, monkeypatch, capsys)
+    run_check(variant, exports, monkeypatch, capsys)
 
 
 @VARIANTS
 def test_lowered_graphs_match_the_original(
-    variant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    variant: int, exports: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Basic opset-20 operators and a cache that grows: what JetPack 6 gets."""
     opened = []
 
-    class Lowered(Pipeline):
+    class Lowered:
         @classmethod
-        def open(cls, bundle: Path, device: str = "cpu") -> Pipeline:  # type: ignore[override]
+        def open(cls, bundle: Path, device: str = "cpu") -> BasePipeline:
             build_onnxruntime(Bundle.open(bundle), "lowered")
             opened.append(Pipeline.open(bundle, device, engine="lowered"))
             assert opened[-1].engine is not None and opened[-1].stage("trunk").path.parent.name == "lowered"
             return opened[-1]
 
     monkeypatch.setattr("ppllava_edge.runtime.Pipeline", Lowered)
-    run_check(variant, monkeypatch, capsys)
+    run_check(variant, exports, monkeypatch, capsys)
     assert opened
 
 
 @VARIANTS
 def test_looking_ahead_changes_no_answer(
-    variant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    variant: int, exports: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """engines/cpu with drafts that are verified several in a pass, beside the original's tokens. Every other draft is wrong somewhere."""
+    """engines/cpu with drafts verified several in a pass; every other draft is wrong somewhere."""
     lookups: list[PromptLookup] = []
 
     class Drafts(PromptLookup):
@@ -83,18 +62,18 @@ def test_looking_ahead_changes_no_answer(
                 guess[self.passes % len(guess)] += 1
             return guess
 
-    class LookingAhead(Pipeline):
+    class LookingAhead(CpuPipeline):
         @classmethod
-        def open(cls, bundle: Path, device: str = "cpu") -> Pipeline:  # type: ignore[override]
+        def open(cls, bundle: Path, device: str = "cpu") -> BasePipeline:
             build_onnxruntime(Bundle.open(bundle), "cpu")
             return LookingAhead(Bundle.open(bundle), device, engine="cpu")
 
-        def generate(self, inputs_embeds, max_new_tokens, stop_ids=(), sampling=None, lookup=None):  # type: ignore[no-untyped-def]
-            lookups.append(Drafts(list(super().generate(inputs_embeds, max_new_tokens, stop_ids, sampling))))
-            return super().generate(inputs_embeds, max_new_tokens, stop_ids, sampling, lookups[-1])
+        def generate(self, prompt, max_new_tokens, stop_ids=(), sampling=None, lookup=None):  # type: ignore[no-untyped-def]
+            lookups.append(Drafts(list(super().generate(prompt, max_new_tokens, stop_ids, sampling))))
+            return super().generate(prompt, max_new_tokens, stop_ids, sampling, lookups[-1])
 
     monkeypatch.setattr("ppllava_edge.runtime.Pipeline", LookingAhead)
-    run_check(variant, monkeypatch, capsys)
+    run_check(variant, exports, monkeypatch, capsys)
     assert all(
         0 < one.accepted < one.proposed and one.passes < len(one.truth)
         for one in lookups
@@ -103,7 +82,7 @@ def test_looking_ahead_changes_no_answer(
 
 
 def test_fp16_stays_close(tmp_path: Path) -> None:
-    """The same graphs with fp16 weights and activations: similarity stays fp32, so answers of the well-separated cases don't change."""
+    """The same graphs with fp16 weights and activations; similarity stays fp32."""
     import numpy as np
 
     bundle = tmp_path / "half"
