@@ -66,6 +66,20 @@ def video_stream(container: Any, what: str) -> Any:
     return stream
 
 
+def read_packets(container: Any, stream: Any) -> Iterator[Any]:
+    """Yield a stream's packets, compressed frames in decoding order; empty ones mark the end.
+
+    PyAV raises IndexError where a new stream begins in the middle of a file (joined transport streams,
+    damaged ones). It is raised as FFmpeg's error for invalid data.
+    """
+    import av
+
+    try:
+        yield from container.demux(stream)
+    except IndexError:
+        raise av.error.InvalidDataError(-1, "a stream begins in the middle of the file") from None
+
+
 def _is_cover_art(stream: Any) -> bool:
     """Whether a video stream is album art: a single picture attached to a sound file."""
     return bool(int(stream.disposition) & COVER_ART)

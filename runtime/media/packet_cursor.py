@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ppllava_edge.runtime.media.container import read_packets
 from ppllava_edge.runtime.media.packet_index import PacketIndex
 
 SEEK_BACK = (0, 1, 2, 4, 16, 64)  # groups before the wanted one to seek to, in this order, until one works
@@ -80,7 +81,7 @@ class PacketCursor:
             self._container.seek(timestamp, stream=self._stream, backward=True)
         except av.error.FFmpegError:
             return None
-        self._packets = self._container.demux(self._stream)
+        self._packets = read_packets(self._container, self._stream)
         self._peeked = None
         while (packet := self.peek()) is not None and not packet.is_keyframe:
             self.next()

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
-from ppllava_edge.runtime.media.container import FALLBACK_FPS, open_container
+from ppllava_edge.runtime.media.container import FALLBACK_FPS, open_container, read_packets
 
 CONTAINERS_WITH_TABLE = {"mov", "mp4"}  # their header lists every packet, with decoding times
 MAX_PACKETS = 50_000_000  # 230 hours at 60 frames a second; more is a damaged file
@@ -180,7 +180,7 @@ def _readable_packets(container: Any, stream: Any) -> Iterator[Any]:
     import av
 
     try:
-        yield from (packet for packet in container.demux(stream) if packet.size)
+        yield from (packet for packet in read_packets(container, stream) if packet.size)
     except av.error.FFmpegError:
         return
 
@@ -207,13 +207,13 @@ class _PacketList:
     broken: bool = False
 
 
-def _read_packets(container: Any, stream: Any, path: Path) -> _PacketList:
+def _list_packets(container: Any, stream: Any, path: Path) -> _PacketList:
     """Read the whole file without decoding anything."""
     import av
 
     read = _PacketList()
     try:
-        for packet in container.demux(stream):
+        for packet in read_packets(container, stream):
             if not packet.size:
                 continue
             if packet.is_keyframe:
@@ -231,7 +231,7 @@ def _read_packets(container: Any, stream: Any, path: Path) -> _PacketList:
 
 def _index_from_packets(container: Any, stream: Any, path: Path) -> PacketIndex:
     """Build the index from one pass over the packets."""
-    read = _read_packets(container, stream, path)
+    read = _list_packets(container, stream, path)
     pts = np.array(read.pts, np.int64)
     shown = np.array(read.shown, bool)
     keys = np.array(read.keys, np.int64)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
-from ppllava_edge.runtime.media.container import apply_rotation, check_size, open_container
+from ppllava_edge.runtime.media.container import apply_rotation, check_size, open_container, read_packets
 from ppllava_edge.runtime.media.packet_cursor import CannotSeek
 from ppllava_edge.runtime.media.packet_index import index_packets
 from ppllava_edge.runtime.media.pictures import Picture, animation_pictures, folder_pictures, open_picture
@@ -205,7 +205,7 @@ class VideoReader(FrameReader):
         number = 0
         numbers = set[int]()
         with open_container(self.path) as (container, stream):
-            batches = self._decode_packets(container.demux(stream))
+            batches = self._decode_packets(read_packets(container, stream))
             while number <= last and (batch := next(batches, None)) is not None:
                 for frame in batch:
                     self._damaged = self._damaged or bool(frame.is_corrupt)

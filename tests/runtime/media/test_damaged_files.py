@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.commands import frame_number
-from helpers.encoded_clips import encode_clip
+from helpers.encoded_clips import COUNT, encode_clip
 from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.media.writing import write_video
-from ppllava_edge.runtime.vision.frame_choice import read_frames
+from ppllava_edge.runtime.vision.frame_choice import read_frames, sample_indices
 
 MAGIC_NUMBERS = [
     b"",
@@ -79,6 +79,21 @@ def test_a_truncated_video_gives_the_frames_it_holds(
     found = read_frames(path, 6)
     assert found.count < 96 and len(found.images) == 6
     assert [frame_number(image) for image in found.images] == [i % 24 for i in found.indices]
+
+
+def test_joined_transport_streams_give_the_first_one(tmp_path: Path) -> None:
+    """The second file brings a stream of its own, which PyAV can't handle."""
+    options = {"g": "24", "bf": "2"}
+    other_stream = {"mpegts_start_pid": "0x200", "mpegts_pmt_start_pid": "0x1100"}
+    first = encode_clip(tmp_path / "first.ts", "libx264", options)
+    second = encode_clip(tmp_path / "second.ts", "libx264", options, other_stream)
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(first.read_bytes() + second.read_bytes())
+    found = read_frames(joined, 6)
+    assert found.notes and "damaged" in found.notes[0]
+    assert found.indices == sample_indices(found.count, 25, 6) and found.count >= COUNT
+    for image, expected in zip(found.images[:5], read_frames(first, 6).images):
+        np.testing.assert_array_equal(image, expected)
 
 
 def test_a_truncated_mp4_without_its_index(video_file: Path, tmp_path: Path) -> None:
