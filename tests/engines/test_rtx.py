@@ -1,4 +1,7 @@
-"""`ppllava-build --target rtx`: TensorRT-RTX, ahead of time and without a GPU. All of nano, one full-width layer of each stage."""
+"""`ppllava-build --target rtx`: TensorRT-RTX, ahead of time and without a GPU.
+
+Built are all of nano, and one full-width layer of each stage.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,13 @@ from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.engine_manifest import find_engine
 from ppllava_edge.engines.bundle.packed import packed_bundle
 from ppllava_edge.engines.errors import EngineError
+from ppllava_edge.engines.graphs.decode_step import split_head
 from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.engines.targets import tensorrt as tensorrt_target
+from ppllava_edge.engines.targets import tensorrt_graphs, tensorrt_process
 from ppllava_edge.engines.targets.profiles import limits, profiles
-from ppllava_edge.engines.targets.tensorrt import Options, build_tensorrt, check_possible
+from ppllava_edge.engines.targets.tensorrt import build_tensorrt
+from ppllava_edge.engines.targets.tensorrt_plan import Options, check_possible
 from ppllava_edge.engines.targets.tensorrt_worker import Job, build
 from ppllava_edge.nano.clips import sample_scene_for_the_readme, write_clip
 
@@ -69,31 +75,27 @@ def export(source: Path, output: Path, precision: str, clips: Path) -> Path:
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 @pytest.mark.parametrize("model", ["nano", "wide"])
-def test_it_builds_for_three_generations(
+def test_builds_for_three_generations(
     model: str, precision: str, wide: Path, clips: Path, tmp_path: Path
 ) -> None:
-    source = packed_bundle() if model == "nano" else wide
-    output = (
-        Path(shutil.copytree(source, tmp_path / "b"))
-        if (model, precision) == ("nano", "fp16")
-        else export(source, tmp_path / "b", precision, clips)
-    )
+    output = tmp_path / "b"
+    if (model, precision) == ("nano", "fp16"):
+        shutil.copytree(packed_bundle(), output)
+    else:
+        export(packed_bundle() if model == "nano" else wide, output, precision, clips)
     run = run_command("ppllava-build", output, "--target", "rtx", "--json")
     assert run.returncode == 0, run.stderr
-    told = json.loads(run.stdout)
-    assert (
-        set(told["stages"]) == STAGES
-        and told["details"]["capabilities"] == CAPABILITIES
-        and told["library"] == "tensorrt_rtx"
-    )
-    assert all(
-        one["bytes"] > 10_000 and 100e6 < one["peak"] < 2.2 * one["predicted"] for one in told["built"]
-    ), told["built"]
-    assert {path.name for path in (output / "engines").iterdir()} == {"rtx", ".rtx.log"}, (
-        "nothing half-made is left"
-    )
-    engine, why = find_engine(Bundle.open(output), "rtx", verify=True)
-    assert engine is not None, why
+    report = json.loads(run.stdout)
+    assert set(report["stages"]) == STAGES
+    assert report["details"]["capabilities"] == CAPABILITIES
+    assert report["library"] == "tensorrt_rtx"
+    for file in report["built"]:
+        assert file["bytes"] > 10_000, file
+        assert 100e6 < file["peak"] < 2.2 * file["predicted"], file
+    left = {path.name for path in (output / "engines").iterdir()}
+    assert left == {"rtx", ".rtx.log"}, "nothing unfinished is left"
+    engine, reason = find_engine(Bundle.open(output), "rtx", verify=True)
+    assert engine is not None, reason
     shutil.rmtree(output)
 
 
@@ -106,7 +108,7 @@ FAMILIES = [
 
 @pytest.mark.parametrize("family, extra", FAMILIES)
 def test_other_families_build(family: str, extra: tuple[str, ...], tmp_path: Path) -> None:
-    """SigLIP and Qwen2, pooling without the question, overlapping windows; heads of 8, for which TensorRT has no attention kernel."""
+    """SigLIP and Qwen2, unguided pooling, overlapping windows; heads of 8 (no TensorRT kernel)."""
     run = run_command(
         "ppllava-export",
         GOLDEN / family,
@@ -124,57 +126,53 @@ def test_other_families_build(family: str, extra: tuple[str, ...], tmp_path: Pat
 
 
 def test_the_same_bundle_gives_the_same_bytes(tmp_path: Path) -> None:
-    found = []
+    manifests = []
     for name in ("a", "b"):
         bundle = Bundle.open(shutil.copytree(packed_bundle(), tmp_path / name))
         engine, _ = build_tensorrt(bundle, "rtx", Options(capabilities=("8.9",), piece_bytes=400_000))
         assert len(engine.stages["decoder"]) > 2, "the decoder is cut"
-        found.append((engine.folder / "engine.json").read_text())
-    assert found[0] == found[1]
+        manifests.append((engine.folder / "engine.json").read_text())
+    assert manifests[0] == manifests[1]
 
 
 def test_an_interrupted_build_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(shutil.copytree(packed_bundle(), tmp_path / "b"))
-    options, run = Options(capabilities=("8.9",)), tensorrt_target._run
+    options = Options(capabilities=("8.9",))
+    run_job = tensorrt_target.run_job
 
-    def interrupted(job: Any, work: Path, name: str, *rest: Any) -> Any:
+    def interrupted(job: Any, staging: Path, name: str, *rest: Any) -> Any:
         if name == "temporal":
             raise KeyboardInterrupt
-        return run(job, work, name, *rest)
+        return run_job(job, staging, name, *rest)
 
-    monkeypatch.setattr(tensorrt_target, "_run", interrupted)
+    monkeypatch.setattr(tensorrt_target, "run_job", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_tensorrt(bundle, "rtx", options)
     assert find_engine(bundle, "rtx") == (None, "")
     monkeypatch.undo()
-    engine, made = build_tensorrt(bundle, "rtx", options)
-    kept = {one.name for one in made if one.kept}
+    engine, reports = build_tensorrt(bundle, "rtx", options)
+    kept = {report.name for report in reports if report.kept}
     assert {"trunk", "decoder"} <= kept and not kept & {"temporal", "question", "similarity"}
     assert set(engine.stages) == STAGES
-    other = Options(capabilities=("8.6",))
-    assert not any(one.kept for one in build_tensorrt(bundle, "rtx", other)[1]), (
-        "what was built for something else is built again"
-    )
+    _, others = build_tensorrt(bundle, "rtx", Options(capabilities=("8.6",)))
+    assert not any(report.kept for report in others), "engines for other capabilities are built again"
 
 
 def test_the_head_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_target, "split_head", lambda g: _split(g, 8000))
+    monkeypatch.setattr(tensorrt_graphs, "split_head", lambda g: _split(g, 8000))
     bundle = Bundle.open(shutil.copytree(packed_bundle(), tmp_path / "b"))
     engine, _ = build_tensorrt(bundle, "rtx", Options(capabilities=("8.9",)))
     assert engine.stages["decoder"] == ("decoder.engine",)
 
 
 def _split(g: Graph, part_bytes: int) -> Graph:
-    from ppllava_edge.engines.graphs.decode_step import split_head
-
     split = split_head(g, part_bytes)
-    assert sum(node.op_type == "MatMul" for node in split.nodes) > sum(
-        node.op_type == "MatMul" for node in g.nodes
-    )
+    products = [sum(node.op_type == "MatMul" for node in graph.nodes) for graph in (g, split)]
+    assert products[1] > products[0]
     return split
 
 
-# -- refused ---------------------------------------------------------------------------------------------------------
+# -- refused -------------------------------------------------------------------------------------------------
 
 
 def test_refusals_name_the_nodes(tmp_path: Path) -> None:
@@ -229,26 +227,25 @@ def test_a_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     class Killed:
         returncode, stdout = -9, b""
 
-    monkeypatch.setattr(tensorrt_target.subprocess, "run", lambda *_, **__: Killed)
-    with pytest.raises(
-        EngineError,
-        match=r"building trunk ran out of memory \(it was killed\); it was expected to need \d+\.\d MB: try --piece",
-    ):
+    monkeypatch.setattr(tensorrt_process.subprocess, "run", lambda *_, **__: Killed)
+    message = (
+        r"building trunk ran out of memory \(it was killed\); it was expected to need \d+\.\d MB: try --piece"
+    )
+    with pytest.raises(EngineError, match=message):
         build_tensorrt(bundle, "rtx", Options())
     Killed.returncode, Killed.stdout = 0, b"not json"
     with pytest.raises(EngineError, match="ended with status 0"):
         build_tensorrt(bundle, "rtx", Options())
 
 
-def test_too_little_memory_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle, notes = Bundle.open(shutil.copytree(packed_bundle(), tmp_path / "b")), list[str]()
+def test_a_note_about_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.open(shutil.copytree(packed_bundle(), tmp_path / "b"))
+    notes: list[str] = []
     monkeypatch.setattr(tensorrt_target, "available_memory", lambda: 300_000_000)
     build_tensorrt(bundle, "rtx", Options(capabilities=("8.9",)), note=notes.append)
-    assert (
-        "building trunk is expected to need 35" in notes[0]
-        and "300.0 MB are available, 5" in notes[0]
-        and "--piece" in notes[0]
-    )
+    assert "building trunk is expected to need 35" in notes[0]
+    assert "300.0 MB are available, 5" in notes[0]
+    assert "--piece" in notes[0]
 
 
 def test_export_builds_engines_too(tmp_path: Path) -> None:
@@ -269,8 +266,8 @@ def test_export_builds_engines_too(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["engines"] == ["rtx", "cuda"]
-    told = json.loads(run_command("ppllava-info", output, "--json").stdout)
-    assert told["facts"]["engines"] == "cpu; cuda; rtx"
+    info = json.loads(run_command("ppllava-info", output, "--json").stdout)
+    assert info["facts"]["engines"] == "cpu; cuda; rtx"
     assert_one_line_error(
         run_command("ppllava-export", packed_bundle(), "-o", tmp_path / "c", "--target", "orin"),
         "--target orin needs tensorrt",
@@ -287,17 +284,15 @@ def test_a_stale_engine(tmp_path: Path) -> None:
     bundle = Bundle.open(shutil.copytree(packed_bundle(), tmp_path / "b"))
     engine, _ = build_tensorrt(bundle, "rtx", Options(capabilities=("8.9",)))
     description = engine.folder / "engine.json"
-    told = json.loads(description.read_text())
-    description.write_text(json.dumps({**told, "made_by": {"tensorrt_rtx": "1.0.0"}}))
-    assert (
-        "was made with tensorrt_rtx 1.0.0" in find_engine(bundle, "rtx")[1]
-        and "--target rtx --force" in find_engine(bundle, "rtx")[1]
-    )
-    description.write_text(json.dumps(told))
+    fields = json.loads(description.read_text())
+    description.write_text(json.dumps({**fields, "made_by": {"tensorrt_rtx": "1.0.0"}}))
+    _, reason = find_engine(bundle, "rtx")
+    assert "was made with tensorrt_rtx 1.0.0" in reason
+    assert "--target rtx --force" in reason
+    description.write_text(json.dumps(fields))
     file = engine.folder / "trunk.engine"
     data = bytearray(file.read_bytes())
     data[1000] ^= 1
     file.write_bytes(data)
-    assert "trunk.engine is damaged" in find_engine(bundle, "rtx")[1], (
-        "seen without being asked to verify: no library gets such a file"
-    )
+    _, reason = find_engine(bundle, "rtx")
+    assert "trunk.engine is damaged" in reason, "checked without verify=True: no library may open such a file"
