@@ -11,6 +11,7 @@ import numpy as np
 
 from ppllava_edge.engines.machine.memory import peak_memory
 from ppllava_edge.runtime.decoding.sequence import Sequence
+from ppllava_edge.runtime.pipeline.cpu import CpuPipeline
 from ppllava_edge.runtime.pipeline.factory import Pipeline
 
 PROMPT = 1100  # tokens
@@ -48,8 +49,9 @@ def pooling(bundle: str) -> dict[str, Any]:
     The weights of the patches are given: the similarity is measured elsewhere.
     """
     pipeline = Pipeline.open(bundle, "cpu", threads=THREADS)
+    assert isinstance(pipeline, CpuPipeline)
     features, weights = _features(pipeline.manifest.vision.patches, pipeline.manifest.vision.hidden_size)
-    pipeline.stage("pooling")
+    pipeline.stage("pooling")  # opened before memory is measured
     before = peak_memory()
     seconds = best_time(lambda: pipeline.visual_tokens(features, None, weights=weights))
     return {"seconds": seconds, "extra_bytes": peak_memory() - before}
