@@ -193,9 +193,8 @@ class _FrameEncoder:
         for number, state in self.clip.states.items():
             state = np.asarray(state)
             row = self._rows.setdefault(number, len(self._rows))
-            if self._array is None or row >= len(
-                self._array
-            ):  # it grows if a damaged file was chosen from again
+            rows = 0 if self._array is None else len(self._array)
+            if row >= rows:  # a second time only if a damaged file was chosen from again
                 larger = array_for((capacity + row, *state.shape[1:]), state.dtype)
                 if self._array is not None:
                     larger[: len(self._array)] = self._array

@@ -101,7 +101,7 @@ def test_metrics_of_opening_and_answering() -> None:
     )
 
 
-# -- identities ------------------------------------------------------------------------------------------------------
+# -- identities ----
 
 
 def test_pooling_window_by_window_equals_pooling_at_once(
@@ -129,7 +129,7 @@ def test_the_runtime_agrees_with_the_original_algorithm_in_torch(
 ) -> None:
     torch = pytest.importorskip(
         "torch",
-        reason="the comparison with torch eager needs the extra `peers`; the golden arrays stand for it elsewhere",
+        reason="needs the extra `peers`; elsewhere the golden arrays stand for it",
     )
     from ppllava_edge.bench.models.torch_eager import TorchModel, answer
     from ppllava_edge.runtime.language.text_processor import TextProcessor
