@@ -63,7 +63,7 @@ def _head_split(g: Graph, node: onnx.NodeProto) -> tuple[int, int]:
     """Query heads and head size of an Attention node, from the Reshape that splits its query into heads."""
     producers = g.producers()
     split = producers[node.input[0]]
-    while split.op_type != "Transpose":  # RotaryEmbedding, or its lowered form, stands in between
+    while split.op_type != "Transpose":  # RotaryEmbedding, or its lowered form, is in between
         split = producers[split.input[0]]
     shape = g.constant(producers[split.input[0]].input[1])  # (b, s, heads, size)
     assert shape is not None

@@ -32,9 +32,9 @@ def build(
     """Write engines/<target> into a bundle. Notes go to stderr.
 
     Args:
-        bundle: Its standard graphs are rewritten.
+        bundle: The bundle with the standard graphs.
         target: One of select.TARGETS.
-        options: Of a TensorRT build; None: the defaults.
+        options: Options of a TensorRT build; None: the defaults.
         progress: Called before each graph and at the end.
 
     Returns:
@@ -67,7 +67,7 @@ def build_onnxruntime(bundle: Bundle, target: str, progress: Progress = no_progr
     or not at all.
 
     Args:
-        bundle: Its standard graphs are rewritten.
+        bundle: The bundle with the standard graphs.
         target: cpu, cuda, or lowered (opset 20, for ONNX Runtime before 1.24).
         progress: Called before each graph and at the end.
 

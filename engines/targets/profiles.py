@@ -26,7 +26,7 @@ class Limits:
     """The sizes for which a bundle's engines are built.
 
     Attributes:
-        frames: Of a clip.
+        frames: Frames of a clip.
         question: The most tokens of a question in the question tower.
         prefill: The usual length of a prompt in tokens.
         capacity: Positions of the KV cache.
@@ -49,7 +49,7 @@ def limits(
     Args:
         m: The bundle's manifest.
         capacity: Positions of the KV cache; None: enough for the usual clip, a question and an answer.
-        frames: Of the usual clip; None: the model's default.
+        frames: Frames of the usual clip; None: the model's default.
         decoder_profiles: 2 or 1.
     """
     v = m.vision
@@ -80,7 +80,7 @@ def profiles(stage: str, inputs: Iterable[onnx.ValueInfoProto], m: Manifest, siz
         stage: The stage's name.
         inputs: Its inputs; those of fixed shape are left out of the profiles.
         m: The bundle's manifest.
-        size: What `limits` gave.
+        size: The sizes to build for.
     """
     inputs = list(inputs)
     if stage == "decoder":

@@ -44,9 +44,9 @@ def build_tensorrt(
     """Write engines/<target> into a bundle.
 
     Args:
-        bundle: Its graphs are built.
+        bundle: The bundle with the graphs.
         target: rtx, orin or orin-jp6.
-        options: Of the build.
+        options: Options of the build.
         progress: Called before each graph and at the end.
         note: Called with a line when a build is expected to need more memory than is available.
 

@@ -46,7 +46,7 @@ def decoder_pieces(
 
     Args:
         g: The standard decoder, without small attention.
-        bundle: Has the token embeddings.
+        bundle: The bundle with the token embeddings.
         target: orin-jp6 gets a lowered decoder, the other targets a self-feeding one with an in-place KV
             cache.
         capacity: Positions of the KV cache.

@@ -28,7 +28,7 @@ class Options:
     Attributes:
         capabilities: Compute capabilities that TensorRT-RTX builds for ahead of time.
         capacity: Positions of the KV cache; None: the model's usual ones.
-        frames: Of the usual clip; None: the model's default.
+        frames: Frames of the usual clip; None: the model's default.
         plugin: The form of the pooling plugin: none, python, aot or auto.
         decoder_profiles: 2 (prefill, one token) or 1.
         piece_bytes: The most bytes of a decoder's weights in one engine.
@@ -51,15 +51,15 @@ class Plan:
     """A build, with everything that options and machine decide.
 
     Attributes:
-        bundle: What is built.
+        bundle: The bundle with the graphs.
         target: rtx, orin or orin-jp6.
         library: "tensorrt" or "tensorrt_rtx".
         version: Its version.
         size: Frames, prompt and KV cache that engines are built for.
-        options: As given.
+        options: The build's options.
         plugin: none, python or aot.
         staging: The folder that keeps finished engines until all are built; a later build goes on from it.
-        details: Of the engine's manifest.
+        details: Details for the engine's manifest.
     """
 
     bundle: Bundle

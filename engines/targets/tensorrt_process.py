@@ -23,15 +23,15 @@ KILLED = (-9, 137)  # exit statuses of a process that the system ended for its m
 
 @dataclass
 class Built:
-    """An engine file and what building it took.
+    """An engine file, and the time and memory of its build.
 
     Attributes:
         name: The engine's name.
-        bytes: Size of the file.
-        seconds: Of the build.
-        peak: Bytes of resident memory.
-        predicted: Bytes of resident memory that were expected.
-        largest: Bytes of the largest weight.
+        bytes: Size of the file in bytes.
+        seconds: Duration of the build.
+        peak: Peak resident memory in bytes.
+        predicted: Expected peak in bytes.
+        largest: Size of the largest weight in bytes.
         kept: Whether it comes from an earlier, interrupted build.
     """
 

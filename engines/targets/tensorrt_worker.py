@@ -71,7 +71,7 @@ def build(job: Job, trt: Any = None) -> bytes:
     """Parse the graph and build the engine.
 
     Args:
-        job: What to build; nothing is written.
+        job: The engine to build; no engine file is written.
         trt: The library; None: imported by the job's name.
 
     Returns:

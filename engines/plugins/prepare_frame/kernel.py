@@ -91,7 +91,7 @@ class FramePreparer:
     Args:
         gpu: Where the frames are.
         preprocessing: The bundle's.
-        dtype: Of the pixels: float32 or float16.
+        dtype: Type of the pixels: float32 or float16.
 
     Raises:
         EngineError: If cuda-core is missing or the kernels can't be compiled.

@@ -13,8 +13,8 @@ class Letterbox(NamedTuple):
     """Where a resized image lies on its canvas, in pixels.
 
     Attributes:
-        height: Of the resized image.
-        width: Of the resized image.
+        height: Height of the resized image.
+        width: Width of the resized image.
         top: Margin above the image, and below.
         left: Margin on the left, and on the right.
     """

@@ -46,7 +46,7 @@ def register_aot(trt: Any, plugin: Any, capability: tuple[int, int]) -> None:
     Args:
         trt: The module tensorrt or tensorrt_rtx.
         plugin: Its submodule `plugin`.
-        capability: Of the GPU that engines are built for.
+        capability: Compute capability of the GPU that engines are built for.
 
     Raises:
         EngineError: If the other form of the plugin is registered in this process.

@@ -54,8 +54,8 @@ class Call:
         size: T, H, W.
         channels: C.
         kernel, stride: Windows along frames, rows and columns.
-        temperature: Of the softmax inside a window.
-        dtype: Of hidden and the result: float32, float16 or bfloat16.
+        temperature: Temperature of the softmax inside a window.
+        dtype: Type of hidden and the result: float32, float16 or bfloat16.
         gelu: Apply the projector's GELU to hidden as it is read.
         aligned: Whether all arrays start at multiples of 16 bytes.
 
@@ -213,7 +213,7 @@ class Launcher:
             weights: (T, H, W) float32.
             out: (N, C) of hidden's type; written.
             kernel, stride: Windows along frames, rows and columns.
-            temperature: Of the softmax inside a window.
+            temperature: Temperature of the softmax inside a window.
             gelu: Apply the projector's GELU to hidden as it is read.
             stream: A cuda-core stream, an object with `__cuda_stream__`, or None for the device's default.
 
