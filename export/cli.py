@@ -104,7 +104,12 @@ TARGET_LIBRARIES = {"rtx": "tensorrt_rtx", "orin": "tensorrt", "orin-jp6": "tens
     is_flag=True,
     help="Write the bundle even if it fails the parity gate; its manifest records that.",
 )
-@option("--weight-only", group=PRECISION, is_flag=True, help="Quantise nano without calibrating it.")
+@option(
+    "--weight-only",
+    group=PRECISION,
+    is_flag=True,
+    help="Quantise weights only, without calibration. The default without --calibrate, except for nano.",
+)
 @option(
     "--subfolder",
     group=CHECKPOINT,

@@ -55,15 +55,19 @@ class ProgressBar(Progress):
         self._bar.stop()
 
     def start(self, total_bytes: int) -> None:
+        """Set the total."""
         self._bar.update(self._task, total=total_bytes)
 
     def stage(self, name: str) -> None:
+        """Show the name of the stage."""
         self._bar.update(self._task, description=name)
 
     def wrote(self, count: int) -> None:
+        """Advance the bar."""
         self._bar.advance(self._task, count)
 
     def step(self, what: str, done: int, of: int) -> None:
+        """Show a bar of its own for this part."""
         if what not in self._steps:
             self._steps[what] = self._bar.add_task(what, total=of)
         self._bar.update(self._steps[what], completed=done, total=of)

@@ -45,6 +45,7 @@ class BundleSource:
         _check_precision(path, self.bundle.manifest, options.precision)
 
     def graphs(self, precision: Precision) -> dict[str, Callable[[], Graph]]:
+        """Return a function per stage that builds its graph; see Source."""
         names = [name for name in STAGE_PART if f"{name}.onnx" in self.bundle.manifest.files]
         return {name: functools.partial(self._read_graph, name, precision) for name in names}
 
@@ -55,6 +56,7 @@ class BundleSource:
         return to_float32(g) if precision.float_type(stage) == "float32" else g
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
+        """Return the token embeddings (V, D) and image_newline (D)."""
         return self._embedding("embed_tokens"), self._embedding("image_newline")
 
     def _embedding(self, name: str) -> Tensor:
@@ -69,11 +71,13 @@ class BundleSource:
         return Tensor(name, shape, load)
 
     def write_tokenizers(self, folder: Path) -> None:
+        """Write the tokenizers into a bundle's folder."""
         for name in TOKENIZERS:
             if name in self.bundle.manifest.files and self.options.tokenizer:
                 shutil.copyfile(self.bundle.file(name), folder / name)
 
     def manifest(self, precision: Precision, hash_weights: bool = True) -> Manifest:
+        """Return the bundle's manifest; see Source."""
         m = self.bundle.manifest
         recorded = m.precision.get("kv", "fp32" if m.decoder.kv_dtype == "float32" else "fp16")
         if recorded == "fp32" and precision.parts["kv"] == "fp16":
@@ -88,7 +92,7 @@ class BundleSource:
         )
 
     def close(self) -> None:
-        pass
+        """Nothing to release: files are opened for each read."""
 
 
 def _check_precision(path: Path, manifest: Manifest, precision: Precision) -> None:

@@ -55,12 +55,15 @@ class CheckpointSource:
         check_tensors(self.checkpoint, self.model, options.precision)
 
     def graphs(self, precision: Precision) -> dict[str, Callable[[], Graph]]:
+        """Return a function per stage that builds its graph; see Source."""
         return stage_graphs(self.checkpoint, self.model, precision)
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
+        """Return the token embeddings (V, D) and image_newline (D)."""
         return embeddings(self.checkpoint, self.model)
 
     def write_tokenizers(self, folder: Path) -> None:
+        """Write the tokenizers into a bundle's folder."""
         if not self.options.tokenizer:
             return
         checkpoint, options = self.checkpoint.folder, self.options
@@ -75,6 +78,7 @@ class CheckpointSource:
         self.tokens = TokenIds(language.token_to_id(IMAGE), stop_ids)
 
     def manifest(self, precision: Precision, hash_weights: bool = True) -> Manifest:
+        """Return the bundle's manifest; see Source."""
         return build_manifest(
             self.model,
             self.options,
@@ -88,6 +92,7 @@ class CheckpointSource:
         )
 
     def close(self) -> None:
+        """Release open files."""
         self.checkpoint.close()
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.engines.graphs.tensors import Tensor
 from ppllava_edge.export.sources.locate import read_json
-from ppllava_edge.export.stages.layers import Source
+from ppllava_edge.export.stages.layers import WeightSource
 
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _PATTERNS = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin")
@@ -62,7 +62,7 @@ class Checkpoint:
         """Release all files."""
         self._bin_shards.clear()
 
-    def source(self, prefix: str = "") -> Source:
+    def source(self, prefix: str = "") -> WeightSource:
         """Return a function (name, *shape) that gives the tensor of that name below `prefix`, not loaded.
 
         A missing tensor, or one of another shape, is noted in `problems`.

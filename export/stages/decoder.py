@@ -18,7 +18,14 @@ from onnx import TensorProto
 from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.engines.graphs.tensors import Tensor
 from ppllava_edge.export.config.model import Decoder
-from ppllava_edge.export.stages.layers import Source, activation, linear, merge_heads, rms_norm, split_heads
+from ppllava_edge.export.stages.layers import (
+    WeightSource,
+    activation,
+    linear,
+    merge_heads,
+    rms_norm,
+    split_heads,
+)
 
 LANGUAGE = "language_model."
 
@@ -42,8 +49,8 @@ class StepInputs:
     sin: str
 
 
-def build_decoder(g: Graph, source: Source, decoder: Decoder) -> None:
-    """Write the decoder's graph. Source names are relative to LANGUAGE."""
+def build_decoder(g: Graph, source: WeightSource, decoder: Decoder) -> None:
+    """Write the decoder's graph. Weight names are relative to LANGUAGE."""
     d = decoder
     x = g.input("inputs_embeds", g.dtype, [1, "s", d.width])
     position_ids = g.input("position_ids", "int64", [1, "s"])
@@ -57,7 +64,7 @@ def build_decoder(g: Graph, source: Source, decoder: Decoder) -> None:
     g.output(g.Cast(logits, to=TensorProto.FLOAT), "logits", "float32", [1, d.vocab])
 
 
-def decoder_layer(g: Graph, source: Source, d: Decoder, x: str, layer: int, step: StepInputs) -> str:
+def decoder_layer(g: Graph, source: WeightSource, d: Decoder, x: str, layer: int, step: StepInputs) -> str:
     """Add one pre-norm layer, x (1, s, width) → (1, s, width)."""
     with g.scope(f"layers.{layer}"):
         name = f"model.layers.{layer}"
@@ -67,7 +74,7 @@ def decoder_layer(g: Graph, source: Source, d: Decoder, x: str, layer: int, step
         return g.Add(x, feed_forward(g, source, d, y, f"{name}.mlp"))
 
 
-def attention(g: Graph, source: Source, d: Decoder, x: str, layer: int, step: StepInputs) -> str:
+def attention(g: Graph, source: WeightSource, d: Decoder, x: str, layer: int, step: StepInputs) -> str:
     """Add rotary grouped-query attention over the KV cache, x (1, s, width) → (1, s, width)."""
     name = f"model.layers.{layer}.self_attn"
     width = d.heads * d.head_size
@@ -82,7 +89,7 @@ def attention(g: Graph, source: Source, d: Decoder, x: str, layer: int, step: St
     return linear(g, source, merge_heads(g, y, width), f"{name}.o_proj", width, d.width, bias=False)
 
 
-def feed_forward(g: Graph, source: Source, d: Decoder, x: str, name: str) -> str:
+def feed_forward(g: Graph, source: WeightSource, d: Decoder, x: str, name: str) -> str:
     """Add the SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
     gate = linear(g, source, x, f"{name}.gate_proj", d.width, d.mlp, bias=False)
     up = linear(g, source, x, f"{name}.up_proj", d.width, d.mlp, bias=False)
@@ -90,7 +97,7 @@ def feed_forward(g: Graph, source: Source, d: Decoder, x: str, name: str) -> str
     return linear(g, source, y, f"{name}.down_proj", d.mlp, d.width, bias=False)
 
 
-def lm_head(g: Graph, source: Source, d: Decoder, x: str) -> str:
+def lm_head(g: Graph, source: WeightSource, d: Decoder, x: str) -> str:
     """Add the final norm and the output projection of the last position, x (1, s, width) → (1, vocab)."""
     with g.scope("lm_head"):
         last = g.Gather(x, g.integer(-1), axis=1)
@@ -114,7 +121,7 @@ def rotary_tables(d: Decoder) -> tuple[Tensor, Tensor]:
     return cos, sin
 
 
-def _project(g: Graph, source: Source, d: Decoder, x: str, name: str, heads: int) -> str:
+def _project(g: Graph, source: WeightSource, d: Decoder, x: str, name: str, heads: int) -> str:
     """x (1, s, width) → (1, heads, s, head_size)."""
     y = linear(g, source, x, name, d.width, heads * d.head_size, bias=d.qkv_bias)
     return split_heads(g, y, heads, d.head_size)

@@ -12,12 +12,12 @@ from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.engines.graphs.tensors import Tensor
 from ppllava_edge.export.config.model import Tower
 
-Source = Callable[..., Tensor]  # source("name", *shape) → Tensor; see sources.tensors.Checkpoint.source
+WeightSource = Callable[..., Tensor]  # source("name", *shape) → Tensor; see sources.tensors.Checkpoint.source
 
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "gelu_new", "quick_gelu", "silu", "swish")
 
 
-def transformer_layer(g: Graph, source: Source, x: str, name: str, tower: Tower, mask: str = "") -> str:
+def transformer_layer(g: Graph, source: WeightSource, x: str, name: str, tower: Tower, mask: str = "") -> str:
     """Add one pre-norm transformer layer of a CLIP or SigLIP tower.
 
     Args:
@@ -36,7 +36,7 @@ def transformer_layer(g: Graph, source: Source, x: str, name: str, tower: Tower,
 
 
 def self_attention(
-    g: Graph, source: Source, x: str, name: str, width: int, heads: int, mask: str = ""
+    g: Graph, source: WeightSource, x: str, name: str, width: int, heads: int, mask: str = ""
 ) -> str:
     """Add the multi-head self-attention of the CLIP and SigLIP towers.
 
@@ -57,14 +57,18 @@ def self_attention(
     return linear(g, source, merge_heads(g, y, width), f"{name}.out_proj", width, width)
 
 
-def feed_forward(g: Graph, source: Source, x: str, name: str, width: int, hidden: int, kind: str) -> str:
+def feed_forward(
+    g: Graph, source: WeightSource, x: str, name: str, width: int, hidden: int, kind: str
+) -> str:
     """Add the feed-forward of the towers: linear, activation, linear."""
     y = linear(g, source, x, f"{name}.fc1", width, hidden)
     y = activation(g, y, kind)
     return linear(g, source, y, f"{name}.fc2", hidden, width)
 
 
-def linear(g: Graph, source: Source, x: str, name: str, inputs: int, outputs: int, bias: bool = True) -> str:
+def linear(
+    g: Graph, source: WeightSource, x: str, name: str, inputs: int, outputs: int, bias: bool = True
+) -> str:
     """Add a linear layer, x (…, inputs) → (…, outputs).
 
     The weight is stored as (inputs, outputs): the layout of MatMul, and of quantisation in blocks along
@@ -74,14 +78,14 @@ def linear(g: Graph, source: Source, x: str, name: str, inputs: int, outputs: in
     return g.Add(y, g.weight(source(f"{name}.bias", outputs))) if bias else y
 
 
-def layer_norm(g: Graph, source: Source, x: str, name: str, width: int, epsilon: float) -> str:
+def layer_norm(g: Graph, source: WeightSource, x: str, name: str, width: int, epsilon: float) -> str:
     """Add a LayerNorm over the last axis, with statistics in float32."""
     scale = g.weight(source(f"{name}.weight", width))
     bias = g.weight(source(f"{name}.bias", width))
     return g.LayerNormalization(x, scale, bias, axis=-1, epsilon=epsilon)
 
 
-def rms_norm(g: Graph, source: Source, x: str, name: str, width: int, epsilon: float) -> str:
+def rms_norm(g: Graph, source: WeightSource, x: str, name: str, width: int, epsilon: float) -> str:
     """Add an RMSNorm over the last axis, with statistics in float32."""
     return g.RMSNormalization(x, g.weight(source(f"{name}.weight", width)), axis=-1, epsilon=epsilon)
 

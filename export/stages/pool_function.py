@@ -17,7 +17,8 @@ ATTRIBUTES = ("temperature", "plugin_namespace", "plugin_version")
 def pool_function() -> onnx.FunctionProto:
     """Build the function.
 
-    Inputs: hidden (T, H, W, D), weights (T, H, W) float32, kernel int64[3], stride int64[3]. Output: tokens (N, D).
+    Inputs: hidden (T, H, W, D), weights (T, H, W) float32, kernel int64[3], stride int64[3].
+    Output: tokens (N, D).
 
     For every window: softmax(weights / temperature), then the weighted sum of the hidden rows. Windows may
     overlap; positions beyond the last whole window are dropped. plugin_namespace and plugin_version are

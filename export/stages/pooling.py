@@ -13,11 +13,11 @@ from __future__ import annotations
 from ppllava_edge.engines.graphs.graph import DOMAIN, Graph
 from ppllava_edge.engines.graphs.tensors import ONNX_TYPE
 from ppllava_edge.export.config.model import Model
-from ppllava_edge.export.stages.layers import Source, linear
+from ppllava_edge.export.stages.layers import WeightSource, linear
 from ppllava_edge.export.stages.pool_function import POOL, pool_function
 
 
-def build_pooling(g: Graph, source: Source, model: Model, features_dtype: str) -> None:
+def build_pooling(g: Graph, source: WeightSource, model: Model, features_dtype: str) -> None:
     """Write the pooling's graph.
 
     Args:

@@ -14,7 +14,7 @@ from onnx import TensorProto
 from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.engines.graphs.tensors import Tensor
 from ppllava_edge.export.config.model import Question
-from ppllava_edge.export.stages.layers import Source, layer_norm, linear, transformer_layer
+from ppllava_edge.export.stages.layers import WeightSource, layer_norm, linear, transformer_layer
 
 TOWER = "multi_modal_projector.clip_text_model."
 TEXT_PROJECTION = "multi_modal_projector.clip_text_projection"
@@ -23,7 +23,7 @@ KEPT = 20  # leading positions that stretching does not change
 
 def build_question(
     g: Graph,
-    source: Source,
+    source: WeightSource,
     shapes: dict[str, tuple[int, ...]],
     question: Question,
     siglip: bool,
@@ -84,7 +84,7 @@ def pool_end_token(g: Graph, x: str, ids: str, q: Question) -> str:
     return g.Squeeze(g.Gather(x, position, axis=1), g.ints(1))
 
 
-def position_table(source: Source, shapes: dict[str, tuple[int, ...]], q: Question) -> Tensor:
+def position_table(source: WeightSource, shapes: dict[str, tuple[int, ...]], q: Question) -> Tensor:
     """Return the position embeddings, (positions, width).
 
     For a stretched tower upstream keeps two tables: the first 20 rows come from one, the rest, trained, from

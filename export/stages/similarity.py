@@ -15,7 +15,7 @@ from onnx import TensorProto
 
 from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.export.config.model import Model
-from ppllava_edge.export.stages.layers import Source, activation, layer_norm, linear, split_heads
+from ppllava_edge.export.stages.layers import WeightSource, activation, layer_norm, linear, split_heads
 
 PROJECTOR = "multi_modal_projector."
 UNUSED = (
@@ -24,7 +24,7 @@ UNUSED = (
 
 
 def build_similarity(
-    g: Graph, source: Source, model: Model, features_dtype: str, embedding_size: int
+    g: Graph, source: WeightSource, model: Model, features_dtype: str, embedding_size: int
 ) -> None:
     """Write the similarity's graph.
 
@@ -52,7 +52,7 @@ def build_similarity(
         g.output(g.Reshape(value, g.ints(-1, rows, columns)), name, "float32", ["T", rows, columns])
 
 
-def patch_weights(g: Graph, source: Source, model: Model, cosine: str, probe_attention: str) -> str:
+def patch_weights(g: Graph, source: WeightSource, model: Model, cosine: str, probe_attention: str) -> str:
     """Add the softmax of the scaled cosine over all patches, (T, P, 1) → (1, T * P).
 
     With valuew_plus the weights are multiplied by 1000 times the SigLIP head's attention, as upstream does.
@@ -67,7 +67,7 @@ def patch_weights(g: Graph, source: Source, model: Model, cosine: str, probe_att
     return weights
 
 
-def siglip_head(g: Graph, source: Source, model: Model, x: str) -> tuple[str, str]:
+def siglip_head(g: Graph, source: WeightSource, model: Model, x: str) -> tuple[str, str]:
     """Add SigLIP's attention-pooling head, applied to every patch (upstream's SiglipPoolingHead_PatchCLS).
 
     Each patch's value projection stands for the pooled vector.
@@ -89,7 +89,7 @@ def siglip_head(g: Graph, source: Source, model: Model, x: str) -> tuple[str, st
 
 
 def _probe_attention(
-    g: Graph, source: Source, model: Model, x: str, in_projection: Callable[[str], tuple[str, str]]
+    g: Graph, source: WeightSource, model: Model, x: str, in_projection: Callable[[str], tuple[str, str]]
 ) -> str:
     """The attention of SigLIP's learned probe over the patches of each frame, averaged over heads: (T, P)."""
     v = model.vision
@@ -103,7 +103,9 @@ def _probe_attention(
     return g.Squeeze(g.ReduceMean(g.Softmax(scores, axis=2), g.ints(1), keepdims=0), g.ints(-1))
 
 
-def _split_projection(g: Graph, source: Source, name: str, width: int) -> Callable[[str], tuple[str, str]]:
+def _split_projection(
+    g: Graph, source: WeightSource, name: str, width: int
+) -> Callable[[str], tuple[str, str]]:
     """Return a function that registers the query, key or value part of a fused projection: (weight, bias)."""
     weight = source(f"{name}_weight", 3 * width, width)
     bias = source(f"{name}_bias", 3 * width)
@@ -122,7 +124,7 @@ def _affine(g: Graph, x: str, weight: str, bias: str) -> str:
     return g.Add(g.MatMul(x, weight), bias)
 
 
-def _scalar(g: Graph, source: Source, model: Model, name: str) -> str:
+def _scalar(g: Graph, source: WeightSource, model: Model, name: str) -> str:
     shape = (1,) if model.siglip else ()  # CLIP checkpoints store a scalar, SigLIP's a vector of one
     return g.weight(source(name, *shape))
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.export.config.model import Vision
 from ppllava_edge.export.stages import layers
-from ppllava_edge.export.stages.layers import Source, layer_norm, linear, self_attention
+from ppllava_edge.export.stages.layers import WeightSource, layer_norm, linear, self_attention
 
 
-def build_temporal(g: Graph, source: Source, vision: Vision) -> None:
-    """Write the temporal adapter's graph. Source names are relative to trunk.TOWER."""
+def build_temporal(g: Graph, source: WeightSource, vision: Vision) -> None:
+    """Write the temporal adapter's graph. Weight names are relative to trunk.TOWER."""
     v = vision
     assert v.max_frames is not None
     states = g.input("states", g.dtype, ["T", v.states, v.patches + 1, v.width])
@@ -37,7 +37,7 @@ def build_temporal(g: Graph, source: Source, vision: Vision) -> None:
 
 
 def enter_branch(
-    g: Graph, source: Source, v: Vision, trunk: str, trunk_token: str, frames: str
+    g: Graph, source: WeightSource, v: Vision, trunk: str, trunk_token: str, frames: str
 ) -> tuple[str, str]:
     """Add the branch's first input.
 
@@ -58,7 +58,7 @@ def enter_branch(
     return patches, g.Mul(g.Add(trunk_token, token), g.number(0.5))
 
 
-def attend_over_time(g: Graph, source: Source, v: Vision, patches: str, name: str) -> str:
+def attend_over_time(g: Graph, source: WeightSource, v: Vision, patches: str, name: str) -> str:
     """Add attention along time for every patch, then a linear layer, with a residual. patches: (T, P, C)."""
     with g.scope("time"):
         x = g.Transpose(patches, perm=[1, 0, 2])  # (P, T, C)
@@ -69,7 +69,7 @@ def attend_over_time(g: Graph, source: Source, v: Vision, patches: str, name: st
 
 
 def attend_over_space(
-    g: Graph, source: Source, v: Vision, patches: str, token: str, frames: str, name: str, is_last: bool
+    g: Graph, source: WeightSource, v: Vision, patches: str, token: str, frames: str, name: str, is_last: bool
 ) -> tuple[str, str]:
     """Add a spatial transformer layer, applied to each frame.
 
@@ -96,7 +96,7 @@ def attend_over_space(
         return patches, feed_forward(g, source, v, g.Add(token, _mean_class_token(g, x)), name)
 
 
-def feed_forward(g: Graph, source: Source, v: Vision, x: str, name: str) -> str:
+def feed_forward(g: Graph, source: WeightSource, v: Vision, x: str, name: str) -> str:
     """Add a layer's second norm and feed-forward, with a residual."""
     y = layer_norm(g, source, x, f"{name}.layer_norm2", v.width, v.epsilon)
     return g.Add(x, layers.feed_forward(g, source, y, f"{name}.mlp", v.width, v.mlp, v.activation))

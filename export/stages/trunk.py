@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.export.config.model import Vision
-from ppllava_edge.export.stages.layers import Source, layer_norm, transformer_layer
+from ppllava_edge.export.stages.layers import WeightSource, layer_norm, transformer_layer
 
 TOWER = "vision_tower.vision_model."
 
 
-def build_trunk(g: Graph, source: Source, vision: Vision) -> None:
-    """Write the trunk's graph. Source names are relative to TOWER."""
+def build_trunk(g: Graph, source: WeightSource, vision: Vision) -> None:
+    """Write the trunk's graph. Weight names are relative to TOWER."""
     v = vision
     pixels = g.input("pixels", g.dtype, ["b", 3, v.image_size, v.image_size])
     x = embed_patches(g, source, v, pixels)
@@ -28,8 +28,8 @@ def build_trunk(g: Graph, source: Source, vision: Vision) -> None:
     g.output(output, "states", g.dtype, ["b", v.states, v.tokens, v.width])
 
 
-def embed_patches(g: Graph, source: Source, v: Vision, pixels: str) -> str:
-    """Add the embeddings of patches, class token (if any) and positions: (b, 3, H, W) → (b, tokens, width)."""
+def embed_patches(g: Graph, source: WeightSource, v: Vision, pixels: str) -> str:
+    """Add the embeddings of patches, class token (if any) and positions, (b, 3, H, W) → (b, tokens, C)."""
     with g.scope("embeddings"):
         x = _patch_convolution(g, source, v, pixels)
         if v.class_token:
@@ -40,7 +40,7 @@ def embed_patches(g: Graph, source: Source, v: Vision, pixels: str) -> str:
         return x
 
 
-def _patch_convolution(g: Graph, source: Source, v: Vision, pixels: str) -> str:
+def _patch_convolution(g: Graph, source: WeightSource, v: Vision, pixels: str) -> str:
     """(b, 3, H, W) → (b, P, width). SigLIP's convolution has a bias, CLIP's has none."""
     name, size = "embeddings.patch_embedding", v.patch_size
     weights = [g.weight(source(f"{name}.weight", v.width, 3, size, size))]
@@ -50,7 +50,7 @@ def _patch_convolution(g: Graph, source: Source, v: Vision, pixels: str) -> str:
     return g.Transpose(g.Reshape(x, g.ints(0, 0, -1)), perm=[0, 2, 1])
 
 
-def _class_token(g: Graph, source: Source, v: Vision, pixels: str) -> str:
+def _class_token(g: Graph, source: WeightSource, v: Vision, pixels: str) -> str:
     """The class token once per frame, (b, 1, width)."""
     shape = (1, 1, v.width)
     token = g.weight(source("embeddings.class_embedding", v.width).map(lambda a: a.reshape(shape), shape))

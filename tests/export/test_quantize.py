@@ -94,7 +94,7 @@ def test_rows_are_multiplied_before_rounding() -> None:
         np.testing.assert_array_equal(plain.scales, folded.scales)
 
 
-# -- graphs ----------------------------------------------------------------------------------------------------------
+# -- graphs ----------------------------------------------------------------------------------------
 
 
 def logits_and_features(bundle: Path) -> tuple[np.ndarray, np.ndarray]:

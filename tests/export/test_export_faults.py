@@ -1,0 +1,70 @@
+"""Faults while a bundle is written leave nothing behind and are one clear line."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers.commands import assert_one_line_error, run_command
+from helpers.exporting import nothing_left
+from ppllava_edge.engines.errors import PPLLaVAError
+from ppllava_edge.engines.graphs import graph
+from ppllava_edge.engines.graphs.tensors import Tensor, Weight
+from ppllava_edge.export.convert import convert
+from ppllava_edge.export.options import Options
+from ppllava_edge.export.quantisation.precision import parse_precision
+
+FP32 = parse_precision("fp32")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()],
+    ids=["full disk", "interrupt"],
+)
+def test_a_fault_half_way_leaves_nothing_behind(
+    golden: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
+    real, calls = graph.write_weight, 0
+
+    def store(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 60:
+            raise fault
+        return real(*arguments)
+
+    monkeypatch.setattr(graph, "write_weight", store)
+    expected = PPLLaVAError if isinstance(fault, OSError) else KeyboardInterrupt
+    with pytest.raises(expected, match="full" if isinstance(fault, OSError) else None):
+        convert(Options(str(golden), golden.parent / "bundle", FP32, tokenizer=False))
+    assert nothing_left(golden)
+
+
+def test_a_full_disk_keeps_its_error_number() -> None:
+    """numpy's tofile would lose the number, and with it the clear error line."""
+
+    class FullDisk:
+        def tell(self) -> int:
+            return 0
+
+        def write(self, data: Any) -> int:
+            if not len(data):
+                return 0
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    weight = Weight(Tensor.of("w", np.zeros(4096, np.float32)), "float32")
+    with pytest.raises(OSError) as raised:
+        graph.write_weight("w", weight, FullDisk(), "w.data")
+    assert raised.value.errno == errno.ENOSPC
+
+
+def test_an_output_directory_that_can_not_be_written(golden: Path) -> None:
+    (golden.parent / "file").write_text("x")
+    assert_one_line_error(
+        run_command("ppllava-export", golden, "-o", golden.parent / "file" / "b", "--no-tokenizer"), "file"
+    )
