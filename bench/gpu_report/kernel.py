@@ -70,6 +70,7 @@ class _Case:
 
     @classmethod
     def sample(cls, rng: random.Random) -> _Case:
+        """A random case."""
         size = tuple(rng.randint(1, 12) for _ in range(3))
         return cls(
             size=size,
@@ -83,6 +84,7 @@ class _Case:
 
     @property
     def windows(self) -> int:
+        """How many windows fit."""
         along = [(n - k) // s + 1 for n, k, s in zip(self.size, self.kernel, self.stride)]
         return along[0] * along[1] * along[2]
 
