@@ -1,4 +1,4 @@
-"""Calibration data: the user's own videos and questions, or drawn clips for the demonstration model."""
+"""Calibration data: videos and questions about them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ppllava_edge.runtime.vision.preprocess import preprocess_video
 
 MAX_CLIPS = 16
 MAX_QUESTIONS = 10_000
+QUESTIONS_PER_CLIP = 2
 QUESTIONS = (
     "Describe the video.",
     "What happens in this video?",
@@ -28,12 +29,18 @@ QUESTIONS = (
     "What happens first, and what happens last?",
     "Is there a person in the video?",
 )
-NANO_CLIPS, NANO_SEED = 24, 8_128  # drawn for calibration: no other use draws with this seed
 
 
 @dataclass
 class Clip:
-    """A video and what is asked about it. pixels(): (T,3,H,W) float32, preprocessed. questions: (question, answer; "" if unknown)."""
+    """A video and the questions asked about it.
+
+    Attributes:
+        name: The file's name, for the report.
+        pixels: Decodes and preprocesses it: (T, 3, H, W) float32.
+        questions: (question, answer) pairs; an unknown answer is "".
+        held_back: Whether it judges the quantised model instead of calibrating it.
+    """
 
     name: str
     pixels: Callable[[], np.ndarray]
@@ -43,7 +50,13 @@ class Clip:
 
 @dataclass
 class Data:
-    """Clips, in a fixed order. skipped: (file, why). hash: of files and questions, in the manifest."""
+    """Calibration clips, in a fixed order.
+
+    Attributes:
+        clips: The videos and their questions.
+        hash: SHA-256 of files and questions, for the manifest.
+        skipped: (file name, reason) of files that can't be used.
+    """
 
     clips: list[Clip]
     hash: str
@@ -51,30 +64,55 @@ class Data:
 
     @property
     def samples(self) -> Iterator[tuple[int, str, str]]:
-        """(clip, question, answer) of everything that is asked."""
+        """Every (clip index, question, answer)."""
         for index, clip in enumerate(self.clips):
             for question, answer in clip.questions:
                 yield index, question, answer
 
     def hold_back(self) -> None:
-        """Every fourth clip judges and is not calibrated on; with two or three clips the last; a single one has to do both."""
+        """Hold back every fourth clip for judging; of two or three clips the last.
+
+        A single clip both calibrates and judges.
+        """
         count = len(self.clips)
         for index, clip in enumerate(self.clips):
-            clip.held_back = index % 4 == 3 if count > 3 else count > 1 and index == count - 1
+            if count > 3:
+                clip.held_back = index % 4 == 3
+            else:
+                clip.held_back = count > 1 and index == count - 1
+
+
+def video_clip(path: Path, frames: int, manifest: Manifest, questions: list[tuple[str, str]]) -> Clip:
+    """A clip that decodes `frames` frames of a video file each time its pixels are asked for."""
+
+    def pixels() -> np.ndarray:
+        return preprocess_video(read_frames(path, frames).images, manifest.preprocessing)
+
+    return Clip(path.name, pixels, questions)
 
 
 def read_questions(path: Path) -> list[tuple[str, str]]:
-    """One question a line, optionally a tab and its answer; empty lines and lines that begin with # don't count. Raises PPLLaVAError."""
+    """Read questions from a text file.
+
+    Args:
+        path: One question a line, optionally followed by a tab and its answer. Empty lines and lines that
+            begin with # are ignored.
+
+    Returns:
+        (question, answer) pairs, at most MAX_QUESTIONS; an unknown answer is "".
+
+    Raises:
+        PPLLaVAError: If the file can't be read or holds no question.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise PPLLaVAError(
-            f"--questions {path} can't be read as text: {getattr(error, 'strerror', None) or 'not UTF-8'}"
-        ) from None
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise PPLLaVAError(f"--questions {path} can't be read as text: {reason}") from None
     pairs = [line.partition("\t") for line in lines if line.strip() and not line.startswith("#")]
     found = [(clean_question(question), answer.strip()) for question, _, answer in pairs if question.strip()]
     if not found:
-        raise PPLLaVAError(f"--questions {path} holds no question; write one a line")
+        raise PPLLaVAError(f"--questions {path} holds no question; write one per line")
     return found[:MAX_QUESTIONS]
 
 
@@ -83,50 +121,43 @@ def from_folder(
     questions: Path | None,
     manifest: Manifest,
     frames: int | None = None,
-    most: int = MAX_CLIPS,
-    asked: int = 2,
+    max_clips: int = MAX_CLIPS,
+    questions_per_clip: int = QUESTIONS_PER_CLIP,
 ) -> Data:
-    """At most `most` videos of a folder, spread over it in the order of names, each with `asked` questions.
+    """Calibration data from a folder of videos.
 
-    Files that can't be decoded are skipped and listed. Raises PPLLaVAError if none is left.
+    Files are taken in the order of their names, spread over the folder. Those that can't be decoded are
+    skipped and listed.
+
+    Args:
+        folder: The videos.
+        questions: A file of questions, as `read_questions` takes it; None: general questions.
+        manifest: Of the float model.
+        frames: Per clip; None: the model's default.
+        max_clips: The most videos to use.
+        questions_per_clip: How many questions each clip gets, taken in turn.
+
+    Raises:
+        PPLLaVAError: If the folder is missing or empty, no file can be decoded, or there are too many frames.
     """
-    if not folder.is_dir():
-        raise PPLLaVAError(f"--calibrate {folder}: no such directory; name a folder with videos")
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    if not files:
-        raise PPLLaVAError(
-            f"--calibrate {folder} is empty; put some videos there, like those the model will see"
-        )
-    wanted = read_questions(questions) if questions else [(question, "") for question in QUESTIONS]
-    count = manifest.vision.default_frames if frames is None else frames
-    if manifest.vision.max_frames and count > manifest.vision.max_frames:
-        raise PPLLaVAError(
-            f"--calibration-frames {count}: the temporal adapter knows at most {manifest.vision.max_frames}"
-        )
+    files = _files(folder)
+    asked = read_questions(questions) if questions else [(question, "") for question in QUESTIONS]
+    count = _frame_count(frames, manifest)
     skipped: list[tuple[str, str]] = []
     clips: list[Clip] = []
-    digest = hashlib.sha256(repr((count, wanted)).encode())
-    at = np.linspace(0, len(files) - 1, min(len(files), max(2 * most, most + 8))).round().astype(int)
-    for path in [files[i] for i in dict.fromkeys(at.tolist())]:
-        if len(clips) == most:
+    digest = hashlib.sha256(repr((count, asked)).encode())
+    for path in _spread(files, max(2 * max_clips, max_clips + 8)):
+        if len(clips) == max_clips:
             break
-        try:
-            images = read_frames(
-                path, count
-            ).images  # decoded once now, so that what can't be used is known before hours of work
-            preprocess_video(images[:1], manifest.preprocessing)
+        try:  # decode once now: a bad file must show up before hours of work
+            preprocess_video(read_frames(path, count).images[:1], manifest.preprocessing)
         except MediaError as error:
             skipped.append((path.name, str(error)))
             continue
         digest.update(f"{path.name} {hash_file(path)}".encode())
-        first = len(clips) * asked
-        clips.append(
-            Clip(
-                path.name,
-                _reader(path, count, manifest),
-                [wanted[(first + k) % len(wanted)] for k in range(asked)],
-            )
-        )
+        first = len(clips) * questions_per_clip
+        turn = [asked[(first + k) % len(asked)] for k in range(questions_per_clip)]
+        clips.append(video_clip(path, count, manifest, turn))
     if not clips:
         shown = "; ".join(f"{name}: {why}" for name, why in skipped[:3])
         raise PPLLaVAError(
@@ -137,28 +168,25 @@ def from_folder(
     return data
 
 
-def drawn(manifest: Manifest, scratch: Path, clips: int = NANO_CLIPS) -> Data:
-    """Clips of nano's world as real H.264 files, with the questions that can be asked about each and the right answers."""
-    from ppllava_edge.nano.clips import spoken, write_clip
-    from ppllava_edge.nano.world import KINDS, ask, sample_scene
-
-    rng = np.random.default_rng(NANO_SEED)
-    made = []
-    for index in range(clips):
-        scene = sample_scene(rng)
-        path = write_clip(scratch / f"drawn-{index:02d}.mp4", scene, rng)
-        asked = [found for kind in KINDS if (found := ask(scene, kind, rng)) is not None]
-        made.append(
-            Clip(
-                path.name,
-                _reader(path, manifest.vision.default_frames, manifest),
-                [(spoken(question), answer) for question, answer in asked],
-            )
-        )
-    data = Data(made, hashlib.sha256(f"nano {clips} {NANO_SEED}".encode()).hexdigest())
-    data.hold_back()
-    return data
+def _files(folder: Path) -> list[Path]:
+    """The folder's files by name, hidden ones left out."""
+    if not folder.is_dir():
+        raise PPLLaVAError(f"--calibrate {folder}: no such directory; name a folder with videos")
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    if not files:
+        raise PPLLaVAError(f"--calibrate {folder} is empty; add videos like those the model will see")
+    return files
 
 
-def _reader(path: Path, frames: int, manifest: Manifest) -> Callable[[], np.ndarray]:
-    return lambda: preprocess_video(read_frames(path, frames).images, manifest.preprocessing)
+def _frame_count(frames: int | None, manifest: Manifest) -> int:
+    count = manifest.vision.default_frames if frames is None else frames
+    limit = manifest.vision.max_frames
+    if limit and count > limit:
+        raise PPLLaVAError(f"--calibration-frames {count}: the temporal adapter takes at most {limit}")
+    return count
+
+
+def _spread(files: list[Path], limit: int) -> list[Path]:
+    """At most `limit` of the files, evenly spread."""
+    at = np.linspace(0, len(files) - 1, min(len(files), limit)).round().astype(int)
+    return [files[i] for i in dict.fromkeys(at.tolist())]

@@ -1,47 +1,49 @@
-"""Which layers hurt: one group of layers quantised at a time, the rest float, judged by what the model says in the end."""
+"""How much each layer matters: one group quantised at a time, the rest float, judged by the next token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ppllava_edge.calibration.choose import group_layers
-from ppllava_edge.calibration.data import Clip
-from ppllava_edge.calibration.parity import divergence
-from ppllava_edge.calibration.reference import Asked, StreamedModel, _Small, all_logits
-from ppllava_edge.calibration.stream import StageStream
-from ppllava_edge.export.quantisation.quantize import Plan, find_layers, quantize
+from ppllava_edge.calibration.gate.parity import divergence
+from ppllava_edge.calibration.model.prompt import ClipQuestion
+from ppllava_edge.calibration.model.streamed_model import StreamedModel
+from ppllava_edge.calibration.statistics import group_layers
+from ppllava_edge.export.quantisation.plan import Layer, Plan, find_layers
+from ppllava_edge.export.quantisation.quantize import quantize
 
-SAMPLES = 6  # questions that judge; every layer is tried on all of them
+QUESTIONS = 6  # that judge; every group is tried on all of them
+CHANGED_FEATURES = "sensitivity.features"
 
 
 def sensitivity(
     model: StreamedModel,
-    clips: Sequence[Clip],
-    chunks: Sequence[list[int]],
-    asked: Sequence[Asked],
-    plans: dict[str, Plan],
+    batches: Sequence[list[int]],
+    questions: Sequence[ClipQuestion],
+    plans: Mapping[str, Plan],
     scratch: Path,
-    tell: Callable[[int, int], None] = lambda done, of: None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, float]:
-    """Weight name → mean KL divergence (nats) of the next token when only its group is quantised. For models that fit in memory."""
-    few = _spread(asked)
-    answers = {a.index: model.answer_ids(a.answer) for a in few}
-    want = _logits(model, chunks, few, answers, "trunk")
-    groups = [
-        (stage, group, members)
-        for stage in plans
-        for group, members in group_layers(find_layers(model.graphs[stage])).items()
-    ]
+    """Measure the effect of quantising each group alone, for models that fit in memory.
+
+    Args:
+        model: The float model.
+        batches: Samples of each clip in the vision tower.
+        questions: Candidates; QUESTIONS of them, evenly spread, are asked.
+        plans: Stage → how its layers would be quantised.
+        scratch: A folder.
+        progress: Called with (groups done, groups in all).
+
+    Returns:
+        Weight name → mean KL divergence (nats) of the next token when only its group is quantised.
+    """
+    probe = _Probe(model, batches, _spread(questions))
+    groups = list(_groups(model, plans))
     found: dict[str, float] = {}
-    clean = True  # whether the store holds what the float trunk gives
     for done, (stage, group, members) in enumerate(groups):
-        tell(done, len(groups))
-        if stage != "trunk" and not clean:
-            _run_trunk(model, chunks, few)
-            clean = True
+        progress(done, len(groups))
         plan = plans[stage]
         schemes = {
             layer.weight: plan.schemes[layer.weight] for layer in members if layer.weight in plan.schemes
@@ -50,54 +52,71 @@ def sensitivity(
             continue
         g = model.graphs[stage].copy()
         quantize(g, Plan(schemes, {group: plan.folds[group]} if group in plan.folds else {}))
-        stream = StageStream(all_logits(g) if stage == "decoder" else g, scratch / "one", (), model._fill)
-        kept = model.streams[stage], model.callables[stage]
-        model.streams[stage], model.callables[stage] = stream, _Small(stream, kept[1].outputs)
-        try:
-            got = _logits(model, chunks, few, answers, stage)
-        finally:
-            model.streams[stage], model.callables[stage] = kept
-            stream.close()
-        clean = clean and stage != "trunk"
-        mean = float(np.mean(np.concatenate([divergence(want[a.index], got[a.index]) for a in few])))
-        found |= dict.fromkeys(schemes, mean)
-    if not clean:
-        _run_trunk(model, chunks, few)
+        with model.replaced(stage, g, scratch / "one"):
+            found |= dict.fromkeys(schemes, probe.divergence(stage))
+    probe.restore_trunk()
     return found
 
 
-def _run_trunk(model: StreamedModel, chunks: Sequence[list[int]], asked: Sequence[Asked]) -> None:
-    for clip in sorted({a.clip for a in asked}):
-        model.streams["trunk"].run(chunks[clip], model.values)
+def _groups(model: StreamedModel, plans: Mapping[str, Plan]) -> Iterator[tuple[str, str, list[Layer]]]:
+    """(stage, group, layers) of every stage with a plan."""
+    for stage in plans:
+        for group, members in group_layers(find_layers(model.graphs[stage])).items():
+            yield stage, group, members
 
 
-def _spread(asked: Sequence[Asked]) -> list[Asked]:
-    at = np.linspace(0, len(asked) - 1, min(SAMPLES, len(asked))).round().astype(int)
-    return [asked[i] for i in dict.fromkeys(at.tolist())]
+def _spread(questions: Sequence[ClipQuestion]) -> list[ClipQuestion]:
+    at = np.linspace(0, len(questions) - 1, min(QUESTIONS, len(questions))).round().astype(int)
+    return [questions[i] for i in dict.fromkeys(at.tolist())]
 
 
-def _logits(
-    model: StreamedModel,
-    chunks: Sequence[list[int]],
-    asked: Sequence[Asked],
-    answers: dict[int, list[int]],
-    changed: str,
-) -> dict[int, np.ndarray]:
-    """Logits of the last prompt position and of every answer token, from the changed stage on; what comes before it is in the store."""
-    if changed == "trunk":
-        _run_trunk(model, chunks, asked)
-    if changed in ("trunk", "temporal"):
-        for clip in sorted({a.clip for a in asked}):
-            model.values.put(clip, "sensitivity.features", model.features(chunks[clip]))
-    for a in asked:
-        if changed != "decoder":
-            features = model.values.get(
-                a.clip, "sensitivity.features" if changed in ("trunk", "temporal") else "features"
-            )
-            model.put_prompt(a.index, model.embeds(features, a.question, answers[a.index])[0])
-        else:
-            model.put_prompt(
-                a.index, model.embeds(model.values.get(a.clip, "features"), a.question, answers[a.index])[0]
-            )
-    logits = model.logits([a.index for a in asked])
-    return {a.index: logits[a.index][-(len(answers[a.index]) + 1) :] for a in asked}
+class _Probe:
+    """Questions put to the float model and to the model with one stage replaced."""
+
+    def __init__(self, model: StreamedModel, batches: Sequence[list[int]], questions: Sequence[ClipQuestion]):
+        self.model = model
+        self.batches = batches
+        self.questions = questions
+        self.clips = sorted({asked.clip for asked in questions})
+        self.answers = {asked.index: model.answer_ids(asked.answer) for asked in questions}
+        self._float_trunk = True  # whether the stored states are the float trunk's
+        self.expected = self._logits("trunk")
+
+    def divergence(self, stage: str) -> float:
+        """Mean divergence from the float model, nats; `stage` is the one that is replaced now."""
+        if stage != "trunk":
+            self.restore_trunk()
+        got = self._logits(stage)
+        self._float_trunk = stage != "trunk"
+        each = [divergence(self.expected[asked.index], got[asked.index]) for asked in self.questions]
+        return float(np.mean(np.concatenate(each)))
+
+    def restore_trunk(self) -> None:
+        """Store the float trunk's states again, if a replaced trunk has overwritten them."""
+        if not self._float_trunk:
+            self._run_trunk()
+            self._float_trunk = True
+
+    def _run_trunk(self) -> None:
+        for clip in self.clips:
+            self.model.streams["trunk"].run(self.batches[clip], self.model.values)
+
+    def _logits(self, changed: str) -> dict[int, np.ndarray]:
+        """Logits of the last prompt position and of every answer token, by question.
+
+        Args:
+            changed: The first stage to run; what earlier stages give is in the store.
+        """
+        model = self.model
+        if changed == "trunk":
+            self._run_trunk()
+        vision = changed in ("trunk", "temporal")
+        if vision:
+            for clip in self.clips:
+                model.values.put(clip, CHANGED_FEATURES, model.features(self.batches[clip]))
+        name = CHANGED_FEATURES if vision else "features"
+        for asked in self.questions:
+            answer = self.answers[asked.index]
+            model.put_prompt(asked.index, model.embed(asked.clip, asked.question, answer, name).embeds)
+        logits = model.logits([asked.index for asked in self.questions])
+        return {index: logits[index][-(len(answer) + 1) :] for index, answer in self.answers.items()}

@@ -1,4 +1,4 @@
-"""How often nano is right: draw clips, encode them to H.264, ask the real runtime, compare.
+"""Measure how often nano answers right: draw clips, encode them as H.264, ask the real runtime, compare.
 
 python -m ppllava_edge.nano.evaluate --questions 2000 --seed 12345 --precision int8
 """
@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.packed import packed_bundle
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.engines.terminal import Command, human_bytes, table
+from ppllava_edge.nano.calibration_clips import drawn
 from ppllava_edge.nano.clips import spoken, write_clip
 from ppllava_edge.nano.world import KINDS, ask, sample_scene
+from ppllava_edge.runtime.video_qa import VideoQA
 
 
 def evaluate(
@@ -28,20 +31,25 @@ def evaluate(
     questions: int,
     seed: int,
     uniform: bool = False,
-    progress: Any = None,
+    progress: Callable[[int], object] | None = None,
     opening: dict[str, Any] | None = None,
 ) -> list[dict[str, str]]:
-    """Ask `questions` questions about freshly drawn clips, every kind that a clip allows once. Returns kind, question, expected, answer.
+    """Ask questions about freshly drawn clips, each kind at most once per clip.
 
-    model: a bundle; None: the packed one. uniform: replace the question's pooling weights by equal ones, to see what guidance does.
-    opening: arguments of VideoQA.open.
+    Args:
+        model: A bundle; None: the packed one.
+        questions: How many to ask.
+        seed: Of the clips.
+        uniform: Replace the question's pooling weights by equal ones, to see what guidance does.
+        progress: Called with the number of answers so far.
+        opening: Arguments of VideoQA.open.
+
+    Returns:
+        Dictionaries with kind, question, expected and answer.
     """
-    from ppllava_edge.runtime.video_qa import VideoQA
-
     qa = VideoQA(model, device="cpu")
     if uniform:
-        rows, columns = qa.pipeline.manifest.vision.grid
-        qa.pipeline.window_weights = lambda features, q: np.zeros((len(features), rows, columns), np.float32)  # type: ignore[method-assign]
+        _ignore_questions(qa)
     rng = np.random.default_rng([seed, 77])
     answers: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -60,8 +68,22 @@ def evaluate(
     return answers
 
 
+def _ignore_questions(qa: VideoQA) -> None:
+    """Give every patch the same pooling weight."""
+    rows, columns = qa.pipeline.manifest.vision.grid
+
+    def equal_weights(features: Any, q: Any) -> np.ndarray:
+        return np.zeros((len(features), rows, columns), np.float32)
+
+    qa.pipeline.window_weights = equal_weights  # type: ignore[method-assign]
+
+
 def summary(answers: list[dict[str, str]]) -> dict[str, dict[str, float]]:
-    """kind → {"right", "asked", "exact"}; "all" over everything."""
+    """Count exact answers.
+
+    Returns:
+        Kind → {"right", "asked", "exact"}, exact being the share; "all" counts every kind.
+    """
     found = {}
     for kind in [*KINDS, "all"]:
         mine = [a for a in answers if kind in (a["kind"], "all")]
@@ -72,32 +94,44 @@ def summary(answers: list[dict[str, str]]) -> dict[str, dict[str, float]]:
 
 
 def bundle_at(precision: str, folder: Path) -> Path:
-    """Nano at another precision, made in folder from its packed float16 weights; INT8 and INT4 are calibrated on drawn clips of their own seed."""
-    from ppllava_edge.export.convert import convert
-    from ppllava_edge.export.quantisation.precision import parse_precision
-    from ppllava_edge.export.sources import Options
+    """Make nano at another precision from its packed float16 weights.
 
+    INT8 and INT4 are calibrated on drawn clips with a seed of their own.
+
+    Args:
+        precision: As ppllava-export --precision takes it.
+        folder: Where the bundle is written.
+
+    Returns:
+        The bundle's directory; the packed one for "fp16".
+    """
     if precision == "fp16":
         return packed_bundle()
+    from ppllava_edge.export.convert import convert  # these load onnx
+    from ppllava_edge.export.options import Options
+    from ppllava_edge.export.quantisation.precision import parse_precision
+
     options = Options(str(packed_bundle()), folder / f"nano-{precision}", parse_precision(precision))
     if options.precision.quantized:
         from ppllava_edge.calibration.calibrate import Job, quantize_with_data
 
-        quantize_with_data(options, Job())
+        quantize_with_data(options, Job(drawn=drawn))
     else:
         convert(options)
     return options.output
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--questions", type=click.IntRange(1, 10**7), default=2000, show_default=True)
 @click.option(
-    "--seed", type=int, default=12345, show_default=True, help="Of the clips; training used others."
+    "--questions", type=click.IntRange(1, 10**7), default=2000, show_default=True, help="How many to ask."
+)
+@click.option(
+    "--seed", type=int, default=12345, show_default=True, help="Of the clips; training used other seeds."
 )
 @click.option("--model", metavar="BUNDLE", help="A bundle instead of the packed one.")
 @click.option(
     "--precision",
-    help="fp32, fp16, int8, int4, or per part: the packed weights at that precision, made for this.",
+    help="fp32, fp16, int8, int4, or per part: make a bundle of this precision and measure it.",
 )
 @click.option(
     "--uniform", is_flag=True, help="Equal pooling weights instead of the question's: accuracy must collapse."
@@ -107,10 +141,16 @@ def bundle_at(precision: str, folder: Path) -> Path:
     type=click.Choice(["uniform", "guided"]),
     default="uniform",
     show_default=True,
-    help="Which frames are looked at.",
+    help="How frames are selected.",
 )
-@click.option("--candidates", type=int, default=40, show_default=True, help="With --select guided.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, every answer included.")
+@click.option(
+    "--candidates",
+    type=int,
+    default=40,
+    show_default=True,
+    help="Frames that --select guided chooses from.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, including every answer.")
 def main(
     questions: int,
     seed: int,
@@ -123,47 +163,49 @@ def main(
 ) -> None:
     """Measure exact answers on held-out clips, through encoded files and the real runtime."""
     if model and precision:
-        raise PPLLaVAError("--model names a bundle that has its precision; leave out --precision")
+        raise PPLLaVAError("--model names a bundle with a precision of its own; leave out --precision")
+    opening = {"select": select, "candidates": candidates}
     with tempfile.TemporaryDirectory() as folder:
         bundle = str(bundle_at(precision, Path(folder))) if precision else model
-        _measure(questions, seed, bundle, uniform, as_json, {"select": select, "candidates": candidates})
+        started = time.perf_counter()
+        answers = _with_progress(bundle, questions, seed, uniform, opening)
+        seconds = time.perf_counter() - started
+        _report(Bundle.open(bundle or packed_bundle()), answers, seed, uniform, seconds, as_json)
 
 
-def _measure(
-    questions: int, seed: int, model: str | None, uniform: bool, as_json: bool, opening: dict[str, Any]
+def _with_progress(
+    model: str | None, questions: int, seed: int, uniform: bool, opening: dict[str, Any]
+) -> list[dict[str, str]]:
+    """Evaluate with a progress bar, if stderr is a terminal."""
+    if not sys.stderr.isatty():
+        return evaluate(model, questions, seed, uniform, opening=opening)
+    with click.progressbar(length=questions, label="asking", file=sys.stderr) as bar:
+        return evaluate(model, questions, seed, uniform, lambda done: bar.update(done - bar.pos), opening)
+
+
+def _report(
+    bundle: Bundle, answers: list[dict[str, str]], seed: int, uniform: bool, seconds: float, as_json: bool
 ) -> None:
-    started = time.perf_counter()
-    if sys.stderr.isatty():
-        with click.progressbar(length=questions, label="asking", file=sys.stderr) as bar:
-            answers = evaluate(
-                model, questions, seed, uniform, lambda done: bar.update(done - bar.pos), opening
-            )
-    else:
-        answers = evaluate(model, questions, seed, uniform, opening=opening)
-    seconds, found = time.perf_counter() - started, summary(answers)
-    bundle = Bundle.open(model or packed_bundle())
+    """Print the result as JSON or as a table."""
+    found = summary(answers)
     if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "summary": found,
-                    "seed": seed,
-                    "uniform": uniform,
-                    "seconds": seconds,
-                    "bytes": bundle.total_bytes,
-                    "precision": bundle.manifest.precision,
-                    "parity": bundle.manifest.parity,
-                    "answers": answers,
-                }
-            )
-        )
+        result = {
+            "summary": found,
+            "seed": seed,
+            "uniform": uniform,
+            "seconds": seconds,
+            "bytes": bundle.total_bytes,
+            "precision": bundle.manifest.precision,
+            "parity": bundle.manifest.parity,
+            "answers": answers,
+        }
+        click.echo(json.dumps(result))
         return
-    title = f"exact answers, seed {seed}{', uniform pooling weights' if uniform else ''}; bundle of {human_bytes(bundle.total_bytes)}; {seconds:.0f} s"
-    table(
-        title,
-        ("kind", "asked", "right", "exact"),
-        [(kind, f["asked"], f["right"], f"{100 * f['exact']:.1f} %") for kind, f in found.items()],
-    )
+    weights = ", uniform pooling weights" if uniform else ""
+    size = human_bytes(bundle.total_bytes)
+    title = f"exact answers, seed {seed}{weights}; bundle of {size}; {seconds:.0f} s"
+    rows = [(kind, f["asked"], f["right"], f"{100 * f['exact']:.1f} %") for kind, f in found.items()]
+    table(title, ("kind", "asked", "right", "exact"), rows)
 
 
 if __name__ == "__main__":
