@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
-from ppllava_edge.runtime.media.container import apply_rotation, check_size, reason, video_stream
+from ppllava_edge.runtime.media.container import (
+    apply_rotation,
+    check_size,
+    read_packets,
+    reason,
+    video_stream,
+)
 
 MAX_ERRORS = 200  # consecutive packets that can't be decoded before a stream counts as lost
 LIVE_OPTIONS = {"fflags": "nobuffer", "flags": "low_delay"}
@@ -129,7 +135,7 @@ class LiveSource:
         import av
 
         errors = 0
-        for packet in container.demux(stream):
+        for packet in read_packets(container, stream):
             try:
                 frames = packet.decode()
                 errors = 0
