@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import helper
@@ -48,7 +50,7 @@ def _quantize_write(g: Graph, node: onnx.NodeProto, scale_value: float, nodes: l
     scale = g.weight(Tensor.of(f"{past}{SCALE}", np.array(scale_value, np.float32)), "float32")
     zero = g.weight(Tensor.of(f"{past}.zero_point", np.array(0, np.int8)), "int8")
 
-    def add(kind: str, inputs: list[str], output: str, **attributes: int) -> str:
+    def add(kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
 

@@ -73,9 +73,11 @@ class CheckpointSource:
         if self.clip is not None:
             found = find_tokenizer([self.clip, checkpoint], options.clip, "--clip", "question tower")
             question_tokenizer(found).save(str(folder / "question_tokenizer.json"))
-        ends = [self.template.separators[1].strip(), *END_TOKENS]
-        stop_ids = frozenset(language.token_to_id(text) for text in ends) - {None}
-        self.tokens = TokenIds(language.token_to_id(IMAGE), stop_ids)
+        ids = [language.token_to_id(text) for text in (self.template.separators[1].strip(), *END_TOKENS)]
+        stop_ids = frozenset(i for i in ids if i is not None)
+        image_token = language.token_to_id(IMAGE)
+        assert image_token is not None, "language_tokenizer adds it"
+        self.tokens = TokenIds(image_token, stop_ids)
 
     def manifest(self, precision: Precision, hash_weights: bool = True) -> Manifest:
         """Return the bundle's manifest; see Source."""
