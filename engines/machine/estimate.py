@@ -77,7 +77,7 @@ def suggest(s: Shape, limit: float, int4: Shape | None) -> list[str]:
     if needed <= limit:
         return [
             f"it fits: {human_bytes(needed)} of {human_bytes(limit)}, "
-            f"prompts of up to {_longest_prompt(s, limit)} positions would"
+            f"prompts of up to {_longest_prompt(s, limit)} positions fit"
         ]
     sizes = {change: estimate(shape).run for change, shape in _smaller_shapes(s, int4).items()}
     fitting = [f"{change}: {human_bytes(size)}" for change, size in sizes.items() if size <= limit]

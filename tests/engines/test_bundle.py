@@ -1,4 +1,4 @@
-"""The bundle reader: whatever is on the disk, it opens or says in one line why not."""
+"""Opening bundles: whatever is on the disk, it opens or is refused in one line."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers.commands import assert_one_line_error, run_command
-from ppllava_edge.engines.bundle import integrity
+from helpers.commands import ROOT, assert_one_line_error, run_command
+from ppllava_edge.engines.bundle import integrity, packed
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.manifest_parser import read_manifest
+from ppllava_edge.engines.bundle.packed import packed_bundle
+from ppllava_edge.engines.cli.build import main as build_main
 from ppllava_edge.engines.errors import BundleError
 
 
@@ -80,7 +83,7 @@ def test_a_link_that_leaves_the_bundle(copied: Path, tmp_path: Path) -> None:
         Bundle.open(copied)
 
 
-def test_things_that_are_no_bundles(tmp_path: Path) -> None:
+def test_folders_and_files_that_are_no_bundles(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path, words in (
         (tmp_path / "nothing", "no such directory"),
@@ -89,6 +92,40 @@ def test_things_that_are_no_bundles(tmp_path: Path) -> None:
     ):
         with pytest.raises(BundleError, match=words):
             Bundle.open(path)
+
+
+@pytest.mark.parametrize("where", ["repository", "elsewhere"])
+def test_info_nano_is_the_packed_bundle(where: str, tmp_path: Path) -> None:
+    cwd = ROOT if where == "repository" else tmp_path
+    assert (cwd / "nano").is_dir() == (where == "repository")
+    run = run_command("ppllava-info", "nano", "--json", cwd=cwd)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert Path(report["bundle"]) == packed_bundle() and report["facts"]["name"] == "nano"
+    run = run_command("ppllava-info", "nano", "--fit", "1GB", "--json", cwd=cwd)
+    assert run.returncode == 0 and "it fits" in run.stdout, run.stderr
+    assert_one_line_error(run_command("ppllava-info", "nanoo", cwd=cwd), "no bundle at nanoo")
+
+
+def test_info_and_build_prefer_a_bundle_in_a_folder_named_nano(tiny_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "nano")
+    shutil.rmtree(tmp_path / "nano" / "engines", ignore_errors=True)
+    run = run_command("ppllava-info", "nano", "--json", cwd=tmp_path)
+    assert json.loads(run.stdout)["bundle"] == "nano", run.stderr
+    run = run_command("ppllava-build", "nano", "--json", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "nano" / "engines" / "cpu" / "engine.json").is_file()
+
+
+def test_build_nano_writes_into_the_packed_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = shutil.copytree(packed_bundle(), tmp_path / "site-packages")
+    monkeypatch.setattr(packed, "packed_bundle", lambda: copy)
+    (tmp_path / "nano").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke(build_main, ["nano", "--json"])
+    assert run.exit_code == 0, run.output
+    assert (copy / "engines" / "cpu" / "engine.json").is_file()
+    assert not list((tmp_path / "nano").iterdir())
 
 
 def test_large_bundles_are_hashed_once_and_again_after_a_change(
@@ -114,7 +151,7 @@ def test_large_bundles_are_hashed_once_and_again_after_a_change(
 
 
 def rehash(folder: Path) -> None:
-    """Make the manifest right about the files as they are: a forger would."""
+    """Write the files' hashes into the manifest, as a forger would."""
     manifest = json.loads((folder / "manifest.json").read_text())
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": integrity.hash_file(folder / name)}
@@ -164,9 +201,15 @@ _JUNK = (
 )
 
 
-def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path] * bool(path) + [place for key, part in inner for place in _places(part, (*path, key))]
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all values in JSON, as keys and indices."""
+    paths = [path] if path else []
+    items: Any = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, list):
+        items = enumerate(value)
+    for key, part in items:
+        paths += _paths(part, (*path, key))
+    return paths
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -176,14 +219,14 @@ def test_any_damage_to_the_manifest_is_one_clear_line_or_harmless(
 ) -> None:
     manifest = json.loads((tiny_bundle / "manifest.json").read_text())
     damaged = copy.deepcopy(manifest)
-    place = data.draw(st.sampled_from(_places(manifest)))
+    *outer, last = data.draw(st.sampled_from(_paths(manifest)))
     parent = damaged
-    for key in place[:-1]:
+    for key in outer:
         parent = parent[key]
     if data.draw(st.booleans()) and isinstance(parent, dict):
-        del parent[place[-1]]
+        del parent[last]
     else:
-        parent[place[-1]] = data.draw(_JUNK)
+        parent[last] = data.draw(_JUNK)
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(damaged))
     try:

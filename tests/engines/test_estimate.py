@@ -1,13 +1,15 @@
-"""Predictions from shapes alone, against what is then written and used."""
+"""Predicted sizes, compared with the sizes of exported bundles."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from helpers.commands import assert_one_line_error, run_command
+from ppllava_edge.bench.models.random_checkpoint import TINY, write_random_checkpoint
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.engines.machine.estimate import parse_size
@@ -15,11 +17,7 @@ from ppllava_edge.engines.machine.estimate import parse_size
 
 @pytest.fixture(scope="module")
 def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 80 million parameters: large enough that weights are what a bundle is made of."""
-    from dataclasses import replace
-
-    from ppllava_edge.bench.models.random_checkpoint import TINY, write_random_checkpoint
-
+    """A checkpoint of 80 million parameters: large enough that a bundle is mostly weights."""
     folder = tmp_path_factory.mktemp("middling") / "checkpoint"
     shape = replace(
         TINY,
@@ -43,12 +41,9 @@ def test_the_bundle_has_the_predicted_size(middling: Path, tmp_path: Path, preci
     run = run_command("ppllava-export", middling, "--precision", precision, "--dry-run", "--json")
     assert run.returncode == 0, run.stderr
     predicted = json.loads(run.stdout)
-    assert (
-        predicted["frames"] == 16
-        and predicted["export"] > 0
-        and predicted["run"] > predicted["cache"] > 0
-        and not list(tmp_path.iterdir())
-    )
+    assert predicted["frames"] == 16 and predicted["export"] > 0
+    assert predicted["run"] > predicted["cache"] > 0
+    assert not list(tmp_path.iterdir())
     run = run_command("ppllava-export", middling, "-o", tmp_path / "b", "--precision", precision)
     assert run.returncode == 0, run.stderr
     measured = sum(path.stat().st_size for path in (tmp_path / "b").rglob("*") if path.is_file())
@@ -62,9 +57,8 @@ def test_the_bundle_has_the_predicted_size(middling: Path, tmp_path: Path, preci
 
 def test_advice(middling: Path) -> None:
     run = run_command("ppllava-export", middling, "--precision", "fp32", "--dry-run", "--fit", "350 MB")
-    assert (
-        run.returncode == 0 and "it doesn't fit 350.0 MB" in run.stdout and "--precision int4" in run.stdout
-    ), run.stdout
+    assert run.returncode == 0, run.stderr
+    assert "it doesn't fit 350.0 MB" in run.stdout and "--precision int4" in run.stdout, run.stdout
     run = run_command("ppllava-export", middling, "--dry-run", "--fit", "1MB")
     assert "nothing here makes it fit" in run.stdout
     assert_one_line_error(
@@ -74,12 +68,10 @@ def test_advice(middling: Path) -> None:
 
 
 def test_sizes() -> None:
-    assert (
-        parse_size("8GB") == 8e9
-        and parse_size("500 MB") == 5e8
-        and parse_size("2GiB") == 2 * 2**30
-        and parse_size("123") == 123
-    )
+    assert parse_size("8GB") == 8e9
+    assert parse_size("500 MB") == 5e8
+    assert parse_size("2GiB") == 2 * 2**30
+    assert parse_size("123") == 123
     for wrong in ("", "GB", "-1GB", "0", "8 apples"):
         with pytest.raises(PPLLaVAError, match="is no size"):
             parse_size(wrong)
