@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.commands import run_command
+from helpers.commands import ROOT, run_command
 
 
 def test_bench(tmp_path: Path) -> None:
@@ -23,3 +23,11 @@ def test_bench(tmp_path: Path) -> None:
         "ppllava-bench", "--runs", "1", "--warmup", "0", "--new-tokens", "2", "--plot", tmp_path / "bench.png"
     )
     assert run.returncode == 0 and os.listdir(tmp_path) == ["bench.png"] and "tokens/s" in run.stdout
+
+
+def test_nano_by_its_name_where_a_folder_has_it_too() -> None:
+    run = run_command(
+        "ppllava-bench", "nano", "--runs", "1", "--warmup", "0", "--new-tokens", "2", "--json", cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["model"] == "nano"

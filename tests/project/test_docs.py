@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -44,3 +45,30 @@ def test_python_in_the_docs_compiles() -> None:
         for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
             if page.name != "reference.md":  # its signatures aren't programs
                 compile(block, page.name, "exec", flags=0x2000)  # top-level await allowed
+
+
+def test_docstrings_become_lists() -> None:
+    spec = importlib.util.spec_from_file_location("build_reference", ROOT / "docs" / "build_reference.py")
+    assert spec and spec.loader
+    build_reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build_reference)
+    docstring = """Decode a video.
+
+    Args:
+        start, end: Seconds; None: the
+            whole video.
+        *key: What names it.
+
+    Returns:
+        The video,
+        ready.
+
+    Raises:
+        MediaError: If it is <damaged>.
+    """
+    assert build_reference.markdown(docstring) == (
+        "Decode a video.\n\n"
+        "Arguments:\n\n- `start`, `end`: Seconds; None: the whole video.\n- `*key`: What names it.\n\n"
+        "Returns: The video, ready.\n\n"
+        "Raises:\n\n- `MediaError`: If it is &lt;damaged>."
+    )
