@@ -28,7 +28,7 @@ def evaluate(questions: int, seed: int, model: str | None) -> dict[str, dict[str
 
     Args:
         questions: Counted questions, at least.
-        seed: Of scenes and questions.
+        seed: Seed of scenes and questions.
         model: As VideoQA takes it.
 
     Returns:
@@ -66,7 +66,7 @@ def _ask_all(qa: VideoQA, path: Path, way: str, pairs: list[tuple[str, str]], ro
     show_default=True,
     help="Counted questions, in each way.",
 )
-@click.option("--seed", type=int, default=12345, show_default=True, help="Of clips and questions.")
+@click.option("--seed", type=int, default=12345, show_default=True, help="Seed of clips and questions.")
 @click.option("--model", metavar="BUNDLE", help="A bundle of nano's instead of the packed one.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def main(questions: int, seed: int, model: str | None, as_json: bool) -> None:

@@ -39,7 +39,7 @@ def compare(bundle: str, questions: int, seed: int, kinds: tuple[str, ...]) -> d
     Args:
         bundle: A bundle of nano's with an engine for the CPU.
         questions: How many to ask, at least.
-        seed: Of scenes and questions.
+        seed: Seed of scenes and questions.
         kinds: Kinds of questions.
 
     Returns:
@@ -118,7 +118,7 @@ def cost_of_passes(bundle: str, rounds: int = 30) -> dict[int, float]:
     "--questions", type=click.IntRange(1, 10**6), default=300, show_default=True, help="Questions to ask."
 )
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), help="Only questions of this kind.")
-@click.option("--seed", type=int, default=12345, show_default=True, help="Of clips and questions.")
+@click.option("--seed", type=int, default=12345, show_default=True, help="Seed of clips and questions.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def main(
     model: str | None, passes_of: str | None, questions: int, kinds: tuple[str, ...], seed: int, as_json: bool

@@ -118,7 +118,7 @@ def evaluate(
         seconds: Length of a clip.
         share: Share of the time for which the needle is shown, 0 to 1.
         candidates: Frames that guided selection chooses among.
-        seed: Of clips and questions.
+        seed: Seed of clips and questions.
         model: As VideoQA takes it.
 
     Returns:
@@ -178,9 +178,13 @@ def _ask_all(
     help="Share of the time for which the needle is shown.",
 )
 @click.option(
-    "--candidates", type=int, default=256, show_default=True, help="Frames that guided selection looks at."
+    "--candidates",
+    type=int,
+    default=256,
+    show_default=True,
+    help="Frames that guided selection chooses among.",
 )
-@click.option("--seed", type=int, default=12345, show_default=True, help="Of clips and questions.")
+@click.option("--seed", type=int, default=12345, show_default=True, help="Seed of clips and questions.")
 @click.option("--model", metavar="BUNDLE", help="A bundle of nano's instead of the packed one.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def main(as_json: bool, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""What `python bench/gpu.py` runs: the kernel's checks and roofline, a whole answer, the compile table.
+"""The parts of `python bench/gpu.py`: the kernel's checks and roofline, a whole answer, the compile table.
 
 Imported by bench/gpu.py only, once the package can be found.
 """

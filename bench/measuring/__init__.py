@@ -1,4 +1,4 @@
-"""What benchmarks share: timing a bundle's stages, child processes that report in JSON, plots.
+"""Shared by the benchmarks: timing a bundle's stages, child processes that report in JSON, plots.
 
 Imported by the commands of bench/; imports runtime/ and engines/.
 """

@@ -34,12 +34,12 @@ class Shape:
 
     Attributes:
         image, patch: Pixels a side.
-        vision, vision_mlp, vision_layers, vision_heads: Of the vision tower.
+        vision, vision_mlp, vision_layers, vision_heads: Widths, layers and heads of the vision tower.
         adapter: Layers of the temporal adapter; 0: none.
         max_frames: Frames that the adapter knows.
-        question, question_mlp, question_layers, question_heads: Of the question tower.
+        question, question_mlp, question_layers, question_heads: The question tower's.
         projection: Size of the space in which patches and question are compared.
-        decoder, decoder_mlp, decoder_layers, decoder_heads: Of the language model.
+        decoder, decoder_mlp, decoder_layers, decoder_heads: The language model's.
         vocab, context: Tokens.
         kernel: Windows of pooling (frames, rows, columns); the stride is the same.
     """
@@ -183,7 +183,7 @@ def write_random_checkpoint(folder: Path, shape: Shape, seed: int = 0) -> None:
     Args:
         folder: Made if it isn't there.
         shape: Sizes of the model.
-        seed: Of the weights.
+        seed: Seed of the weights.
     """
     (folder / "clip").mkdir(parents=True, exist_ok=True)
     index = _write_shards(folder, shape, np.random.default_rng(seed))
@@ -224,7 +224,7 @@ def byte_tokenizer(special: list[str], template: str) -> Tokenizer:
 
     Args:
         special: Special tokens.
-        template: What is put around a text, "$A".
+        template: Special tokens around the text "$A".
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
@@ -294,7 +294,7 @@ def _config(s: Shape) -> dict[str, Any]:
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--shape", type=click.Choice(sorted(SHAPES)), required=True, help="Size of the model.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the weights.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the weights.")
 def main(folder: Path, shape: str, seed: int) -> None:
     """Write a random checkpoint to FOLDER."""
     write_random_checkpoint(folder, SHAPES[shape], seed)

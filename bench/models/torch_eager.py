@@ -40,7 +40,7 @@ class TorchModel:
 
     Attributes:
         config: config.json.
-        question_config: Of the question tower.
+        question_config: Sizes of the question tower.
         w: Name → tensor.
     """
 
@@ -270,7 +270,7 @@ def pool_windows(
         hidden: (T, rows, columns, D).
         weights: (T, rows, columns).
         kernel, stride: (frames, rows, columns).
-        temperature: Of the softmax within a window.
+        temperature: Divides the weights before the softmax within a window.
 
     Returns:
         (N, D), N windows.

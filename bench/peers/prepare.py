@@ -1,4 +1,4 @@
-"""What the measurements read: a random checkpoint, its bundles, and what other engines need of it."""
+"""Input of the measurements: a random checkpoint, its bundles, graphs for OpenVINO, a file for llama.cpp."""
 
 from __future__ import annotations
 
