@@ -130,7 +130,9 @@ class Stage:
             options = import_onnxruntime().RunOptions()
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         try:
-            feeds = {name: np.ascontiguousarray(a, dtype=self.dtypes[name]) for name, a in inputs.items()}
+            feeds: dict[str, np.ndarray] = {
+                name: np.ascontiguousarray(array, dtype=self.dtypes[name]) for name, array in inputs.items()
+            }
             return self.session.run(None, feeds, options)
         except Exception as error:
             raise EngineError(f"{self.path.name} failed: {first_line(error)}") from None
