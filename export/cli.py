@@ -320,7 +320,7 @@ def _calibration_job(options: Options, settings: dict[str, Any]) -> Job | None:
     if not options.precision.quantized:
         if folder or questions:
             raise PPLLaVAError(
-                "--calibrate and --questions are for integers; ask for some with --precision int8 or int4"
+                "--calibrate and --questions are for quantisation; ask for it with --precision int8 or int4"
             )
         return None
     generates_clips = folder is None and not settings["weight_only"] and _is_nano(options)

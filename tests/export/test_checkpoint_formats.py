@@ -50,9 +50,8 @@ def test_bin_shards_need_torch_and_never_run_code(golden: Path) -> None:
         (golden / "pytorch_model.bin").write_bytes(b"PK")
         assert_one_line_error(export(golden), "ppllava-edge[train]")
         return
-    tensors = {
-        name: torch.from_numpy(a.copy()) for name, a in load_file(golden.parent / "kept.safetensors").items()
-    }
+    arrays = load_file(golden.parent / "kept.safetensors")
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
     for old in (False, True):
         torch.save(tensors, golden / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
         run = export(golden, "--precision", "fp32", "--force")
@@ -71,30 +70,20 @@ def test_bfloat16_is_read(golden: Path) -> None:
     import ml_dtypes
 
     tensors = load_file(golden / "model.safetensors")
-    save_file(
-        {name: a.astype(ml_dtypes.bfloat16) for name, a in tensors.items()}, golden / "model.safetensors"
-    )
+    halves = {name: a.astype(ml_dtypes.bfloat16) for name, a in tensors.items()}
+    save_file(halves, golden / "model.safetensors")
     run = export(golden, "--precision", "fp32")
     assert run.returncode == 0, run.stderr
     p = Pipeline.open(golden.parent / "bundle")
     name = "language_model.model.embed_tokens.weight"
-    np.testing.assert_array_equal(
-        p.embed_tokens([5])[0], tensors[name][5].astype(ml_dtypes.bfloat16).astype(np.float32)
-    )
+    np.testing.assert_array_equal(p.embed_tokens([5])[0], halves[name][5].astype(np.float32))
 
 
 def test_a_sub_folder(golden: Path) -> None:
     (golden.parent / "outer").mkdir()
     inner = golden.rename(golden.parent / "outer" / "inner")
-    run = run_command(
-        "ppllava-export",
-        inner.parent,
-        "--subfolder",
-        "inner",
-        "-o",
-        inner.parent.parent / "b",
-        "--no-tokenizer",
-    )
+    flags = ("--subfolder", "inner", "--no-tokenizer")
+    run = run_command("ppllava-export", inner.parent, "-o", inner.parent.parent / "b", *flags)
     assert run.returncode == 0, run.stderr
 
 
@@ -126,9 +115,8 @@ def test_a_plain_clip_position_table_is_stretched(golden: Path) -> None:
     answers = []
     for with_tables in (True, False):
         changed = {k: v for k, v in tensors.items() if not k.startswith(table)}
-        changed |= (
-            {table: stretched, f"{table}_res": stretched} if with_tables else {f"{table}.weight": short}
-        )
+        two_tables = {table: stretched, f"{table}_res": stretched}
+        changed |= two_tables if with_tables else {f"{table}.weight": short}
         save_file(changed, golden / "model.safetensors")
         assert export(golden, "--precision", "fp32", "--force").returncode == 0
         answers.append(Pipeline.open(golden.parent / "bundle").encode_question(ids))

@@ -82,14 +82,10 @@ def test_malformed_options_are_refused(golden: Path, flags: tuple[str, ...]) -> 
 def test_precision_per_part() -> None:
     assert set(parse_precision("fp32").parts.values()) == {"fp32"}
     mixed = parse_precision("vision=fp32,decoder=int4,kv=int8")
-    assert (
-        mixed.float_type("trunk") == "float32"
-        and mixed.float_type("decoder") == "float16"
-        and mixed.float_type("similarity") == "float32"
-    )
-    assert (
-        mixed.integer("decoder") == "int4" and mixed.integer("trunk") is None and mixed.parts["kv"] == "int8"
-    )
+    types = [mixed.float_type(stage) for stage in ("trunk", "decoder", "similarity")]
+    assert types == ["float32", "float16", "float32"]
+    assert mixed.integer("decoder") == "int4" and mixed.integer("trunk") is None
+    assert mixed.parts["kv"] == "int8"
     for wrong in ("", "int2", "vision=int4", "lens=int8", "int8,", "decoder=fp32,kv=fp16"):
         with pytest.raises(PPLLaVAError, match="--precision"):
             parse_precision(wrong)

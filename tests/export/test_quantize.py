@@ -1,8 +1,9 @@
-"""Rounding weights, and graphs whose weights were rounded."""
+"""Rounding of weights, and quantised graphs."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,17 +37,17 @@ def matrix(rows: int, columns: int, seed: int, size: float) -> np.ndarray:
 def test_int8_is_off_by_half_a_step_at_most(case: tuple[int, int, int, float], dtype: str) -> None:
     blocks, columns, seed, size = case
     w = matrix(blocks * 16, columns, seed, size)
-    found = round_int8(w, dtype)
-    scales = found.scales.astype(np.float32)
-    assert found.values.dtype == np.int8 and found.values.shape == w.shape and found.scales.dtype == dtype
-    assert np.abs(found.values.astype(int)).max(initial=0) <= 127 and (scales >= MIN_SCALE).all()
-    step = scales * (
-        0.5 if dtype == "float32" else 0.5 + 127 * 2**-11
-    )  # a rounded scale may clip the largest value by its own rounding
-    assert (np.abs(found.values * scales - w) <= step * 1.001).all()
-    np.testing.assert_allclose(
-        found.error, np.square(found.values * scales - w, dtype=np.float64).sum(), rtol=1e-3, atol=1e-12
-    )
+    rounded = round_int8(w, dtype)
+    scales = rounded.scales.astype(np.float32)
+    assert rounded.values.dtype == np.int8 and rounded.values.shape == w.shape
+    assert rounded.scales.dtype == dtype and (scales >= MIN_SCALE).all()
+    assert np.abs(rounded.values.astype(int)).max(initial=0) <= 127
+    # a float16 scale was rounded itself and may clip the largest value by that
+    step = scales * (0.5 if dtype == "float32" else 0.5 + 127 * 2**-11)
+    difference = rounded.values * scales - w
+    assert (np.abs(difference) <= step * 1.001).all()
+    error = np.square(difference, dtype=np.float64).sum()
+    np.testing.assert_allclose(rounded.error, error, rtol=1e-3, atol=1e-12)
 
 
 @given(MATRICES, st.sampled_from([16, 32]))
@@ -54,31 +55,26 @@ def test_int8_is_off_by_half_a_step_at_most(case: tuple[int, int, int, float], d
 def test_int4_blocks_restore_and_search_never_hurts(case: tuple[int, int, int, float], block: int) -> None:
     blocks, columns, seed, size = case
     w = matrix(blocks * 32, 2 * columns, seed, size)
-    found = round_int4(w, block, "float32")
-    q = unpack_int4(found.values, w.shape).astype(np.float32)
-    assert q.min() >= -8 and q.max() <= 7 and found.scales.shape == (len(w) // block, w.shape[1])
-    restored = (q.reshape(-1, block, w.shape[1]) * found.scales[:, None]).reshape(w.shape)
-    error = np.square(restored - w, dtype=np.float64).reshape(-1, block, w.shape[1]).sum(axis=1)
-    np.testing.assert_allclose(error.sum(), found.error, rtol=1e-3, atol=1e-12)
-    plain = np.maximum(np.abs(w).reshape(-1, block, w.shape[1]).max(axis=1) / 7, MIN_SCALE)
-    rounded = np.rint(w.reshape(-1, block, w.shape[1]) / plain[:, None]).clip(-8, 7) * plain[:, None]
-    assert (
-        error
-        <= np.square(rounded.reshape(w.shape) - w, dtype=np.float64)
-        .reshape(-1, block, w.shape[1])
-        .sum(axis=1)
-        * 1.001
-        + 1e-12
-    ).all()
+    w_blocks = w.reshape(-1, block, w.shape[1])
+    rounded = round_int4(w, block, "float32")
+    q = unpack_int4(rounded.values, w.shape).astype(np.float32)
+    assert q.min() >= -8 and q.max() <= 7 and rounded.scales.shape == (len(w) // block, w.shape[1])
+    restored = q.reshape(w_blocks.shape) * rounded.scales[:, None]
+    error = np.square(restored - w_blocks, dtype=np.float64).sum(axis=1)
+    np.testing.assert_allclose(error.sum(), rounded.error, rtol=1e-3, atol=1e-12)
+    unclipped = np.maximum(np.abs(w_blocks).max(axis=1) / 7, MIN_SCALE)[:, None]
+    restored = np.rint(w_blocks / unclipped).clip(-8, 7) * unclipped
+    unclipped_error = np.square(restored - w_blocks, dtype=np.float64).sum(axis=1)
+    assert (error <= unclipped_error * 1.001 + 1e-12).all()
 
 
 def test_important_rows_are_rounded_better() -> None:
     w = matrix(64, 64, 0, 1.0)
     importance = np.where(np.arange(64) % 32 < 4, 100.0, 0.01)
 
-    def error(importance_given: np.ndarray | None) -> float:
-        found = round_int4(w, 32, "float32", importance=importance_given)
-        restored = unpack_int4(found.values, w.shape).reshape(2, 32, 64) * found.scales[:, None]
+    def error(given_importance: np.ndarray | None) -> float:
+        rounded = round_int4(w, 32, "float32", importance=given_importance)
+        restored = unpack_int4(rounded.values, w.shape).reshape(2, 32, 64) * rounded.scales[:, None]
         return float((np.square(restored.reshape(64, 64) - w).sum(axis=1) * importance).sum())
 
     assert error(importance) < error(None)
@@ -110,26 +106,17 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-@pytest.mark.parametrize("precision,least", [("fp16", 0.9999), ("int8", 0.999), ("int4", 0.95)])
+@pytest.mark.parametrize("precision,limit", [("fp16", 0.9999), ("int8", 0.999), ("int4", 0.95)])
 def test_a_quantised_golden_model_stays_close(
-    golden_bundle: Path, tmp_path: Path, precision: str, least: float
+    golden_bundle: Path, tmp_path: Path, precision: str, limit: float
 ) -> None:
-    arguments = [
-        GOLDEN / "vicuna_tiny_bt",
-        "-o",
-        tmp_path / "b",
-        "--precision",
-        precision,
-        "--no-tokenizer",
-        "--block",
-        "16",
-    ]
-    run = run_command("ppllava-export", *arguments)
+    flags = ("--precision", precision, "--no-tokenizer", "--block", "16")
+    run = run_command("ppllava-export", GOLDEN / "vicuna_tiny_bt", "-o", tmp_path / "b", *flags)
     assert run.returncode == 0, run.stderr
     assert ("weights alone" in run.stderr) == precision.startswith("int")
     want, got = logits_and_features(golden_bundle), logits_and_features(tmp_path / "b")
     for a, b in zip(want, got):
-        assert cosine(a, b) > least
+        assert cosine(a, b) > limit
     stored = Pipeline.open(tmp_path / "b").bundle.total_bytes
     if precision != "fp16":
         assert stored < Pipeline.open(golden_bundle).bundle.total_bytes / 2
@@ -186,35 +173,31 @@ def test_folding_alone_changes_nothing(golden_bundle: Path, tmp_path: Path) -> N
         np.testing.assert_allclose(results[1], results[0], rtol=2e-4, atol=2e-4)
 
 
-def sample_input(value: object, rng: np.random.Generator) -> np.ndarray:
-    """An input of a graph, sizes of symbolic dimensions made up."""
+def sample_input(value: Any, rng: np.random.Generator) -> np.ndarray:
+    """Values for a graph's input, with sizes for its symbolic dimensions."""
     sizes = {"s": 5, "capacity": 8, "b": 2, "T": 2}
-    shape = [sizes.get(d, d) if isinstance(d, str) else d for d in value.shape]  # type: ignore[attr-defined]
-    if "int64" in value.type:  # type: ignore[attr-defined]
-        return (
-            np.arange(np.prod(shape)).reshape(shape)
-            if value.name == "position_ids"
-            else np.zeros(shape, np.int64)
-        )  # type: ignore[attr-defined]
-    if value.name == "mask":  # type: ignore[attr-defined]
-        return np.where(np.arange(shape[-1]) <= np.arange(shape[-2])[:, None], 0, -np.inf).astype(np.float32)[
-            None, None
-        ]
+    shape = [sizes.get(d, d) if isinstance(d, str) else d for d in value.shape]
+    if value.name == "position_ids":
+        return np.arange(np.prod(shape)).reshape(shape)
+    if "int64" in value.type:
+        return np.zeros(shape, np.int64)
+    if value.name == "mask":
+        visible = np.arange(shape[-1]) <= np.arange(shape[-2])[:, None]
+        return np.where(visible, 0, -np.inf).astype(np.float32)[None, None]
     return rng.standard_normal(shape).astype(np.float32)
 
 
+def kinds_of_layers(path: Path) -> set[str]:
+    return {layer.weight.rsplit(".", 2)[-2] for layer in find_layers(Graph.read(path))}
+
+
 def test_every_kind_of_layer_is_found(golden_bundle: Path) -> None:
-    names = {
-        name: {
-            layer.weight.rsplit(".", 2)[-2]
-            for layer in find_layers(Graph.read(golden_bundle / f"{name}.onnx"))
-        }
-        for name in ("trunk", "decoder")
-    }
-    assert {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"} <= names["trunk"]
-    assert {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"} <= names[
-        "decoder"
-    ]
+    trunk = {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
+    assert trunk <= kinds_of_layers(golden_bundle / "trunk.onnx")
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    feed_forward = {"gate_proj", "up_proj", "down_proj"}
+    decoder = attention | feed_forward | {"lm_head"}
+    assert decoder <= kinds_of_layers(golden_bundle / "decoder.onnx")
 
 
 def test_int4_leaves_the_head_at_8_bits_and_blocks_whole(golden_bundle: Path) -> None:
@@ -245,15 +228,8 @@ def test_weights_are_rounded_once_and_one_at_a_time(
 
 def test_widening_keeps_the_values(tmp_path: Path) -> None:
     """fp16 → float32: the graph's types change, its results don't (beyond fp16's rounding of activations)."""
-    run = run_command(
-        "ppllava-export",
-        GOLDEN / "vicuna_tiny_bt",
-        "-o",
-        tmp_path / "half",
-        "--precision",
-        "fp16",
-        "--no-tokenizer",
-    )
+    flags = ("--precision", "fp16", "--no-tokenizer")
+    run = run_command("ppllava-export", GOLDEN / "vicuna_tiny_bt", "-o", tmp_path / "half", *flags)
     assert run.returncode == 0
     run = run_command("ppllava-export", tmp_path / "half", "-o", tmp_path / "single", "--precision", "fp32")
     assert run.returncode == 0, run.stderr
