@@ -30,7 +30,7 @@ def staging_folder(target: Path, note: Callable[[str], None] | None = None) -> I
     Folders that killed commands left beside the target are removed first.
 
     Args:
-        target: What the folder will be renamed to. Its parent must exist.
+        target: The path that the folder will be renamed to. Its parent must exist.
         note: Called with one line if abandoned folders were removed. The default prints it to stderr.
 
     Yields:

@@ -38,7 +38,7 @@ class Engine:
         target: Its target, as ppllava-build names it.
         bundle: The fingerprint of the graphs it was made from.
         made_by: Library → version, as far as the version must agree with the one here.
-        kv_dtype: Of the KV cache that its decoder takes.
+        kv_dtype: The dtype of its decoder's KV cache.
         stages: Stage → its files, in order; a large decoder is cut into several.
         files: Sizes and hashes by file name.
         library: The library that opens it, one of LIBRARIES.

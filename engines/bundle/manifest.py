@@ -87,7 +87,7 @@ class QuestionInfo:
     """The question tower.
 
     Attributes:
-        length: The most tokens of a question.
+        length: Maximum number of tokens in a question.
         padded: Whether shorter questions are padded to `length` (SigLIP needs that).
         pad_id: The token id for padding.
         embedding_size: Width E of the question's embedding.
@@ -105,7 +105,7 @@ class PoolingInfo:
 
     Attributes:
         method: One of POOLINGS.
-        temperature: Of the softmax inside a window.
+        temperature: Temperature of the softmax inside a window.
         video: Windows over a clip, for methods that have windows.
         image: Windows over a single image.
         pooled_shape: Output size (frames, rows, columns) of pllava.
@@ -155,7 +155,7 @@ class DecoderInfo:
         kv_heads: Heads of keys and values.
         head_size: Width of a head.
         vocab: Size of the vocabulary.
-        context: The most positions of prompt and answer.
+        context: Maximum number of positions, prompt and answer together.
         kv_dtype: "float32", "float16" or "int8".
     """
 

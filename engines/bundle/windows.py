@@ -66,7 +66,7 @@ class Windows:
 
         Args:
             grid: Patches of a frame, (rows, columns).
-            what: What the windows are for; begins the error messages.
+            what: Begins the error messages, like "the video pooling".
 
         Raises:
             PPLLaVAError: The windows can't work.
@@ -126,7 +126,7 @@ def within_budget(windows: Windows, size: Triple, tokens: int) -> Windows:
     Args:
         windows: The model's own windows; their rows and columns are kept where the budget allows.
         size: The input's (frames, rows, columns).
-        tokens: The most visual tokens.
+        tokens: The budget: maximum number of visual tokens.
 
     Raises:
         PPLLaVAError: The budget is below 1.

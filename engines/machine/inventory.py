@@ -1,4 +1,4 @@
-"""What this machine has: memory, GPUs, JetPack and installed packages. No GPU library is loaded."""
+"""An inventory of this machine: memory, GPUs, JetPack and installed packages. No GPU library is loaded."""
 
 from __future__ import annotations
 

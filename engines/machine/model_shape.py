@@ -69,7 +69,7 @@ class Shape:
         kv_heads: Heads of keys and values.
         head_size: Width of a head.
         vocab: Size of the vocabulary.
-        context: The most positions.
+        context: Maximum number of positions.
         kv_bytes: Bytes of one value of the KV cache at run time.
         engine: Whether the bundle has engines/cpu too.
         source_bytes: Bytes of one value in the checkpoint.
