@@ -193,11 +193,11 @@ class _FrameEncoder:
         for number, state in self.clip.states.items():
             state = np.asarray(state)
             row = self._rows.setdefault(number, len(self._rows))
-            rows = 0 if self._array is None else len(self._array)
-            if row >= rows:  # a second time only if a damaged file was chosen from again
+            if self._array is None:
+                self._array = array_for((capacity, *state.shape[1:]), state.dtype)
+            elif row >= len(self._array):  # more frames than expected: a damaged file was chosen from again
                 larger = array_for((capacity + row, *state.shape[1:]), state.dtype)
-                if self._array is not None:
-                    larger[: len(self._array)] = self._array
+                larger[: len(self._array)] = self._array
                 self._array = larger
             self._array[row] = state[0]
         self.clip.states.clear()

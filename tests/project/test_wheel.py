@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,6 +18,7 @@ from helpers.commands import ROOT
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would pack files that are gone since
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check", "--no-deps"]
     run = subprocess.run([*pip, "-w", folder, ROOT], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
@@ -47,6 +49,8 @@ def test_its_contents(wheel: Path) -> None:
             for p in (ROOT / folder).rglob(kind)
         }
     assert sources <= names, sources - names
+    modules = {name for name in names if name.endswith(".py")}
+    assert modules <= sources, modules - sources
 
 
 def test_it_answers_away_from_the_source(wheel: Path, tmp_path: Path) -> None:

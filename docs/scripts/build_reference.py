@@ -1,6 +1,6 @@
 """Write docs/reference.md from the public API's docstrings.
 
-python docs/build_reference.py            # --check: only say whether it is up to date
+python docs/scripts/build_reference.py            # --check: only say whether it is up to date
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ppllava_edge.runtime.batch import BatchResult, run_batch
 from ppllava_edge.runtime.live.status import LiveStatus
 from ppllava_edge.runtime.live.watch import Watch
 
-TARGET = Path(__file__).parent / "reference.md"
+TARGET = Path(__file__).parent.parent / "reference.md"
 INTRODUCTION = """\
 # API reference
 
-Made from the docstrings by `python docs/build_reference.py`. How things fit together:
+Made from the docstrings by `python docs/scripts/build_reference.py`. How things fit together:
 [runtime.md](runtime.md).
 """
 ORDER = (
@@ -214,5 +214,5 @@ if __name__ == "__main__":
     page = reference()
     if "--check" in sys.argv:
         up_to_date = TARGET.read_text(encoding="utf-8") == page
-        sys.exit(0 if up_to_date else "docs/reference.md is out of date: python docs/build_reference.py")
+        sys.exit(0 if up_to_date else f"docs/reference.md is out of date: python {sys.argv[0]}")
     TARGET.write_text(page, encoding="utf-8")
