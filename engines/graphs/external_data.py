@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from ppllava_edge.engines.graphs.tensors import ONNX_TYPE, TYPE_NAME, Tensor, Weight, stored_bytes
 
@@ -56,6 +56,14 @@ def external_weight(folder: Path, proto: onnx.TensorProto) -> Weight:
     """
     dtype = TYPE_NAME[proto.data_type]
     return Weight(Tensor(proto.name, tuple(proto.dims), _mapped(folder, proto, dtype)), dtype)
+
+
+def inline_weight(proto: onnx.TensorProto) -> Weight:
+    """A weight that is stored inside the .onnx file. INT4 values stay packed, as those of a data file do."""
+    dtype = TYPE_NAME[proto.data_type]
+    packed = dtype == "int4"
+    array = np.frombuffer(proto.raw_data, np.uint8) if packed else numpy_helper.to_array(proto)
+    return Weight(Tensor(proto.name, tuple(proto.dims), lambda: array), dtype)
 
 
 def _mapped(folder: Path, proto: onnx.TensorProto, dtype: str) -> Callable[[], np.ndarray]:

@@ -18,8 +18,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ppllava_edge.engines.graphs.external_data import external_weight, write_weight
-from ppllava_edge.engines.graphs.tensors import ONNX_TYPE, SCALE, TYPE_NAME, Tensor, Weight
+from ppllava_edge.engines.graphs.external_data import external_weight, inline_weight, write_weight
+from ppllava_edge.engines.graphs.tensors import ONNX_TYPE, SCALE, Tensor, Weight
 
 # Set explicitly: current ONNX Runtime versions refuse the newer defaults of onnx.
 OPSET = 24
@@ -219,8 +219,7 @@ class Graph:
             elif _CONSTANT.match(proto.name):
                 g.constants[proto.name] = proto
             else:  # a weight that is too small for the data file
-                tensor = Tensor.of(proto.name, numpy_helper.to_array(proto))
-                g.weights[proto.name] = Weight(tensor, TYPE_NAME[proto.data_type])
+                g.weights[proto.name] = inline_weight(proto)
         stored = {weight.dtype for name, weight in g.weights.items() if not name.endswith(SCALE)}
         g.dtype = "float16" if "float16" in stored else "float32"
         return g

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from helpers.commands import GOLDEN, assert_one_line_error, run_command
 from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.engines.graphs.rewrite import to_float32
+from ppllava_edge.engines.graphs.tensors import Tensor
 from ppllava_edge.export.quantisation.plan import Plan, find_layers, weight_only_plan
 from ppllava_edge.export.quantisation.quantize import quantize
 from ppllava_edge.export.quantisation.rounding import MIN_SCALE, round_int4, round_int8, unpack_int4
@@ -209,6 +210,21 @@ def test_int4_leaves_the_head_at_8_bits_and_blocks_whole(golden_bundle: Path) ->
             assert scheme.kind == "w8"
         elif scheme.kind == "w4":
             assert layer.inputs % scheme.block == 0
+
+
+def test_small_int4_weights_stay_packed(tmp_path: Path) -> None:
+    """Small weights are stored inside the .onnx file, larger ones beside it; both are read back packed."""
+    for columns in (8, 64):
+        g = Graph("product")
+        x = g.input("x", "float32", [1, 128])
+        y = g.MatMul(x, g.weight(Tensor.of("w.weight", matrix(128, columns, 0, 1.0))))
+        g.output(y, "y", "float32", [1, columns])
+        quantize(g, weight_only_plan(g, "int4"))
+        g.save(tmp_path / "product.onnx")
+        written = g.weights["w.weight.int4"].stored().reshape(-1)
+        read = Graph.read(tmp_path / "product.onnx").weights["w.weight.int4"]
+        assert read.dtype == "int4" and read.tensor.shape == (128, columns)
+        np.testing.assert_array_equal(read.stored(), written)
 
 
 def test_weights_are_rounded_once_and_one_at_a_time(
