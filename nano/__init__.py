@@ -1,4 +1,8 @@
-"""Nano: the small trained model that is packed with ppllava-edge. docs/nano.md tells what it can and can't do."""
+"""Nano, the small trained model that is packed with ppllava-edge: its world, training and evaluation.
+
+Imports calibration/, export/, runtime/ and engines/; imported by bench/ and export's command line.
+docs/nano.md says what the model can and can't do.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ SEED = 8_128  # of calibration only
 
 
 def drawn(manifest: Manifest, folder: Path, count: int = CLIPS) -> Data:
-    """Draw clips and write them as H.264 files, each with the questions that its scene allows and their answers.
+    """Draw clips and write them as H.264 files, with questions that the scenes allow and their answers.
 
     Args:
         manifest: Of the float model.

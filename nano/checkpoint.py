@@ -1,9 +1,14 @@
-"""Nano's parameters in upstream's layout, so that the ordinary exporter makes its bundle."""
+"""Write nano's parameters in upstream's layout, so that the ordinary exporter can make its bundle.
+
+python -m ppllava_edge.nano.checkpoint STATE.pt FOLDER writes the checkpoint of a training run in progress.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,18 +19,36 @@ from torch import Tensor
 from ppllava_edge.nano.model import Shape
 from ppllava_edge.nano.vocabulary import ASK, END, PAD, SPOKEN, UNKNOWN, WORD_ID, WORDS
 
-POSITIONS = 248
+POSITIONS = 248  # of the question tower, as Long-CLIP has
+VISION, PROJECTOR, LANGUAGE = "vision_tower.vision_model.", "multi_modal_projector.", "language_model."
+
+
+SPELLINGS = (
+    ("colour", "color"),
+    (r"\ban\b", "a"),
+    ("what's", "what is"),
+    ("where's", "where is"),
+    ("centre", "center"),
+    (r"\bgrey\b", "gray"),
+)
 
 
 def write_checkpoint(weights: dict[str, Tensor], shape: Shape, folder: Path, guided: bool = True) -> None:
-    """Write config.json, model.safetensors (fp16), the tokenizer, and clip/ with the question tower's."""
+    """Write a checkpoint in upstream's layout.
+
+    config.json, model.safetensors (float16) and the tokenizer; in clip/ the question tower's.
+
+    Args:
+        weights: Parameters by name.
+        shape: The model's sizes.
+        folder: Where to.
+        guided: Whether the question guides the pooling.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "clip").mkdir(exist_ok=True)
     tensors = upstream_tensors({name: w.detach().float().numpy() for name, w in weights.items()}, shape)
-    save_file(
-        {name: np.asarray(a, np.float16, order="C") for name, a in tensors.items()},
-        folder / "model.safetensors",
-    )
+    halves = {name: np.asarray(a, np.float16, order="C") for name, a in tensors.items()}
+    save_file(halves, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(_config(shape, guided), indent=1))
     (folder / "clip" / "config.json").write_text(json.dumps(_clip_config(shape), indent=1))
     _tokenizer(end=False).save(str(folder / "tokenizer.json"))
@@ -33,76 +56,108 @@ def write_checkpoint(weights: dict[str, Tensor], shape: Shape, folder: Path, gui
 
 
 def upstream_tensors(w: dict[str, np.ndarray], s: Shape) -> dict[str, np.ndarray]:
-    """Rename and split: fused matrices come apart, words that only pretraining used are dropped, and the layers above the features,
-    which nothing reads, are not there."""
-    out: dict[str, np.ndarray] = {}
-    vision, projector, language = "vision_tower.vision_model.", "multi_modal_projector.", "language_model."
+    """Nano's parameters under upstream's names.
 
-    def norm(target: str, name: str) -> None:
-        out[f"{target}.weight"], out[f"{target}.bias"] = w[f"{name}.weight"], w[f"{name}.bias"]
+    Fused matrices are split, and words that only pretraining used are dropped. Layers above the features are
+    left out: nothing reads them.
 
-    def attention(target: str, name: str, out_name: str = "out_proj") -> None:
+    Args:
+        w: Parameters by name, float32.
+        s: The model's sizes.
+    """
+    renamed = _Renamed(w)
+    _vision_tower(renamed, s)
+    _question_tower(renamed, s)
+    _decoder(renamed, s)
+    return renamed.out
+
+
+class _Renamed:
+    """Parameters that are copied under other names, layer by layer."""
+
+    def __init__(self, w: dict[str, np.ndarray]):
+        self.w = w
+        self.out: dict[str, np.ndarray] = {}
+
+    def linear(self, target: str, name: str) -> None:
+        """Weight and bias of a linear map or a norm."""
+        self.out[f"{target}.weight"] = self.w[f"{name}.weight"]
+        self.out[f"{target}.bias"] = self.w[f"{name}.bias"]
+
+    def attention(self, target: str, name: str, out_name: str = "out_proj") -> None:
+        """An attention, its fused query, key and value split."""
         for kind in ("weight", "bias"):
-            if f"{name}.qkv.{kind}" in w:
-                for part, block in zip("qkv", np.split(w[f"{name}.qkv.{kind}"], 3)):
-                    out[f"{target}.{part}_proj.{kind}"] = block
-                out[f"{target}.{out_name}.{kind}"] = w[f"{name}.out.{kind}"]
+            if f"{name}.qkv.{kind}" in self.w:
+                for part, block in zip("qkv", np.split(self.w[f"{name}.qkv.{kind}"], 3)):
+                    self.out[f"{target}.{part}_proj.{kind}"] = block
+                self.out[f"{target}.{out_name}.{kind}"] = self.w[f"{name}.out.{kind}"]
 
-    def clip_layer(target: str, name: str) -> None:
-        attention(f"{target}.self_attn", f"{name}.attention")
-        norm(f"{target}.layer_norm1", f"{name}.norm1")
-        norm(f"{target}.layer_norm2", f"{name}.norm2")
-        norm(f"{target}.mlp.fc1", f"{name}.up")
-        norm(f"{target}.mlp.fc2", f"{name}.down")
+    def clip_layer(self, target: str, name: str) -> None:
+        """A transformer layer of a CLIP tower."""
+        self.attention(f"{target}.self_attn", f"{name}.attention")
+        self.linear(f"{target}.layer_norm1", f"{name}.norm1")
+        self.linear(f"{target}.layer_norm2", f"{name}.norm2")
+        self.linear(f"{target}.mlp.fc1", f"{name}.up")
+        self.linear(f"{target}.mlp.fc2", f"{name}.down")
 
+
+def _vision_tower(renamed: _Renamed, s: Shape) -> None:
+    w, out = renamed.w, renamed.out
     patches = w["patch_embedding.weight"].reshape(s.vision, 3, s.patch, s.patch)
-    out[vision + "embeddings.patch_embedding.weight"] = patches
-    out[vision + "embeddings.class_embedding"] = w["class_embedding"]
-    out[vision + "embeddings.position_embedding.weight"] = w["patch_positions"]
-    norm(vision + "pre_layrnorm", "pre_norm")
+    out[VISION + "embeddings.patch_embedding.weight"] = patches
+    out[VISION + "embeddings.class_embedding"] = w["class_embedding"]
+    out[VISION + "embeddings.position_embedding.weight"] = w["patch_positions"]
+    renamed.linear(VISION + "pre_layrnorm", "pre_norm")  # upstream's spelling
     for i in range(s.vision_layers):
-        clip_layer(f"{vision}encoder.layers.{i}", f"trunk.{i}")
+        renamed.clip_layer(f"{VISION}encoder.layers.{i}", f"trunk.{i}")
     for i in range(s.branch_layers):
-        clip_layer(f"{vision}btadapter_S_layers.{i}", f"branch_space.{i}")
-        time = f"{vision}btadapter_T_layers.{i}"
-        attention(f"{time}.self_attn", f"branch_time.{i}.attention")
-        norm(f"{time}.layer_norm1", f"branch_time.{i}.norm")
-        norm(f"{time}.temporal_fc", f"branch_time.{i}.out")
-    out[vision + "btadapter_cls_token"] = w["branch_class"].reshape(1, 1, -1)
-    out[vision + "btadapter_time_embed.weight"] = w["frame_positions"]
+        renamed.clip_layer(f"{VISION}btadapter_S_layers.{i}", f"branch_space.{i}")
+        time = f"{VISION}btadapter_T_layers.{i}"
+        renamed.attention(f"{time}.self_attn", f"branch_time.{i}.attention")
+        renamed.linear(f"{time}.layer_norm1", f"branch_time.{i}.norm")
+        renamed.linear(f"{time}.temporal_fc", f"branch_time.{i}.out")
+    out[VISION + "btadapter_cls_token"] = w["branch_class"].reshape(1, 1, -1)
+    out[VISION + "btadapter_time_embed.weight"] = w["frame_positions"]
 
-    text = projector + "clip_text_model."
+
+def _question_tower(renamed: _Renamed, s: Shape) -> None:
+    """The question tower, the similarity and the projector."""
+    w, out = renamed.w, renamed.out
+    text = PROJECTOR + "clip_text_model."
     out[text + "embeddings.token_embedding.weight"] = w["question_embedding.weight"][:SPOKEN]
     positions = np.zeros((POSITIONS, s.question), np.float32)
     positions[: s.question_length] = w["question_positions"]
-    out[text + "embeddings.position_embedding"] = out[text + "embeddings.position_embedding_res"] = positions
+    out[text + "embeddings.position_embedding"] = positions
+    out[text + "embeddings.position_embedding_res"] = positions
     for i in range(s.question_layers):
-        clip_layer(f"{text}encoder.layers.{i}", f"question_layers.{i}")
-    norm(text + "final_layer_norm", "question_norm")
-    out[projector + "clip_text_projection.weight"] = w["question_projection.weight"]
-    out[projector + "clip_visual_projection.weight"] = w["similarity_projection.weight"]
-    norm(projector + "clip_visual_ln", "similarity_norm")
-    out[projector + "logit_scale"] = w["logit_scale"]
-    norm(projector + "linear_1", "linear_1")
-    norm(projector + "linear_2", "linear_2")
+        renamed.clip_layer(f"{text}encoder.layers.{i}", f"question_layers.{i}")
+    renamed.linear(text + "final_layer_norm", "question_norm")
+    out[PROJECTOR + "clip_text_projection.weight"] = w["question_projection.weight"]
+    out[PROJECTOR + "clip_visual_projection.weight"] = w["similarity_projection.weight"]
+    renamed.linear(PROJECTOR + "clip_visual_ln", "similarity_norm")
+    out[PROJECTOR + "logit_scale"] = w["logit_scale"]
+    renamed.linear(PROJECTOR + "linear_1", "linear_1")
+    renamed.linear(PROJECTOR + "linear_2", "linear_2")
 
-    out[language + "model.embed_tokens.weight"] = w["token_embedding.weight"][:SPOKEN]
+
+def _decoder(renamed: _Renamed, s: Shape) -> None:
+    w, out = renamed.w, renamed.out
+    out[LANGUAGE + "model.embed_tokens.weight"] = w["token_embedding.weight"][:SPOKEN]
     for i in range(s.decoder_layers):
-        target, name = f"{language}model.layers.{i}", f"decoder.{i}"
-        attention(f"{target}.self_attn", f"{name}.attention", "o_proj")
+        target, name = f"{LANGUAGE}model.layers.{i}", f"decoder.{i}"
+        gate, up = np.split(w[f"{name}.gate_up.weight"], 2)
+        renamed.attention(f"{target}.self_attn", f"{name}.attention", "o_proj")
         out[f"{target}.input_layernorm.weight"] = w[f"{name}.norm1.weight"]
         out[f"{target}.post_attention_layernorm.weight"] = w[f"{name}.norm2.weight"]
-        out[f"{target}.mlp.gate_proj.weight"], out[f"{target}.mlp.up_proj.weight"] = np.split(
-            w[f"{name}.gate_up.weight"], 2
-        )
+        out[f"{target}.mlp.gate_proj.weight"] = gate
+        out[f"{target}.mlp.up_proj.weight"] = up
         out[f"{target}.mlp.down_proj.weight"] = w[f"{name}.down.weight"]
-    out[language + "model.norm.weight"] = w["decoder_norm.weight"]
-    out[language + "lm_head.weight"] = w["lm_head.weight"][:SPOKEN]
+    out[LANGUAGE + "model.norm.weight"] = w["decoder_norm.weight"]
+    out[LANGUAGE + "lm_head.weight"] = w["lm_head.weight"][:SPOKEN]
     out["image_newline"] = np.zeros(s.decoder, np.float32)
-    return out
 
 
-def _config(s: Shape, guided: bool) -> dict:
+def _config(s: Shape, guided: bool) -> dict[str, Any]:
     return {
         "name": "nano" if guided else "nano-unguided",
         "demo": True,
@@ -111,7 +166,7 @@ def _config(s: Shape, guided: bool) -> dict:
         "pooling": "ppllava",
         "pooling_kernel": list(s.kernel),
         "pooling_stride": list(s.kernel),
-        "pooling_temp": s.temperature if guided else 1e5,  # so hot that all window weights are equal
+        "pooling_temp": s.temperature if guided else 1e5,  # hot enough to make all window weights equal
         "image_pooling_kernel": [1, *s.kernel[1:]],
         "image_pooling_stride": [1, *s.kernel[1:]],
         "frame_shape": [s.grid, s.grid],
@@ -131,31 +186,39 @@ def _config(s: Shape, guided: bool) -> dict:
             "separators": [" ", END],
             "image_tag": "<image> ",
         },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": s.vision,
-            "intermediate_size": 4 * s.vision,
-            "num_hidden_layers": s.vision_layers + 1,
-            "num_attention_heads": s.heads,
-            "image_size": s.image,
-            "patch_size": s.patch,
-            "hidden_act": "gelu",
-        },
-        "text_config": {
-            "model_type": "llama",
-            "hidden_size": s.decoder,
-            "intermediate_size": s.decoder_mlp,
-            "num_hidden_layers": s.decoder_layers,
-            "num_attention_heads": s.heads,
-            "vocab_size": SPOKEN,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 512,
-            "eos_token_id": WORD_ID[END],
-        },
+        "vision_config": _vision_config(s),
+        "text_config": _decoder_config(s),
     }
 
 
-def _clip_config(s: Shape) -> dict:
+def _vision_config(s: Shape) -> dict[str, Any]:
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": s.vision,
+        "intermediate_size": 4 * s.vision,
+        "num_hidden_layers": s.vision_layers + 1,  # the features are the last layer's but one
+        "num_attention_heads": s.heads,
+        "image_size": s.image,
+        "patch_size": s.patch,
+        "hidden_act": "gelu",
+    }
+
+
+def _decoder_config(s: Shape) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": s.decoder,
+        "intermediate_size": s.decoder_mlp,
+        "num_hidden_layers": s.decoder_layers,
+        "num_attention_heads": s.heads,
+        "vocab_size": SPOKEN,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 512,
+        "eos_token_id": WORD_ID[END],
+    }
+
+
+def _clip_config(s: Shape) -> dict[str, Any]:
     text = {
         "hidden_size": s.question,
         "intermediate_size": 4 * s.question,
@@ -170,21 +233,15 @@ def _clip_config(s: Shape) -> dict:
 
 
 def _tokenizer(end: bool) -> Tokenizer:
-    """One token per word, lower case, punctuation apart; a few spellings are brought to the world's own. end: append the end token."""
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(WORDS[:SPOKEN])}, unk_token=UNKNOWN)
-    )
-    spellings = [
-        ("colour", "color"),
-        (r"\ban\b", "a"),
-        ("what's", "what is"),
-        ("where's", "where is"),
-        ("centre", "center"),
-        (r"\bgrey\b", "gray"),
-    ]
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), *(normalizers.Replace(Regex(old), new) for old, new in spellings)]
-    )
+    """One token per lower-case word or punctuation mark; other spellings are replaced by the world's.
+
+    Args:
+        end: Whether the end token is appended.
+    """
+    vocabulary = {word: i for i, word in enumerate(WORDS[:SPOKEN])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    replaced = (normalizers.Replace(Regex(old), new) for old, new in SPELLINGS)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *replaced])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
     )
@@ -197,9 +254,7 @@ def _tokenizer(end: bool) -> Tokenizer:
 
 
 def main() -> None:
-    """python -m ppllava_edge.nano.checkpoint STATE.pt FOLDER: the checkpoint of a training run that is under way."""
-    import sys
-
+    """Write the checkpoint of the state.pt and to the folder named on the command line."""
     state = torch.load(sys.argv[1], weights_only=True, map_location="cpu")
     write_checkpoint(state["weights"], Shape(), Path(sys.argv[2]))
 

@@ -1,31 +1,40 @@
-"""Scenes of nano's world as real video files."""
+"""Scenes of nano's world as video files."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from ppllava_edge.nano.world import STEPS, Scene, draw
+from ppllava_edge.nano.world import (
+    BRIEF,
+    COLOR_NAMES,
+    SHAPE_NAMES,
+    SPEED,
+    STEPS,
+    STILL,
+    VELOCITY,
+    Scene,
+    draw,
+)
 from ppllava_edge.runtime.media.writing import write_video
 
-FILE_FRAMES, FILE_FPS, FILE_SIDE = (
-    40,
-    20,
-    216,
-)  # five frames a step, two seconds, twice the size that the model sees
+FILE_FRAMES = 40  # five per step
+FILE_FPS = 20
+FILE_SIDE = 216  # pixels, twice what the model sees
 
 
 def clip_frames(
     scene: Scene, rng: np.random.Generator, side: int = FILE_SIDE, frames: int = FILE_FRAMES
 ) -> np.ndarray:
-    """(frames, side, side, 3) uint8."""
+    """Draw a scene: (frames, side, side, 3) uint8."""
     return draw(scene, np.arange(frames) * STEPS / frames, rng, side)[0]
 
 
 def write_clip(path: str | os.PathLike[str], scene: Scene, rng: np.random.Generator) -> Path:
-    """Draw a scene and encode it to H.264."""
+    """Draw a scene and encode it as H.264."""
     return write_video(path, clip_frames(scene, rng), FILE_FPS)
 
 
@@ -36,9 +45,10 @@ def spoken(words: str) -> str:
 
 
 def sample_scene_for_the_readme() -> Scene:
-    """The clip that README, `make demo` and the tests use: a red circle moves right, a blue square rests, a yellow cross flashes up."""
-    from ppllava_edge.nano.world import BRIEF, COLOR_NAMES, SHAPE_NAMES, SPEED, STILL, VELOCITY
+    """The scene of the packed sample clip.
 
+    A red circle moves right, a blue square rests, a yellow cross appears briefly.
+    """
     motions = np.array([1, STILL, BRIEF])
     return Scene(
         colors=np.array([COLOR_NAMES.index(c) for c in ("red", "blue", "yellow")]),
@@ -56,6 +66,4 @@ def sample_scene_for_the_readme() -> Scene:
 
 
 if __name__ == "__main__":
-    import sys
-
     write_clip(sys.argv[1], sample_scene_for_the_readme(), np.random.default_rng(1))

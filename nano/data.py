@@ -1,9 +1,9 @@
-"""Training batches: scenes drawn on the fly, with the ground truth that the losses need."""
+"""Training batches: freshly drawn scenes with the ground truth that the losses need."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,16 +16,26 @@ MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 COVERED = 0.12  # a patch shows an object if it covers this share of it
 QUESTIONS = ["color", "shape", "direction", "direction", "count", "presence", "order", "position", "brief"]
-# Towards the end the easiest kind makes room for the hardest (color is still asked instead of kinds that a scene does not allow).
+# In the last stage the hardest kind replaces the easiest.
 LATE_QUESTIONS = ["order", *QUESTIONS[1:]]
-INSTEAD = ["shape", "color", "presence"]  # asked where a scene does not allow a kind
+INSTEAD = ["shape", "color", "presence"]  # asked where a scene doesn't allow a kind
 
 
 @dataclass
 class Batch:
-    """pixels (B,T,3,H,W). Per object, padded to four with -1: colors, shapes, motions (B,4); hit (B,4,T*P): it shows in that patch;
-    row, column (B,4,T) its centre's bin. owner (B,T*P): the object that covers most of a patch, -1 for none.
-    first, last (B): objects that enter first and last, -1 unless staggered. Question k of a clip: text (B,K), answer (ids), kind."""
+    """B clips of T frames with P patches, O = 4 objects (missing ones are padding) and K questions each.
+
+    Attributes:
+        pixels: (B, T, 3, H, W) float32, normalised.
+        colors, shapes, motions: (B, O), indices into the name lists; -1 for padding.
+        hit: (B, O, T*P) bool, whether the object shows in that patch.
+        owner: (B, T*P), the object that covers most of the patch; -1 for none.
+        row, column: (B, O, T), the bin of the object's centre.
+        first, last: (B), the objects that enter first and last; -1 unless the scene is staggered.
+        text: (B, K), the questions as indices into vocabulary.TEXTS.
+        answers: Token ids of every answer, by clip and question.
+        kinds: (B, K), indices into world.KINDS.
+    """
 
     pixels: Tensor
     colors: Tensor
@@ -49,60 +59,93 @@ def make_batch(
     single: bool = False,
     questions: Sequence[str] = QUESTIONS,
 ) -> Batch:
-    """Draw a batch. single: one frame of each scene instead of a clip. questions: kinds to ask about each clip, a description beside them."""
-    grid = FRAME // patch
-    frames = 1 if single else STEPS
-    objects = {name: np.full((clips, MAX_OBJECTS), -1) for name in ("colors", "shapes", "motions")}
-    pixels = np.empty((clips, frames, 3, FRAME, FRAME), np.float32)
-    coverage = np.zeros((clips, MAX_OBJECTS, frames, grid, grid), np.float32)
-    bins = np.zeros((clips, MAX_OBJECTS, frames, 2), np.int64)
-    order = np.full((clips, 2), -1)
-    text, answers, kinds = [], [], []
+    """Draw a batch.
+
+    Args:
+        rng: Where all randomness comes from.
+        clips: How many scenes.
+        patch: Side of a patch, pixels.
+        single: Draw one frame of each scene instead of a clip.
+        questions: Kinds to ask about each clip; a description is asked for too. Empty: none at all.
+    """
+    canvas = _Canvas(clips, 1 if single else STEPS, patch)
     for b in range(clips):
         scene = sample_scene(rng)
-        n = len(scene)
         times = np.arange(STEPS) + rng.random()
         if single:
             times = times[rng.integers(STEPS, size=1)]
-        drawn, owner = draw(scene, times, rng, noise=float(rng.uniform(0, 4)))
-        pixels[b] = ((drawn.astype(np.float32) / 255 - MEAN) / STD).transpose(0, 3, 1, 2)
-        for name in objects:
-            objects[name][b, :n] = getattr(scene, name)
-        mine = owner[:, None] == np.arange(n, dtype=np.int8)[:, None, None]
-        coverage[b, :n] = mine.reshape(frames, n, grid, patch, grid, patch).mean((3, 5)).transpose(1, 0, 2, 3)
-        bins[b, :n] = np.clip(
-            scene.centers(times) // (FRAME / POSITION_BINS), 0, POSITION_BINS - 1
-        ).transpose(1, 0, 2)
-        if scene.staggered:
-            order[b] = scene.appears.argmin(), scene.appears.argmax()
+        canvas.draw(b, scene, times, rng)
         if questions:
-            asked = [_question(scene, kind, rng) for kind in [*questions, "describe"]]
-            text.append([TEXT_ID[question] for _, question, _ in asked])
-            answers.append([encode(answer) for _, _, answer in asked])
-            kinds.append([KINDS.index(kind) for kind, _, _ in asked])
-    flat = torch.from_numpy(coverage).flatten(2)
-    most, owner_of = flat.max(1)
-    colors, shapes, motions = (torch.from_numpy(objects[name]) for name in ("colors", "shapes", "motions"))
-    first, last = torch.from_numpy(order).unbind(1)
-    return Batch(
-        torch.from_numpy(pixels),
-        colors,
-        shapes,
-        motions,
-        flat > COVERED,
-        torch.where(most > COVERED, owner_of, -1),
-        torch.from_numpy(bins[..., 1].copy()),
-        torch.from_numpy(bins[..., 0].copy()),
-        first,
-        last,
-        torch.tensor(text),
-        answers,
-        torch.tensor(kinds),
-    )
+            canvas.ask(scene, [*questions, "describe"], rng)
+    return canvas.batch()
+
+
+@dataclass
+class _Canvas:
+    """Arrays of a batch, filled clip by clip."""
+
+    clips: int
+    frames: int
+    patch: int
+    text: list[list[int]] = field(default_factory=list)
+    answers: list[list[list[int]]] = field(default_factory=list)
+    kinds: list[list[int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        grid = FRAME // self.patch
+        objects = (self.clips, MAX_OBJECTS)
+        self.attributes = {name: np.full(objects, -1) for name in ("colors", "shapes", "motions")}
+        self.pixels = np.empty((self.clips, self.frames, 3, FRAME, FRAME), np.float32)
+        self.coverage = np.zeros((*objects, self.frames, grid, grid), np.float32)
+        self.bins = np.zeros((*objects, self.frames, 2), np.int64)
+        self.order = np.full((self.clips, 2), -1)
+
+    def draw(self, b: int, scene: Scene, times: np.ndarray, rng: np.random.Generator) -> None:
+        """Draw the scene of clip b with its ground truth."""
+        n = len(scene)
+        grid, patch = FRAME // self.patch, self.patch
+        drawn, owner = draw(scene, times, rng, noise=float(rng.uniform(0, 4)))
+        self.pixels[b] = ((drawn.astype(np.float32) / 255 - MEAN) / STD).transpose(0, 3, 1, 2)
+        for name, values in self.attributes.items():
+            values[b, :n] = getattr(scene, name)
+        mine = owner[:, None] == np.arange(n, dtype=np.int8)[:, None, None]
+        share = mine.reshape(self.frames, n, grid, patch, grid, patch).mean((3, 5))
+        self.coverage[b, :n] = share.transpose(1, 0, 2, 3)
+        bins = np.clip(scene.centers(times) // (FRAME / POSITION_BINS), 0, POSITION_BINS - 1)
+        self.bins[b, :n] = bins.transpose(1, 0, 2)
+        if scene.staggered:
+            self.order[b] = scene.appears.argmin(), scene.appears.argmax()
+
+    def ask(self, scene: Scene, kinds: Sequence[str], rng: np.random.Generator) -> None:
+        """Ask about the clip that was drawn last."""
+        asked = [_question(scene, kind, rng) for kind in kinds]
+        self.text.append([TEXT_ID[question] for _, question, _ in asked])
+        self.answers.append([encode(answer) for _, _, answer in asked])
+        self.kinds.append([KINDS.index(kind) for kind, _, _ in asked])
+
+    def batch(self) -> Batch:
+        coverage = torch.from_numpy(self.coverage).flatten(2)
+        largest, owner = coverage.max(1)
+        first, last = torch.from_numpy(self.order).unbind(1)
+        return Batch(
+            pixels=torch.from_numpy(self.pixels),
+            colors=torch.from_numpy(self.attributes["colors"]),
+            shapes=torch.from_numpy(self.attributes["shapes"]),
+            motions=torch.from_numpy(self.attributes["motions"]),
+            hit=coverage > COVERED,
+            owner=torch.where(largest > COVERED, owner, -1),
+            row=torch.from_numpy(self.bins[..., 1].copy()),
+            column=torch.from_numpy(self.bins[..., 0].copy()),
+            first=first,
+            last=last,
+            text=torch.tensor(self.text),
+            answers=self.answers,
+            kinds=torch.tensor(self.kinds),
+        )
 
 
 def _question(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, str, str]:
-    """Kind, question and answer; another kind where the scene does not allow this one."""
+    """Kind, question and answer; another kind where the scene doesn't allow this one."""
     asked = ask(scene, kind, rng)
     while asked is None:
         kind = str(rng.choice(INSTEAD))
@@ -111,13 +154,16 @@ def _question(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, s
 
 
 def decoder_sequences(questions: list[list[int]], answers: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids (N,L) "question <a> answer </s>" without the last token, and labels (N,L), -100 outside the answer."""
+    """The decoder's text, padded to one length.
+
+    Returns:
+        Token ids (N, L), "question <a> answer </s>" without the last token, and labels (N, L): the next token
+        within the answer, -100 elsewhere.
+    """
     ask_id, end_id = encode(f"{ASK} {END}")
     length = max(len(q) + len(a) for q, a in zip(questions, answers)) + 1
-    ids, labels = (
-        torch.zeros(len(questions), length, dtype=torch.long),
-        torch.full((len(questions), length), -100),
-    )
+    ids = torch.zeros(len(questions), length, dtype=torch.long)
+    labels = torch.full((len(questions), length), -100)
     for row, (q, a) in enumerate(zip(questions, answers)):
         sequence = [*q, ask_id, *a]
         ids[row, : len(sequence)] = torch.tensor(sequence)

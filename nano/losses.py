@@ -17,14 +17,17 @@ TEXT_IDS = torch.zeros(len(TEXTS), int(TEXT_ENDS.max()) + 1, dtype=torch.long)
 for _row, _ids in enumerate(_ENCODED):
     TEXT_IDS[_row, : len(_ids) + 1] = torch.tensor([*_ids, WORD_ID[END]])
 
+# What each text refers to: (texts, 3) colour, shape, motion; -1 where it says nothing.
 _REFERENT = torch.tensor([(t.color, t.shape, t.motion) for t in TEXTS])
 _NAMES_MOTION = _REFERENT[:, 2] >= 0
 _IS_POSITION = torch.zeros(len(TEXTS), dtype=torch.bool)
 _IS_POSITION[torch.from_numpy(GROUPS["row"])] = True
 _IS_POSITION[torch.from_numpy(GROUPS["column"])] = True
-FIRST, LAST = TEXT_ID["which object appears first ?"], TEXT_ID["which object appears last ?"]
+FIRST = TEXT_ID["which object appears first ?"]
+LAST = TEXT_ID["which object appears last ?"]
 
-_S, _M = len(SHAPE_NAMES), len(MOTION_NAMES)
+_S = len(SHAPE_NAMES)
+_M = len(MOTION_NAMES)
 # Which text of a group names an object of colour c, shape s, motion m (the groups are in this order).
 _INDEX_IN_GROUP = {
     "color": lambda c, s, m: c,
@@ -42,7 +45,7 @@ _NEEDS_TIME = {"motion", "color shape motion"}
 
 
 def referents(batch: Batch) -> Tensor:
-    """(B, texts, T*P) float: does this patch show what this text refers to?"""
+    """Whether each patch shows an object that each text refers to: (B, texts, T*P), 0 or 1."""
     matches = torch.ones(len(batch.colors), len(TEXTS), batch.colors.shape[1], dtype=torch.bool)
     for k, attribute in enumerate((batch.colors, batch.shapes, batch.motions)):
         wanted = _REFERENT[None, :, k, None]
@@ -59,30 +62,53 @@ def referents(batch: Batch) -> Tensor:
 def contrastive_loss(
     logits: Tensor, batch: Batch, single: bool = False, motion_weight: float = 4.0
 ) -> tuple[Tensor, dict[str, float]]:
-    """CLIP's loss at the level of patches. logits (B, texts, T*P): cosine × scale.
+    """CLIP's loss at the level of patches, in both directions.
 
-    Patch → text: within every group of texts, which one names the object under the patch. Text → patch: the softmax over all T*P
-    patches (the very one that guides the pooling) against the patches that show the referent.
+    Args:
+        logits: (B, texts, T*P), cosine × scale.
+        batch: The ground truth.
+        single: The clips are single frames: texts about motion don't count.
+        motion_weight: Weight of the group of motion texts.
+
+    Returns:
+        The loss, and figures for the log: accuracy by group, and the loss from text to patch.
     """
+    text_to_patch = _text_to_patch(logits, batch, single)
+    losses, accuracy = _patch_to_text(logits, batch, single, motion_weight)
+    figures = {**accuracy, "text to patch": float(text_to_patch.detach())}
+    return torch.stack(losses).mean() + 0.5 * text_to_patch, figures
+
+
+def _text_to_patch(logits: Tensor, batch: Batch, single: bool) -> Tensor:
+    """For each text, the softmax over all patches (which also guides the pooling) against its referent."""
     shown = referents(batch)
     count = shown.sum(-1)
     counted = (count > 0) & ~_IS_POSITION
     if single:
         counted &= ~_NAMES_MOTION
-    log_share, shown, count = torch.log_softmax(logits[counted], -1), shown[counted], count[counted]
-    text_to_patch = (-torch.linalg.vecdot(log_share, shown) / count - count.log()).mean()
+    log_share = torch.log_softmax(logits[counted], -1)
+    shown = shown[counted]
+    count = count[counted]
+    return (-torch.linalg.vecdot(log_share, shown) / count - count.log()).mean()
 
+
+def _patch_to_text(
+    logits: Tensor, batch: Batch, single: bool, motion_weight: float
+) -> tuple[list[Tensor], dict[str, float]]:
+    """For each patch that shows an object, and within each group of texts, the text that is right."""
     owned = batch.owner >= 0
     owner = batch.owner.clamp(min=0)
     color, shape, motion = (
         torch.gather(a, 1, owner)[owned] for a in (batch.colors, batch.shapes, batch.motions)
     )
     of_patch = logits.transpose(1, 2)[owned]  # (owned patches, texts)
-    losses, accuracy = [], {}
+    losses: list[Tensor] = []
+    accuracy: dict[str, float] = {}
     for group, index in _INDEX_IN_GROUP.items():
         if single and group in _NEEDS_TIME:
             continue
-        scores, target = of_patch[:, torch.from_numpy(GROUPS[group])], index(color, shape, motion)
+        scores = of_patch[:, torch.from_numpy(GROUPS[group])]
+        target = index(color, shape, motion)
         losses.append(F.cross_entropy(scores, target) * (motion_weight if group == "motion" else 1.0))
         accuracy[group] = float((scores.argmax(1) == target).float().mean())
     patches = logits.shape[-1] // batch.row.shape[-1]
@@ -92,30 +118,37 @@ def contrastive_loss(
         losses.append(F.cross_entropy(scores, target))
         accuracy[axis] = float((scores.argmax(1) == target).float().mean())
     if not single:
-        is_first, is_last = owner == batch.first[:, None], owner == batch.last[:, None]
+        is_first = owner == batch.first[:, None]
+        is_last = owner == batch.last[:, None]
         ends = (is_first | is_last) & owned
         if ends.any():
             scores = logits[:, [FIRST, LAST]].transpose(1, 2)[ends]
             losses.append(2 * F.cross_entropy(scores, is_last[ends].long()))
-    return torch.stack(losses).mean() + 0.5 * text_to_patch, {
-        **accuracy,
-        "text to patch": float(text_to_patch.detach()),
-    }
+    return losses, accuracy
 
 
 def answer_loss(
     model: NanoPPLLaVA, features: Tensor, patches: Tensor, texts: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy on the answers' tokens only; the vision tower ran once per clip.
+    """Cross-entropy on the answers' tokens; the vision tower has run once per clip.
 
-    Returns the loss (short answers and descriptions weigh the same), and for every question whether each of its tokens was
-    predicted right (B*K bool: equals greedy exact match), and its kind (B*K).
+    Args:
+        model: The model.
+        features: (B, T, P, D) of the clips.
+        patches: (B, T*P, E), the normalised patch embeddings.
+        texts: (texts, E), the normalised embeddings of all texts.
+        batch: The questions.
+
+    Returns:
+        The loss, in which short answers and descriptions weigh the same; for each question whether all its
+        tokens were predicted right, (B*K) bool, which equals greedy exact match; and its kind, (B*K).
     """
     clips, count = batch.text.shape
     logits = torch.einsum("bvd,bkd->bkv", patches, texts[batch.text]) * model.logit_scale.float().exp()
     visual = model.pool(features, logits).unflatten(0, (clips, count))
-    loss, right = torch.zeros(()), torch.zeros(clips, count, dtype=torch.bool)
-    for columns in (slice(0, count - 1), slice(count - 1, count)):
+    loss = torch.zeros(())
+    right = torch.zeros(clips, count, dtype=torch.bool)
+    for columns in (slice(0, count - 1), slice(count - 1, count)):  # short answers, then descriptions
         asked = batch.text[:, columns].flatten().tolist()
         answers = [answer for row in batch.answers for answer in row[columns]]
         ids, labels = decoder_sequences([_ENCODED[t] for t in asked], answers)

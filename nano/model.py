@@ -1,7 +1,10 @@
 """PPLLaVA at nano size, for training: every stage of the architecture, in torch.
 
-The same mathematics as the exported graphs (export/), written batched and differentiable. checkpoint.py turns the parameters into
-upstream's layout, and the exporter takes it from there.
+The same mathematics as the exported graphs (export/), batched and differentiable. checkpoint.py writes the
+parameters in upstream's layout for the exporter.
+
+Shapes: B clips of T frames, P patches of width D, N visual tokens, L text tokens, E question embedding, V
+words.
 """
 
 from __future__ import annotations
@@ -17,14 +20,27 @@ from torch import Tensor, nn
 
 from ppllava_edge.nano.vocabulary import WORDS
 
-# The trunk's states are about 8 in size where the branch begins. A time embedding much smaller than that is lost in the norm that
-# follows, and the model then learns along which axis things move, but not which way.
+# The trunk's states have a size of about 8 where the branch begins. A much smaller time embedding is lost in
+# the norm that follows: the model then learns along which axis objects move, but not which way.
 TIME_SCALE = 4.0
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model. The grid must be a multiple of the pooling kernel, and frames too."""
+    """Sizes of the model. Frames and grid must be multiples of the pooling kernel.
+
+    Attributes:
+        image, patch: Pixels.
+        frames: Of a clip.
+        vision, vision_layers: Width and depth of the vision tower's trunk.
+        branch_layers: Pairs of the temporal branch, beside the trunk's last layers.
+        heads: Of every attention.
+        question, question_layers, question_length: Width, depth and longest text of the question tower.
+        projection: Width of the space where patches and questions are compared.
+        decoder, decoder_layers, decoder_mlp: Width, depth and hidden width of the decoder.
+        kernel: Of the pooling: frames, rows, columns.
+        temperature: Of the softmax within a pooling window.
+    """
 
     image: int = 108
     patch: int = 12
@@ -45,16 +61,20 @@ class Shape:
 
     @property
     def grid(self) -> int:
+        """Patches along a side."""
         return self.image // self.patch
 
     @property
     def patches(self) -> int:
+        """Patches of a frame."""
         return self.grid**2
 
     as_dict = asdict
 
 
 class SelfAttention(nn.Module):
+    """Multi-head self-attention over x (B, L, D); rotate turns queries and keys by position."""
+
     def __init__(self, width: int, heads: int, bias: bool = True):
         super().__init__()
         self.heads = heads
@@ -68,9 +88,8 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if rotate is not None:
             q, k = rotate(q), rotate(k)
-        scores = (
-            q * q.shape[-1] ** -0.5
-        ) @ k.mT  # written out: on CPU in bf16 faster to train than the fused kernel
+        # Written out: in bf16 on a CPU this trains faster than the fused kernel.
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT
         if causal:
             scores = scores + torch.full((length, length), -1e4, dtype=x.dtype).triu(1)
         y = torch.softmax(scores, -1) @ v
@@ -78,18 +97,18 @@ class SelfAttention(nn.Module):
 
 
 class ClipLayer(nn.Module):
-    """Pre-norm transformer layer of both CLIP towers; exact GELU."""
+    """Pre-norm transformer layer of both CLIP towers, with exact GELU."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(width), SelfAttention(width, heads)
-        self.norm2, self.up, self.down = (
-            nn.LayerNorm(width),
-            nn.Linear(width, 4 * width),
-            nn.Linear(4 * width, width),
-        )
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
 
     def mlp(self, x: Tensor) -> Tensor:
+        """The second half of the layer."""
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
@@ -97,25 +116,24 @@ class ClipLayer(nn.Module):
 
 
 class TemporalLayer(nn.Module):
-    """Attention along time for every patch, then a linear map: the temporal half of a branch pair."""
+    """The temporal half of a branch pair: attention along time for every patch, then a linear map."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.norm, self.attention, self.out = (
-            nn.LayerNorm(width),
-            SelfAttention(width, heads),
-            nn.Linear(width, width),
-        )
+        self.norm = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, heads)
+        self.out = nn.Linear(width, width)
 
     def forward(self, patches: Tensor) -> Tensor:  # (B, T, P, D)
         batch, frames, count, width = patches.shape
         along_time = self.norm(patches).transpose(1, 2).reshape(batch * count, frames, width)
-        return patches + self.out(self.attention(along_time)).view(batch, count, frames, width).transpose(
-            1, 2
-        )
+        y = self.out(self.attention(along_time)).view(batch, count, frames, width)
+        return patches + y.transpose(1, 2)
 
 
 class RMSNorm(nn.Module):
+    """Root-mean-square norm, epsilon 1e-5."""
+
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -129,22 +147,30 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp: int):
         super().__init__()
-        self.norm1, self.attention = RMSNorm(width), SelfAttention(width, heads, bias=False)
-        self.norm2, self.gate_up = RMSNorm(width), nn.Linear(width, 2 * mlp, bias=False)
+        self.norm1 = RMSNorm(width)
+        self.attention = SelfAttention(width, heads, bias=False)
+        self.norm2 = RMSNorm(width)
+        self.gate_up = nn.Linear(width, 2 * mlp, bias=False)
         self.down = nn.Linear(mlp, width, bias=False)
 
-    def forward(self, x: Tensor, rotate) -> Tensor:
+    def forward(self, x: Tensor, rotate: Callable[[Tensor], Tensor]) -> Tensor:
         x = x + self.attention(self.norm1(x), causal=True, rotate=rotate)
         gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
 
 class NanoPPLLaVA(nn.Module):
-    """The whole model. guided=False trains (and runs) with uniform window weights instead of the question's."""
+    """The whole model.
+
+    Args:
+        shape: Its sizes.
+        guided: Whether the question weighs the patches of a pooling window; otherwise all weigh the same.
+    """
 
     def __init__(self, shape: Shape = Shape(), guided: bool = True):
         super().__init__()
-        s, self.shape, self.guided = shape, shape, guided
+        self.shape = s = shape
+        self.guided = guided
         self.patch_embedding = nn.Linear(3 * s.patch**2, s.vision, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(s.vision) * 0.02)
         self.patch_positions = nn.Parameter(torch.randn(1 + s.patches, s.vision) * 0.02)
@@ -164,7 +190,8 @@ class NanoPPLLaVA(nn.Module):
         self.question_projection = nn.Linear(s.question, s.projection, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
-        self.linear_1, self.linear_2 = nn.Linear(s.vision, s.decoder), nn.Linear(s.decoder, s.decoder)
+        self.linear_1 = nn.Linear(s.vision, s.decoder)
+        self.linear_2 = nn.Linear(s.decoder, s.decoder)
         self.token_embedding = nn.Embedding(len(WORDS), s.decoder)
         self.decoder = nn.ModuleList(
             DecoderLayer(s.decoder, s.heads, s.decoder_mlp) for _ in range(s.decoder_layers)
@@ -181,27 +208,24 @@ class NanoPPLLaVA(nn.Module):
                 nn.init.normal_(p, std=0.7 * p.shape[1] ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-            if name.endswith(("attention.out.weight", "down.weight")) or (
-                name.startswith("branch_time") and name.endswith(".out.weight")
-            ):
+            residual = name.endswith(("attention.out.weight", "down.weight"))
+            if residual or (name.startswith("branch_time") and name.endswith(".out.weight")):
                 p.data *= 0.5
-        half = sine_cosine(self.shape.grid, self.shape.vision // 2)
         g = self.shape.grid
-        self.patch_positions.data[1:] = 0.3 * torch.cat(
-            [half[:, None].expand(g, g, -1), half[None].expand(g, g, -1)], -1
-        ).reshape(g * g, -1)
+        half = sine_cosine(g, self.shape.vision // 2)
+        grid = torch.cat([half[:, None].expand(g, g, -1), half[None].expand(g, g, -1)], -1)
+        self.patch_positions.data[1:] = 0.3 * grid.reshape(g * g, -1)
 
     def features(self, pixels: Tensor, branch: bool = True) -> Tensor:
-        """pixels (B,T,3,H,W) → features (B,T,P,D), the average of trunk and branch (trunk alone without the branch)."""
-        s, (batch, frames) = self.shape, pixels.shape[:2]
+        """Pixels (B, T, 3, H, W) → features (B, T, P, D): mean of trunk and branch, or trunk alone."""
+        s = self.shape
+        batch, frames = pixels.shape[:2]
         g, p = s.grid, s.patch
         x = pixels.to(self.patch_embedding.weight.dtype)
         x = x.view(-1, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(batch * frames, g * g, 3 * p * p)
-        x = (
-            torch.cat([self.class_embedding.expand(len(x), 1, -1), self.patch_embedding(x)], 1)
-            + self.patch_positions
-        )
-        x, state = self.pre_norm(x), None
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), self.patch_embedding(x)], 1)
+        x = self.pre_norm(x + self.patch_positions)
+        state: tuple[Tensor, Tensor] | None = None
         for i, layer in enumerate(self.trunk):
             x = layer(x)
             pair = i - (s.vision_layers - s.branch_layers)
@@ -211,22 +235,34 @@ class NanoPPLLaVA(nn.Module):
         return (trunk + state[0]) / 2 if state is not None else trunk
 
     def _branch(self, pair: int, x: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """One branch pair over all frames. x (B,T,1+P,D): the trunk's state; state: the branch's (patches, class token)."""
-        patches, token = x[:, :, 1:], x[:, :, 0].mean(1)
+        """Run one branch pair over all frames.
+
+        Args:
+            pair: Its number.
+            x: (B, T, 1+P, D), the trunk's state.
+            state: The branch's patches (B, T, P, D) and class token (B, D); None before the first pair.
+
+        Returns:
+            The branch's new state.
+        """
+        patches = x[:, :, 1:]
+        token = x[:, :, 0].mean(1)
         if state is None:
             patches = patches + self.patch_positions[1:] + self.frame_positions[: x.shape[1], None]
             token = (token + self.branch_class + self.patch_positions[0]) / 2
         else:
-            patches, token = patches + state[0], token + state[1]
+            patches = patches + state[0]
+            token = token + state[1]
         layer: Any = self.branch_space[pair]
         patches = self.branch_time[pair](patches)
         y = torch.cat([token[:, None, None].expand(-1, x.shape[1], -1, -1), patches], 2)
         residual = layer.attention(layer.norm1(y.flatten(0, 1))).view_as(y)
-        patches, token = patches + residual[:, :, 1:], token + residual[:, :, 0].mean(1)
+        patches = patches + residual[:, :, 1:]
+        token = token + residual[:, :, 0].mean(1)
         return layer.mlp(patches), layer.mlp(token)
 
     def questions(self, ids: Tensor, ends: Tensor) -> Tensor:
-        """ids (N,L), ends (N) index of the end token → normalised question embeddings (N,E), float32."""
+        """Ids (N, L) with the index of each end token (N) → normalised embeddings (N, E) float32."""
         x = self.question_embedding(ids) + self.question_positions[: ids.shape[1]]
         for layer in self.question_layers:
             x = layer(x, causal=True)
@@ -234,42 +270,42 @@ class NanoPPLLaVA(nn.Module):
         return F.normalize(self.question_projection(x).float(), dim=-1)
 
     def patch_embeddings(self, features: Tensor) -> Tensor:
-        """features (B,T,P,D) → normalised (B, T*P, E), float32."""
-        return F.normalize(
-            self.similarity_projection(self.similarity_norm(features)).float(), dim=-1
-        ).flatten(1, 2)
+        """Features (B, T, P, D) → normalised embeddings (B, T*P, E) float32."""
+        x = self.similarity_projection(self.similarity_norm(features))
+        return F.normalize(x.float(), dim=-1).flatten(1, 2)
 
     def pool(self, features: Tensor, logits: Tensor) -> Tensor:
-        """Prompt-guided pooling. features (B,T,P,D), logits (B,K,T*P) cosine × scale of K questions → visual tokens (B*K,N,D)."""
-        (kt, kh, kw), g = self.shape.kernel, self.shape.grid
+        """Prompt-guided pooling.
+
+        Args:
+            features: (B, T, P, D).
+            logits: (B, K, T*P), cosine × scale of every patch with K questions.
+
+        Returns:
+            Visual tokens (B*K, N, decoder).
+        """
+        g = self.shape.grid
         batch, count = logits.shape[:2]
-        frames, window = features.shape[1], kt * kh * kw
-
-        def windows(x: Tensor, lead: int) -> Tensor:
-            """(lead.., T, g, g, ...) → (lead.., windows, window, ...)"""
-            shape = (*x.shape[:lead], frames // kt, kt, g // kh, kh, g // kw, kw, *x.shape[lead + 3 :])
-            order = [
-                *range(lead),
-                lead,
-                lead + 2,
-                lead + 4,
-                lead + 1,
-                lead + 3,
-                lead + 5,
-                *range(lead + 6, len(shape)),
-            ]
-            return x.reshape(shape).permute(order).flatten(lead + 3, lead + 5).flatten(lead, lead + 2)
-
-        hidden = windows(F.gelu(self.linear_1(features)).unflatten(2, (g, g)), 1)
-        weights = windows(torch.softmax(logits, -1).view(batch, count, frames, g, g), 2).transpose(1, 2)
-        weights = torch.softmax(weights / self.shape.temperature if self.guided else weights * 0, -1).to(
-            hidden.dtype
-        )
-        assert hidden.shape[2] == window
+        frames = features.shape[1]
+        hidden = self._windows(F.gelu(self.linear_1(features)).unflatten(2, (g, g)), 1)
+        weights = self._windows(torch.softmax(logits, -1).view(batch, count, frames, g, g), 2)
+        weights = weights.transpose(1, 2)  # (B, windows, K, patches of a window)
+        weights = weights / self.shape.temperature if self.guided else weights * 0
+        weights = torch.softmax(weights, -1).to(hidden.dtype)
         return self.linear_2((weights @ hidden).transpose(1, 2)).flatten(0, 1)
 
+    def _windows(self, x: Tensor, lead: int) -> Tensor:
+        """Group patches by pooling window: (lead…, T, g, g, …) → (lead…, windows, patches of a window, …)."""
+        kt, kh, kw = self.shape.kernel
+        frames, g, _ = x.shape[lead : lead + 3]
+        shape = (*x.shape[:lead], frames // kt, kt, g // kh, kh, g // kw, kw, *x.shape[lead + 3 :])
+        counts = [lead, lead + 2, lead + 4]
+        within = [lead + 1, lead + 3, lead + 5]
+        order = [*range(lead), *counts, *within, *range(lead + 6, len(shape))]
+        return x.reshape(shape).permute(order).flatten(lead + 3, lead + 5).flatten(lead, lead + 2)
+
     def decode(self, visual: Tensor, ids: Tensor) -> Tensor:
-        """visual (B,N,D) before the token ids (B,L) → logits (B,L,V) at the token positions, float32."""
+        """Visual tokens (B, N, D), then token ids (B, L) → logits (B, L, V) float32 at the ids' positions."""
         x = torch.cat([visual, self.token_embedding(ids)], 1)
         rotate = rotary(x.shape[1], self.shape.decoder // self.shape.heads, x.dtype)
         for layer in self.decoder:
@@ -277,16 +313,21 @@ class NanoPPLLaVA(nn.Module):
         return self.lm_head(self.decoder_norm(x[:, visual.shape[1] :])).float()
 
 
-def rotary(length: int, width: int, dtype: torch.dtype):
-    """The rotation of queries and keys by position, LLaMA's half-split layout, base 10000."""
+def rotary(length: int, width: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Rotary position embedding in LLaMA's half-split layout, base 10000: rotates (…, length, width)."""
     frequency = 10000 ** (-torch.arange(0, width, 2) / width)
     angle = torch.outer(torch.arange(length).float(), frequency).repeat(1, 2)
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    return lambda x: x * cos + torch.cat([-x[..., width // 2 :], x[..., : width // 2]], -1) * sin
+    cos = angle.cos().to(dtype)
+    sin = angle.sin().to(dtype)
+
+    def rotate(x: Tensor) -> Tensor:
+        return x * cos + torch.cat([-x[..., width // 2 :], x[..., : width // 2]], -1) * sin
+
+    return rotate
 
 
 def sine_cosine(positions: int, width: int) -> Tensor:
-    """(positions, width) smooth start for learned position tables."""
+    """Smooth initial values of a learned position table: (positions, width)."""
     frequency = math.pi * torch.exp(torch.arange(width // 2) / (width // 2) * math.log(positions)) / positions
     angle = torch.outer(torch.arange(positions) + 0.5, frequency)
     return torch.cat([angle.sin(), angle.cos()], 1)

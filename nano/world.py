@@ -1,8 +1,8 @@
 """Nano's world: short drawn videos of small shapes, and the questions that can be asked about them.
 
-Numpy only, so that evaluation needs no torch. One scene holds one to four objects; within a scene every shape and every
-colour occurs once, so that "the circle" and "the red object" name one object. Lengths are in pixels of a 108-pixel frame and times
-in steps: a clip lasts eight steps, whatever number of frames it is drawn with.
+Numpy only, so that evaluation needs no torch. A scene has one to four objects; every shape and every colour
+occurs at most once in it, so that "the circle" and "the red object" name one object. Lengths are in pixels of
+a 108-pixel frame, times in steps: a clip lasts eight steps, whatever its number of frames.
 
 Questions (kind: form -> answer):
 
@@ -12,9 +12,9 @@ Questions (kind: form -> answer):
     count      how many objects are there ?                -> one | two | three | four
     presence   is there a red circle ?                     -> yes | no
     order      which object appears first ? (or last)      -> red circle
-    position   where is the red circle ?                   -> top left | top | ... | center | ... | bottom right
-    brief      which object appears briefly ?              -> red circle | none   (also other forms about the brief object)
-    describe   describe the video .                        -> a red circle moves left . a blue square stays still .
+    position   where is the red circle ?                   -> top left | top | ... | bottom right
+    brief      which object appears briefly ?              -> red circle | none   (or other forms)
+    describe   describe the video .                        -> a red circle moves left . ...
 """
 
 from __future__ import annotations
@@ -30,15 +30,9 @@ RADIUS = (5.5, 7.5)
 SPEED = (5.5, 8.0)  # pixels per step
 
 COLORS = {
-    "red": (230, 40, 40),
-    "green": (40, 190, 60),
-    "blue": (50, 80, 230),
-    "yellow": (235, 220, 50),
-    "white": (240, 240, 240),
-    "purple": (150, 40, 180),
-    "orange": (240, 135, 20),
-    "cyan": (60, 210, 225),
-}
+    "red": (230, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230), "yellow": (235, 220, 50),
+    "white": (240, 240, 240), "purple": (150, 40, 180), "orange": (240, 135, 20), "cyan": (60, 210, 225),
+}  # fmt: skip
 COLOR_NAMES = list(COLORS)
 COLOR_VALUES = np.array(list(COLORS.values()), np.float32)
 SHAPE_NAMES = ["circle", "square", "triangle", "cross", "ring"]
@@ -48,16 +42,10 @@ VELOCITY = np.array([(-1, 0), (1, 0), (0, -1), (0, 1), (0, 0), (0, 0)], np.float
 MOTION_CHANCE = (0.18, 0.18, 0.18, 0.18, 0.28)
 NUMBER_NAMES = ["zero", "one", "two", "three", "four"]
 PLACE_NAMES = [
-    "top left",
-    "top",
-    "top right",
-    "left",
-    "center",
-    "right",
-    "bottom left",
-    "bottom",
-    "bottom right",
-]
+    "top left", "top", "top right",
+    "left", "center", "right",
+    "bottom left", "bottom", "bottom right",
+]  # fmt: skip
 KINDS = ["color", "shape", "direction", "count", "presence", "order", "position", "brief", "describe"]
 
 
@@ -65,9 +53,15 @@ KINDS = ["color", "shape", "direction", "count", "presence", "order", "position"
 class Scene:
     """What happens in one clip. Arrays have one entry per object.
 
-    colors, shapes, motions: indices into the name lists. radius: pixels. start: (n,2) centre (x,y) at time 0, pixels.
-    velocity: (n,2) pixels per step. appears, vanishes: the object is seen for appears <= time < vanishes, in steps.
-    staggered: objects enter one after another. background: grey level, and its change across the frame (x,y).
+    Attributes:
+        colors, shapes, motions: Indices into the name lists.
+        radius: Pixels.
+        start: (n, 2), centre (x, y) at time 0, pixels.
+        velocity: (n, 2), pixels per step.
+        appears, vanishes: The object is visible for appears <= time < vanishes, in steps.
+        staggered: Whether objects enter one after another.
+        tint: (n, 1), added to the colour.
+        background: Grey level, and its change across the frame (x, y).
     """
 
     colors: np.ndarray
@@ -87,20 +81,20 @@ class Scene:
 
     @property
     def brief(self) -> int | None:
-        """Index of the object that is seen for one or two steps only, if there is one."""
+        """Index of the object that is visible for one or two steps only, if there is one."""
         found = np.flatnonzero(self.motions == BRIEF)
         return int(found[0]) if len(found) else None
 
     def name(self, i: int) -> str:
-        """ "red circle"."""
+        """Colour and shape of an object, like "red circle"."""
         return f"{COLOR_NAMES[self.colors[i]]} {SHAPE_NAMES[self.shapes[i]]}"
 
     def centers(self, times: np.ndarray) -> np.ndarray:
-        """(frames, n, 2) centres in pixels."""
+        """Centres at these times (frames): (frames, n, 2), pixels."""
         return self.start + self.velocity * np.asarray(times, np.float32)[:, None, None]
 
     def place(self, i: int) -> str | None:
-        """Which ninth of the frame object i rests in; None if it moves or is too near a border between ninths."""
+        """Which ninth of the frame object i rests in; None if it moves or is too near another ninth."""
         if self.motions[i] < STILL:
             return None
         third = FRAME / 3
@@ -114,44 +108,48 @@ class Scene:
 def sample_scene(rng: np.random.Generator, max_objects: int = MAX_OBJECTS) -> Scene:
     """Draw one scene at random."""
     n = int(rng.integers(1, max_objects + 1))
-    colors, shapes = rng.permutation(len(COLOR_NAMES))[:n], rng.permutation(len(SHAPE_NAMES))[:n]
+    colors = rng.permutation(len(COLOR_NAMES))[:n]
+    shapes = rng.permutation(len(SHAPE_NAMES))[:n]
     motions = rng.choice(5, n, p=np.array(MOTION_CHANCE))
-    appears, vanishes = np.zeros(n, np.float32), np.full(n, float(STEPS), np.float32)
+    appears = np.zeros(n, np.float32)
+    vanishes = np.full(n, float(STEPS), np.float32)
     style = rng.random()
     staggered = n > 1 and style < 0.4
     if staggered:
         entrances = [0, *sorted(rng.choice(np.arange(2, 6), n - 1, replace=False))] if n < 4 else [0, 2, 4, 5]
         appears = np.array(entrances, np.float32)[rng.permutation(n)]
     elif n > 1 and style < 0.75:
-        one, length = int(rng.integers(n)), int(rng.integers(1, 3))
+        one = int(rng.integers(n))
+        length = int(rng.integers(1, 3))
         motions[one] = BRIEF
         appears[one] = rng.integers(1, STEPS - length)
         vanishes[one] = appears[one] + length
     radius = rng.uniform(*RADIUS, n).astype(np.float32)
     velocity = VELOCITY[motions] * rng.uniform(*SPEED, (n, 1)).astype(np.float32)
-    return Scene(
-        colors,
-        shapes,
-        motions,
-        radius,
-        _place(rng, radius, velocity),
-        velocity,
-        appears,
-        vanishes,
-        staggered,
-        rng.uniform(-15, 15, (n, 1)).astype(np.float32),
-        (float(rng.uniform(55, 125)), float(rng.uniform(-20, 20)), float(rng.uniform(-20, 20))),
+    return Scene(  # arguments draw random numbers in this order
+        colors=colors,
+        shapes=shapes,
+        motions=motions,
+        radius=radius,
+        start=_starts(rng, radius, velocity),
+        velocity=velocity,
+        appears=appears,
+        vanishes=vanishes,
+        staggered=staggered,
+        tint=rng.uniform(-15, 15, (n, 1)).astype(np.float32),
+        background=(float(rng.uniform(55, 125)), float(rng.uniform(-20, 20)), float(rng.uniform(-20, 20))),
     )
 
 
-def _place(
+def _starts(
     rng: np.random.Generator, radius: np.ndarray, velocity: np.ndarray, candidates: int = 40
 ) -> np.ndarray:
-    """Starting centres (n,2) such that objects stay in the frame and, if one of the candidates allows it, never touch.
+    """Starting centres (n, 2): objects stay in the frame and never touch, if one of the candidates allows it.
 
-    Half of the scenes take the tightest such placement, so that several objects often share one pooling window.
+    Half of the scenes take the tightest such candidate, so that objects often share a pooling window.
     """
-    n, travel = len(radius), velocity * (STEPS - 0.5)
+    n = len(radius)
+    travel = velocity * (STEPS - 0.5)
     low = radius[:, None] + 1 + np.maximum(-travel, 0)
     high = FRAME - radius[:, None] - 1 - np.maximum(travel, 0)
     starts = low + rng.random((candidates, n, 2)).astype(np.float32) * (high - low)
@@ -170,44 +168,61 @@ def _place(
 def draw(
     scene: Scene, times: np.ndarray, rng: np.random.Generator, size: int = FRAME, noise: float = 2.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the scene at the given times (steps).
+    """Draw a scene.
 
-    Returns frames (len(times), size, size, 3) uint8, and owner (len(times), size, size) int8: the object at each pixel, -1 for none.
+    Args:
+        scene: What to draw.
+        times: (frames), in steps.
+        rng: For the noise.
+        size: Side of a frame, pixels.
+        noise: Standard deviation, grey levels.
+
+    Returns:
+        Frames (frames, size, size, 3) uint8, and owner (frames, size, size) int8: the object at each pixel,
+        -1 for none.
     """
     times = np.asarray(times, np.float32)
-    scale = size / FRAME
     ramp = (np.arange(size, dtype=np.float32) / size - 0.5)[None, :]
     level, dx, dy = scene.background
     canvas = np.repeat((level + ramp * dx + ramp.T * dy)[None, :, :, None], 3, axis=3)
     canvas = np.repeat(canvas, len(times), axis=0)
     owner = np.full((len(times), size, size), -1, np.int8)
-    centers = scene.centers(times) * scale
     for i in range(len(scene)):
-        seen = np.flatnonzero((times >= scene.appears[i]) & (times < scene.vanishes[i]))
-        if not len(seen):
-            continue
-        color = COLOR_VALUES[scene.colors[i]] + scene.tint[i]
-        reach = int(np.ceil(scene.radius[i] * scale)) + 2
-        corner = np.floor(centers[seen, i]).astype(int) - reach
-        offset = np.arange(2 * reach + 2, dtype=np.float32) + 0.5
-        x = (corner[:, :1] + offset - centers[seen, i, :1]) / scale
-        y = (corner[:, 1:] + offset - centers[seen, i, 1:]) / scale
-        alpha = np.clip(
-            0.5 - shape_distance(scene.shapes[i], x[:, None, :], y[:, :, None], scene.radius[i]) * scale, 0, 1
-        )
-        for k, t in enumerate(seen):
-            (left, top), width = corner[k], len(offset)
-            ys, xs = slice(max(top, 0), min(top + width, size)), slice(max(left, 0), min(left + width, size))
-            patch = alpha[k, ys.start - top : ys.stop - top, xs.start - left : xs.stop - left, None]
-            canvas[t, ys, xs] += (color - canvas[t, ys, xs]) * patch
-            owner[t, ys, xs][patch[..., 0] > 0.5] = i
+        visible = np.flatnonzero((times >= scene.appears[i]) & (times < scene.vanishes[i]))
+        if len(visible):
+            _draw_object(scene, i, times, visible, canvas, owner)
     if noise:
         canvas += rng.standard_normal((len(times), size, size, 1), np.float32) * np.float32(noise)
     return np.clip(canvas, 0, 255).astype(np.uint8), owner
 
 
+def _draw_object(
+    scene: Scene, i: int, times: np.ndarray, visible: np.ndarray, canvas: np.ndarray, owner: np.ndarray
+) -> None:
+    """Draw object i with smooth edges into the frames where it is visible."""
+    size = canvas.shape[1]
+    scale = size / FRAME
+    centers = (scene.centers(times) * scale)[visible, i]
+    color = COLOR_VALUES[scene.colors[i]] + scene.tint[i]
+    reach = int(np.ceil(scene.radius[i] * scale)) + 2
+    corner = np.floor(centers).astype(int) - reach
+    offset = np.arange(2 * reach + 2, dtype=np.float32) + 0.5
+    x = (corner[:, :1] + offset - centers[:, :1]) / scale
+    y = (corner[:, 1:] + offset - centers[:, 1:]) / scale
+    distance = shape_distance(scene.shapes[i], x[:, None, :], y[:, :, None], scene.radius[i])
+    alpha = np.clip(0.5 - distance * scale, 0, 1)
+    width = len(offset)
+    for k, t in enumerate(visible):
+        left, top = corner[k]
+        ys = slice(max(top, 0), min(top + width, size))
+        xs = slice(max(left, 0), min(left + width, size))
+        patch = alpha[k, ys.start - top : ys.stop - top, xs.start - left : xs.stop - left, None]
+        canvas[t, ys, xs] += (color - canvas[t, ys, xs]) * patch
+        owner[t, ys, xs][patch[..., 0] > 0.5] = i
+
+
 def shape_distance(shape: int, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-    """Distance (pixels, roughly) from the outline of a shape of radius r around the origin; negative inside."""
+    """Rough distance in pixels from the outline of a shape of radius r around the origin; negative inside."""
     name = SHAPE_NAMES[shape]
     if name == "circle":
         return np.hypot(x, y) - r
@@ -222,7 +237,11 @@ def shape_distance(shape: int, x: np.ndarray, y: np.ndarray, r: float) -> np.nda
 
 
 def ask(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, str] | None:
-    """One question of a kind about a scene and its answer, in the words above; None if the scene does not allow that kind."""
+    """Ask a question of one kind about a scene.
+
+    Returns:
+        Question and answer in the words above; None if the scene doesn't allow that kind.
+    """
     i = int(rng.integers(len(scene)))
     if kind == "color":
         return f"what color is the {SHAPE_NAMES[scene.shapes[i]]} ?", COLOR_NAMES[scene.colors[i]]
@@ -254,7 +273,7 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, str] | 
 
 
 def _presence(scene: Scene, i: int, rng: np.random.Generator) -> tuple[str, str]:
-    """Half of the questions name an object that is there; most others name one that shares its colour or its shape."""
+    """Ask for an object that is there in half of the cases, else mostly for one of its colour or shape."""
     color, shape = scene.colors[i], scene.shapes[i]
     if rng.random() < 0.5:
         color = color if rng.random() < 0.45 else rng.integers(len(COLOR_NAMES))
@@ -278,16 +297,13 @@ def _about_brief(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | No
 
 
 def describe(scene: Scene) -> str:
-    """One sentence per object, in the order of the shape names."""
+    """Describe a scene: one sentence per object, in the order of the shape names."""
     sentences = []
     for i in np.argsort(scene.shapes):
-        motion = scene.motions[i]
-        verb = (
-            "stays still"
-            if motion == STILL
-            else "appears briefly"
-            if motion == BRIEF
-            else f"moves {MOTION_NAMES[motion]}"
-        )
-        sentences.append(f"a {scene.name(i)} {verb} .")
+        sentences.append(f"a {scene.name(i)} {motion_words(int(scene.motions[i]))} .")
     return " ".join(sentences)
+
+
+def motion_words(motion: int) -> str:
+    """What an object does, like "moves left"."""
+    return {STILL: "stays still", BRIEF: "appears briefly"}.get(motion, f"moves {MOTION_NAMES[motion]}")
