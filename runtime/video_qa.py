@@ -16,7 +16,8 @@ from ppllava_edge.engines.bundle.packed import find_bundle
 from ppllava_edge.engines.bundle.prompt_template import PromptTemplate
 from ppllava_edge.engines.errors import EngineError, MediaError
 from ppllava_edge.runtime.encoding.cached_features import CachedFeatures
-from ppllava_edge.runtime.encoding.encode_source import Progress, encode_source, reader_of
+from ppllava_edge.runtime.encoding.encode_source import encode_source, reader_of
+from ppllava_edge.runtime.encoding.frame_encoder import Progress
 from ppllava_edge.runtime.language.text_processor import TextProcessor
 from ppllava_edge.runtime.live.view import Live
 from ppllava_edge.runtime.pipeline.factory import Pipeline

@@ -37,19 +37,19 @@ class Step:
 
 FRAME = (
     Step("runtime/video_qa.py", "VideoQA.open", "a video is opened", ("encode_source",)),
-    Step("runtime/encoding/encode_source.py", "encode_source", "frames are chosen", ("choose_frames",)),
+    Step("runtime/encoding/encode_source.py", "encode_source", "frames are chosen", ("choose_frames", "run")),
     Step("runtime/vision/frame_choice.py", "choose_frames", "the middle of equal parts"),
     Step("runtime/media/readers.py", "VideoReader.frames", "decoded from the key frame before each"),
     Step(
-        "runtime/encoding/encode_source.py",
-        "_FrameEncoder.run",
+        "runtime/encoding/frame_encoder.py",
+        "FrameEncoder.run",
         "in the background",
         ("prefetch", "_prepare"),
     ),
     Step("runtime/media/prefetch.py", "prefetch", "ahead of the engine"),
     Step(
-        "runtime/encoding/encode_source.py",
-        "_FrameEncoder._prepare",
+        "runtime/encoding/frame_encoder.py",
+        "FrameEncoder._prepare",
         "frame after frame",
         ("preprocess_video",),
     ),

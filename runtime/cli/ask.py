@@ -14,7 +14,7 @@ import click
 from ppllava_edge.engines.errors import PromptError
 
 if TYPE_CHECKING:
-    from ppllava_edge.runtime.encoding.encode_source import Progress
+    from ppllava_edge.runtime.encoding.frame_encoder import Progress
     from ppllava_edge.runtime.session.answer import Answer
     from ppllava_edge.runtime.session.video import Video
     from ppllava_edge.runtime.video_qa import VideoQA

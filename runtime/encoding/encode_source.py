@@ -1,35 +1,24 @@
-"""From a source to features: a background thread decodes and preprocesses frames ahead of the engine."""
+"""From a source to features: which frames, how they become features, what is known about them."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from ppllava_edge.engines.errors import MediaError
-from ppllava_edge.runtime.encoding.candidates import Candidates, array_for
+from ppllava_edge.runtime.encoding.candidates import Candidates
 from ppllava_edge.runtime.encoding.encoded_video import EncodedVideo
+from ppllava_edge.runtime.encoding.frame_encoder import EngineLock, FrameEncoder, Progress
 from ppllava_edge.runtime.media.arrays import ArrayReader
-from ppllava_edge.runtime.media.prefetch import prefetch
 from ppllava_edge.runtime.media.readers import FrameReader, open_reader
 from ppllava_edge.runtime.media.thumbnails import read_pictures, small_picture
 from ppllava_edge.runtime.pipeline.base import BasePipeline
-from ppllava_edge.runtime.pipeline.clip import ClipEncoder
 from ppllava_edge.runtime.vision.frame_choice import choose_frames
 from ppllava_edge.runtime.vision.frame_options import FrameOptions
-from ppllava_edge.runtime.vision.preprocess import preprocess_image, preprocess_video
-
-Progress = Callable[[str, int, int], None]  # what ("decode" or "vision"), done, of how many
-EngineLock = AbstractContextManager[Any]
-Prepared = tuple[int, float, np.ndarray]  # a frame's number, seconds, pixels (3, size, size)
-
-BATCH = 4  # frames encoded at once
-MAX_PICTURES = 64  # kept; of longer clips they are read again when somebody wants to see them
+from ppllava_edge.runtime.vision.preprocess import preprocess_image
 
 
 def reader_of(source: str | os.PathLike[str] | Sequence[Any], options: FrameOptions) -> FrameReader:
@@ -66,43 +55,22 @@ def encode_source(
         MediaError: In one line, for what can't be decoded or doesn't suit the model.
     """
     m = pipeline.manifest
-    media = "video" if reader.kind == "video" or m.pooling.method.startswith("pllava") else "image"
-    if media == "image":
+    if reader.kind == "image" and not m.pooling.method.startswith("pllava"):
         return _encode_image(pipeline, engine_lock, reader)
     if options.select == "guided" and not m.pooling.guided:
         raise MediaError(
             f"--select guided needs pooling that the question guides; {m.name} pools with {m.pooling.method}"
         )
-    guided = options.select == "guided" and not isinstance(reader, ArrayReader)
-    count = reader.count if isinstance(reader, ArrayReader) else options.count(m, reader)
+    given = isinstance(reader, ArrayReader)  # frames from the app: all are used
+    guided = options.select == "guided" and not given
+    count = reader.count if given else options.count(m, reader)
     pipeline.check_frames(count)
-    windows = options.windows(m, count)
-    many = max(options.candidates, count) if guided else count
-
-    def choice(r: FrameReader) -> list[int]:
-        chosen = choose_frames(r, many, options.start, options.end)
-        return list(dict.fromkeys(chosen)) if guided else chosen
-
-    encoder = _FrameEncoder(pipeline, engine_lock, reader, to_array=guided)
-    encoder.run(choice, progress)
-    if (
-        not guided and len(reader.indices) != count
-    ):  # a single picture, or fewer frames than the file promised
-        windows = options.windows(m, len(reader.indices))
-    video = EncodedVideo(
-        kind="video",
-        media=media,
-        indices=list(reader.indices),
-        times=[encoder.times[i] for i in reader.indices],
-        fps=reader.fps,
-        duration=reader.duration,
-        source_frames=reader.count,
-        count=count,
-        windows=windows,
-        notes=list(reader.notes),
-        pictures=encoder.pictures,
-        read_again=partial(read_pictures, reader),
-    )
+    options.windows(m, count)  # refuses a token budget that can't be kept, before anything is decoded
+    encoder = FrameEncoder(pipeline, engine_lock, reader, to_array=guided)
+    encoder.run(partial(_choice, options=options, count=count, guided=guided), progress)
+    video = _described(reader, encoder, count)
+    # Fewer frames than asked for: a single picture, or a file that promised more than it holds.
+    video.windows = options.windows(m, count if guided else len(reader.indices))
     started = time.perf_counter()
     with engine_lock:
         if not guided:
@@ -118,96 +86,28 @@ def encode_source(
     return video
 
 
-class _FrameEncoder:
-    """Encodes frames as they are decoded, a batch at a time.
+def _choice(reader: FrameReader, options: FrameOptions, count: int, guided: bool) -> list[int]:
+    """The numbers of the frames to encode: `count`, or the candidates that the question chooses among."""
+    many = max(options.candidates, count) if guided else count
+    chosen = choose_frames(reader, many, options.start, options.end)
+    return list(dict.fromkeys(chosen)) if guided else chosen
 
-    Args:
-        pipeline: The model.
-        engine_lock: Held while the engine encodes a batch.
-        reader: The source.
-        to_array: Move states into one array (mapped from a file if it is large), for candidates.
 
-    Attributes:
-        clip: States of the frames, unless to_array.
-        times: Frame number → seconds.
-        pictures: Frame number → small picture, of the first 64.
-        seconds: Spent encoding.
-    """
-
-    def __init__(self, pipeline: BasePipeline, engine_lock: EngineLock, reader: FrameReader, to_array: bool):
-        self.pipeline, self.engine_lock, self.reader = pipeline, engine_lock, reader
-        self.to_array = to_array
-        self.clip = ClipEncoder(pipeline)
-        self.times, self.pictures = dict[int, float](), dict[int, np.ndarray]()
-        self.seconds = 0.0
-        self._encoded = 0
-        self._array: np.ndarray | None = None
-        self._rows: dict[int, int] = {}
-
-    def run(self, choice: Callable[[FrameReader], list[int]], progress: Progress | None) -> None:
-        """Read the chosen frames and encode them. Raises MediaError if there are none."""
-        frames = prefetch(self._prepare(choice), 2 * BATCH)
-        batch, more = list[tuple[int, np.ndarray]](), True
-        try:
-            while more:
-                more = self._next(frames, batch)
-                wanted = len(set(self.reader.indices))
-                if batch and (len(batch) == BATCH or not more):
-                    self._encode(batch, wanted, more)
-                    batch.clear()
-                if progress:
-                    progress("decode", min(len(self.times), wanted), wanted)
-                    progress("vision", min(self._encoded, wanted), wanted)
-        finally:
-            frames.close()
-
-    def _prepare(self, choice: Callable[[FrameReader], list[int]]) -> Iterator[Prepared]:
-        """Decode and preprocess, in the prefetch thread."""
-        preprocessing = self.pipeline.manifest.preprocessing
-        for frame in self.reader.frames(choice):
-            if len(self.pictures) < MAX_PICTURES:
-                self.pictures[frame.number] = small_picture(frame.image)
-            yield frame.number, frame.seconds, preprocess_video([frame.image], preprocessing)[0]
-
-    def _next(self, frames: Generator[Prepared, None, None], batch: list[tuple[int, np.ndarray]]) -> bool:
-        """Append the next frame to the batch. Returns whether there was one."""
-        item = next(frames, None)
-        if item is None:
-            return False
-        number, seconds, pixels = item
-        self.times[number] = seconds
-        batch.append((number, pixels))
-        return True
-
-    def _encode(self, batch: list[tuple[int, np.ndarray]], wanted: int, more: bool) -> None:
-        started = time.perf_counter()
-        pixels, numbers = np.stack([pixels for _, pixels in batch]), [number for number, _ in batch]
-        self._encoded += len(batch)
-        with self.engine_lock:
-            self.clip.add(pixels, numbers, more=more and self._encoded < wanted)
-        if self.to_array:
-            self._move_to_array(wanted)
-        self.seconds += time.perf_counter() - started
-
-    def _move_to_array(self, capacity: int) -> None:
-        for number, state in self.clip.states.items():
-            state = np.asarray(state)
-            row = self._rows.setdefault(number, len(self._rows))
-            if self._array is None:
-                self._array = array_for((capacity, *state.shape[1:]), state.dtype)
-            elif row >= len(self._array):  # more frames than expected: a damaged file was chosen from again
-                larger = array_for((capacity + row, *state.shape[1:]), state.dtype)
-                larger[: len(self._array)] = self._array
-                self._array = larger
-            self._array[row] = state[0]
-        self.clip.states.clear()
-
-    def states(self, numbers: Sequence[int]) -> np.ndarray:
-        """States (n, S, P+1, C) of these frames, of the array."""
-        assert self._array is not None
-        rows = [self._rows[number] for number in numbers]
-        in_order = rows == list(range(len(rows)))
-        return self._array[: len(rows)] if in_order else self._array[rows]
+def _described(reader: FrameReader, encoder: FrameEncoder, count: int) -> EncodedVideo:
+    """The encoded frames, but for their features."""
+    return EncodedVideo(
+        kind="video",
+        media="video",
+        indices=list(reader.indices),
+        times=[encoder.times[i] for i in reader.indices],
+        fps=reader.fps,
+        duration=reader.duration,
+        source_frames=reader.count,
+        count=count,
+        notes=list(reader.notes),
+        pictures=encoder.pictures,
+        read_again=partial(read_pictures, reader),
+    )
 
 
 def _encode_image(pipeline: BasePipeline, engine_lock: EngineLock, reader: FrameReader) -> EncodedVideo:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -46,10 +48,18 @@ def test_8_threads_with_50_questions_each_get_the_serial_answers(qa: VideoQA) ->
     assert not wrong and qa.admission.held == qa.admission.waiting == qa.engine_lock.held == 0
 
 
-def test_two_streams_take_turns_token_by_token(qa: VideoQA) -> None:
+def test_two_streams_take_turns_token_by_token(qa: VideoQA, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long answer doesn't keep a short one waiting."""
     video, started = qa.open(SAMPLE), threading.Barrier(2)
     order: list[str] = []
+    generate = qa.pipeline.generate
+
+    def slow(*arguments: Any) -> Iterator[int]:
+        for token in generate(*arguments):
+            time.sleep(0.005)  # under the engine lock: the other thread queues up, also on a busy machine
+            yield token
+
+    monkeypatch.setattr(qa.pipeline, "generate", slow)
 
     def work(name: str) -> None:
         stream = video.stream("Describe the video.")
