@@ -166,7 +166,7 @@ class _Run:
             "step": done,
             "stage": stage,
             "seconds": round(seconds),
-            "scale": round(float(self.model.logit_scale.exp()), 1),
+            "scale": round(float(self.model.logit_scale.detach().exp()), 1),
         }
         line |= {name: round(float(np.mean(values)), 3) for name, values in self.recent.items()}
         self.recent = {}

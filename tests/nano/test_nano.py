@@ -1,4 +1,4 @@
-"""Nano: its world, and how well the packed model knows it."""
+"""Nano: its world, and how often the packed model answers right."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.commands import SAMPLE
+from ppllava_edge import VideoQA
+from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.packed import packed_bundle
 from ppllava_edge.nano import world
 from ppllava_edge.nano.clips import clip_frames, spoken
@@ -21,7 +23,7 @@ from ppllava_edge.nano.vocabulary import GROUPS, TEXT_ID, TEXTS, WORD_ID
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**32 - 1))
-def test_scenes_and_questions_hold_what_they_promise(seed: int) -> None:
+def test_scenes_keep_their_rules_and_questions_use_known_words(seed: int) -> None:
     rng = np.random.default_rng(seed)
     scene = world.sample_scene(rng)
     assert 1 <= len(scene) <= world.MAX_OBJECTS
@@ -37,9 +39,8 @@ def test_scenes_and_questions_hold_what_they_promise(seed: int) -> None:
             assert asked[0] in TEXT_ID and all(word in WORD_ID for word in asked[1].split())
 
 
-def test_the_answer_can_be_seen(seed: int = 3) -> None:
-    """Objects are where the scene says, in their colours, only while they are there."""
-    rng = np.random.default_rng(seed)
+def test_objects_are_drawn_in_their_colours_while_they_are_visible() -> None:
+    rng = np.random.default_rng(3)
     for _ in range(30):
         scene, times = world.sample_scene(rng), np.arange(world.STEPS) + 0.5
         frames, owner = world.draw(scene, times, rng)
@@ -55,9 +56,8 @@ def test_the_answer_can_be_seen(seed: int = 3) -> None:
 def test_drawing_scales() -> None:
     scene = world.sample_scene(np.random.default_rng(0))
     small = world.draw(scene, np.array([1.0]), np.random.default_rng(0), noise=0)[0][0].astype(float)
-    large = world.draw(scene, np.array([1.0]), np.random.default_rng(0), size=216, noise=0)[0][0].astype(
-        float
-    )
+    large = world.draw(scene, np.array([1.0]), np.random.default_rng(0), size=216, noise=0)[0][0]
+    large = large.astype(float)
     assert np.abs(large.reshape(108, 2, 108, 2, 3).mean((1, 3)) - small).mean() < 1
 
 
@@ -69,7 +69,7 @@ def test_the_same_seed_draws_the_same_clip() -> None:
     assert np.array_equal(*draws)
 
 
-def test_the_catalogue_of_texts_is_whole() -> None:
+def test_every_text_is_in_one_group() -> None:
     assert sorted(i for ids in GROUPS.values() for i in ids) == list(range(len(TEXTS)))
     assert spoken("what color is the circle ?") == "What color is the circle?"
 
@@ -78,8 +78,6 @@ def test_the_catalogue_of_texts_is_whole() -> None:
 
 
 def test_the_packed_bundle_is_small_and_whole() -> None:
-    from ppllava_edge.engines.bundle.bundle import Bundle
-
     bundle = Bundle.open(packed_bundle(), verify=True)
     assert bundle.total_bytes <= 8_000_000 and bundle.manifest.demo
     m = bundle.manifest
@@ -93,37 +91,25 @@ def answers() -> list[dict[str, str]]:
 
 
 def test_it_answers_right_on_held_out_clips(answers: list[dict[str, str]]) -> None:
-    """The full table stands in docs/nano.md; this is a sample of it, with room for chance."""
+    """docs/nano.md has the full table; this is a sample, with room for chance."""
     found = summary(answers)
     assert found["all"]["exact"] >= 0.96, found
 
 
-def test_losing_the_guidance_is_noticed(answers: list[dict[str, str]]) -> None:
-    """The same weights with equal pooling weights: a runtime that loses the question's guidance falls this far."""
+def test_accuracy_falls_without_guidance(answers: list[dict[str, str]]) -> None:
+    """With equal pooling weights accuracy falls, so a runtime that loses the guidance is noticed."""
     uniform = summary(evaluate(None, 200, seed=2024, uniform=True))["all"]["exact"]
     guided = summary(answers)["all"]["exact"]
     assert uniform < guided - 0.15, (uniform, guided)
 
 
 def test_the_evaluation_command() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "ppllava_edge.nano.evaluate",
-        "--questions",
-        "20",
-        "--seed",
-        "9",
-        "--json",
-    ]
+    command = [sys.executable, "-m", "ppllava_edge.nano.evaluate"]
+    command += ["--questions", "20", "--seed", "9", "--json"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = json.loads(run.stdout)
-    assert len(found["answers"]) == 20 and set(found["answers"][0]) == {
-        "kind",
-        "question",
-        "expected",
-        "answer",
-    }
+    assert len(found["answers"]) == 20
+    assert set(found["answers"][0]) == {"kind", "question", "expected", "answer"}
     assert found["summary"]["all"]["asked"] == 20
 
 
@@ -137,9 +123,5 @@ def test_the_evaluation_command() -> None:
     ],
 )
 def test_questions_as_people_type_them(question: str) -> None:
-
-    from ppllava_edge import VideoQA
-
-    sample = SAMPLE
-    answer = VideoQA().open(sample).ask(question, max_new_tokens=20)
+    answer = VideoQA().open(SAMPLE).ask(question, max_new_tokens=20)
     assert answer.text == "red" or "Mars" in question
