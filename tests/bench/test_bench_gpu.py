@@ -40,6 +40,7 @@ def test_help(tmp_path: Path) -> None:
     assert "{kernel,answer,compile}" in run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not shutil.which("nvcc"), reason="nvcc is not installed: the device build is not compiled here"
 )

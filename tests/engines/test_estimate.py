@@ -36,7 +36,9 @@ def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "precision", ["int4", *(pytest.param(p, marks=pytest.mark.slow) for p in ("fp32", "fp16", "int8"))]
+)
 def test_the_bundle_has_the_predicted_size(middling: Path, tmp_path: Path, precision: str) -> None:
     run = run_command("ppllava-export", middling, "--precision", precision, "--dry-run", "--json")
     assert run.returncode == 0, run.stderr

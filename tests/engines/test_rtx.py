@@ -74,7 +74,7 @@ def export(source: Path, output: Path, precision: str, clips: Path) -> Path:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
-@pytest.mark.parametrize("model", ["nano", "wide"])
+@pytest.mark.parametrize("model", ["nano", pytest.param("wide", marks=pytest.mark.slow)])
 def test_builds_for_three_generations(
     model: str, precision: str, wide: Path, clips: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +106,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, extra", FAMILIES)
 def test_other_families_build(family: str, extra: tuple[str, ...], tmp_path: Path) -> None:
     """SigLIP and Qwen2, unguided pooling, overlapping windows; heads of 8 (no TensorRT kernel)."""
@@ -125,6 +126,7 @@ def test_other_families_build(family: str, extra: tuple[str, ...], tmp_path: Pat
     assert {"trunk", "pooling", "decoder"} <= set(json.loads(run.stdout)["stages"])
 
 
+@pytest.mark.slow
 def test_the_same_bundle_gives_the_same_bytes(tmp_path: Path) -> None:
     manifests = []
     for name in ("a", "b"):

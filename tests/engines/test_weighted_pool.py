@@ -210,6 +210,7 @@ def test_without_a_gpu() -> None:
 # -- compiled for devices ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not shutil.which("nvcc"), reason="nvcc is not installed: the device build is not compiled here"
 )
