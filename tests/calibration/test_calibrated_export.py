@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from helpers.calibrating import export_options, file_hashes, small_job
 from helpers.commands import assert_one_line_error, run_command
+from helpers.exporting import export_options, file_hashes, small_job
 from ppllava_edge.calibration import data
 from ppllava_edge.calibration.calibrate import quantize_with_data
 from ppllava_edge.engines.bundle.bundle import Bundle

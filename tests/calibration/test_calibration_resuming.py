@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers.calibrating import export_options, file_hashes, small_job
+from helpers.exporting import export_options, file_hashes, small_job
 from ppllava_edge.calibration.calibrate import quantize_with_data
 from ppllava_edge.calibration.model import streamed_model
 from ppllava_edge.calibration.model.stage_stream import StageStream

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.calibrating import export_options, small_job
 from helpers.commands import run_command
+from helpers.exporting import export_options, small_job
 from ppllava_edge.calibration import observe
 from ppllava_edge.calibration.calibrate import quantize_with_data
 from ppllava_edge.calibration.gate import parity

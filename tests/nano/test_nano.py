@@ -74,7 +74,7 @@ def test_every_text_is_in_one_group() -> None:
     assert spoken("what color is the circle ?") == "What color is the circle?"
 
 
-# -- the packed model ------------------------------------------------------------------------------------------------
+# -- the packed model ----------------------------------------------------------------------------------------
 
 
 def test_the_packed_bundle_is_small_and_whole() -> None:
