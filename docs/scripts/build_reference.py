@@ -109,7 +109,9 @@ def code_block(text: str) -> list[str]:
 
 
 def signature(name: str, thing: Any) -> str:
-    """How a function or class is called, without self; only the name if Python can't say."""
+    """How a function or class is called, without self; only the name of what can't be called."""
+    if inspect.isabstract(thing):
+        return name
     try:
         plain = inspect.signature(thing)
     except (TypeError, ValueError):

@@ -287,7 +287,3 @@ def _check(question: str | None, options: dict[str, Any]) -> None:
             raise click.UsageError(
                 f"{refused} and --live don't go together; --last says how far to look back"
             )
-
-
-if __name__ == "__main__":
-    main()

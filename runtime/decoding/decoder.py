@@ -28,7 +28,10 @@ class Decoder(ABC):
 
     Attributes:
         info: Sizes of the decoder.
+        verify_hint: The end of the error for drafts that can't be verified: what to do.
     """
+
+    verify_hint = ""
 
     def __init__(self, info: DecoderInfo):
         self.info = info
@@ -86,8 +89,7 @@ class Decoder(ABC):
         """Raise EngineError or PromptError if the engine, or the sampling, can't verify drafts."""
         if not self.verifies:
             raise EngineError(
-                "looking ahead needs an engine that verifies several tokens at once; "
-                "lowered graphs don't: ppllava-build BUNDLE --target cpu"
+                f"looking ahead needs an engine that verifies several tokens at once{self.verify_hint}"
             )
 
     def generate(

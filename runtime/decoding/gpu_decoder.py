@@ -101,6 +101,8 @@ class GpuDecoder(_EngineDecoder):
 class GrowingGpuDecoder(_EngineDecoder):
     """A decoder over lowered graphs (TensorRT 10.3), whose cache grows."""
 
+    verify_hint = "; lowered graphs don't"
+
     @property
     def verifies(self) -> bool:
         """As Decoder says."""
@@ -108,7 +110,6 @@ class GrowingGpuDecoder(_EngineDecoder):
 
     def start(self, length: int, new_tokens: int) -> Sequence:
         """As Decoder says; the sequence has room for as much as the engine's cache holds."""
-        check_context(length, self.info.context)
         capacity = min(self.fixed or self.info.context, self.info.context)
         if length >= capacity:
             raise self.prompt_too_long(length)

@@ -27,6 +27,8 @@ class OnnxRuntimeDecoder(Decoder):
         cache: "in place" or "concatenated", as in engine.json.
     """
 
+    verify_hint = ": ppllava-build BUNDLE --target cpu"
+
     def __init__(
         self,
         stages: list[Stage],

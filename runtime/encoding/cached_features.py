@@ -19,6 +19,7 @@ from ppllava_edge.runtime.vision.feature_cache import CachedVideo, FeatureCache,
 from ppllava_edge.runtime.vision.frame_options import FrameOptions
 
 log = logging.getLogger(__name__)
+KEY_OF_OPTIONS = "Look"  # part of every entry's key: another word would orphan what users have cached
 FACTS = (  # of an EncodedVideo, kept beside its arrays
     "kind",
     "media",
@@ -55,7 +56,8 @@ class CachedFeatures:
         if self._cache is not None:
             made_by = repr(pipeline.engine.made_by if pipeline.engine else "")
             model = bundle_hash(pipeline.bundle), pipeline.engine_name, made_by
-            self._key = content_hash(source), *model, repr(options)
+            choice = repr(options).replace(type(options).__name__, KEY_OF_OPTIONS, 1)
+            self._key = content_hash(source), *model, choice
 
     def load(self) -> EncodedVideo | None:
         """The encoded video; None if it isn't there, or was written by another version."""

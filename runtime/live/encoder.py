@@ -21,10 +21,10 @@ TOLERANCE = 1e-6  # seconds that a frame may be early
 
 
 class FramePacer:
-    """Picks `fps` frames a second out of a faster stream. Thread-safe."""
+    """Picks `fps` frames a second out of a faster stream. Thread-safe; fps may be changed at any time."""
 
     def __init__(self, fps: float):
-        self._step = 1 / fps
+        self.fps = fps
         self._next: float | None = None
         self._lock = threading.Lock()
 
@@ -33,7 +33,7 @@ class FramePacer:
 
         Times may start again: a stream was reconnected, a clock was set.
         """
-        step = self._step
+        step = 1 / self.fps
         with self._lock:
             if self._next is None or self._next - step > t + step:
                 self._next = t
@@ -43,7 +43,7 @@ class FramePacer:
             return True
 
 
-class FrameEncoder:
+class LiveEncoder:
     """Encodes frames in a thread; a frame that comes before the last one was taken replaces it.
 
     Args:
@@ -81,7 +81,7 @@ class FrameEncoder:
 
     @property
     def pending(self) -> int:
-        """Frames that are still to be encoded."""
+        """Frames that are still to be encoded; after close, the one that was dropped counts too."""
         return self._slot.put_in - self._slot.dropped - self.encoded - self.failed
 
     def start(self) -> None:
@@ -89,8 +89,11 @@ class FrameEncoder:
         self._thread.start()
 
     def close(self) -> None:
-        """Finish the frame under way, drop the next one, end the thread."""
+        """Take no more frames; the one that waits is dropped, the one under way is finished (join)."""
         self._slot.close()
+
+    def join(self) -> None:
+        """Wait for the thread's end, after close."""
         if self._thread is not threading.current_thread():
             self._thread.join()
 

@@ -128,7 +128,7 @@ class LiveQuestions(ABC):
         def ask() -> AnswerStream:
             return self.stream(question, last, **asking)
 
-        watch = Watch(ask, every, on_answer, changes_only, on_error)
+        watch = Watch(question, ask, every, on_answer, changes_only, on_error)
         self._watches = [w for w in self._watches if w.running] + [watch]
         return watch
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.encoding.encoded_video import EncodedVideo
-from ppllava_edge.runtime.live.encoder import FrameEncoder, FramePacer
+from ppllava_edge.runtime.live.encoder import FramePacer, LiveEncoder
 from ppllava_edge.runtime.live.questions import LiveQuestions
 from ppllava_edge.runtime.live.reconnect import StreamReader
 from ppllava_edge.runtime.live.source import LiveSource
@@ -82,12 +82,13 @@ class Live(LiveQuestions):
         on_state: OnState | None = None,
     ):
         super().__init__()
-        self.qa, self.fps = qa, fps
+        self.qa = qa
+        self._pacer = FramePacer(fps)
+        self.fps = fps
         self._check(window, history, timeout)
         self.window = Window(window, history)
         self._state = ViewState(PLAYING if source is None else CONNECTING, qa.report, on_state)
-        self._pacer = FramePacer(fps)
-        self._encoder = FrameEncoder(qa, self.window, self._state.notify, self._encoding_failed)
+        self._encoder = LiveEncoder(qa, self.window, self._state.notify, self._encoding_failed)
         self._created = time.monotonic()
         self._pushed = 0
         self._pushed_size: tuple[int, int] | None = None
@@ -105,14 +106,23 @@ class Live(LiveQuestions):
             self._reader.start()
 
     @property
+    def fps(self) -> float:
+        """Frames to encode a second; may be changed at any time."""
+        return self._pacer.fps
+
+    @fps.setter
+    def fps(self, fps: float) -> None:
+        if not 0 < fps <= MAX_FPS:
+            raise MediaError(f"fps must be above 0 and at most {MAX_FPS}, not {fps:g}")
+        self._pacer.fps = fps
+
+    @property
     def _min_frames(self) -> int:
         """The fewest frames that the model's pooling takes."""
         pooling = self.qa.pipeline.manifest.pooling
         return pooling.video.min_frames() if pooling.windowed else 1
 
     def _check(self, window: int, history: float | None, timeout: float) -> None:
-        if not 0 < self.fps <= MAX_FPS:
-            raise MediaError(f"fps must be above 0 and at most {MAX_FPS}, not {self.fps:g}")
         if not self._min_frames <= window <= MAX_WINDOW:
             raise MediaError(f"window must be from {self._min_frames} to {MAX_WINDOW} frames, not {window}")
         if timeout <= 0 or (history is not None and history <= 0):
@@ -258,6 +268,7 @@ class Live(LiveQuestions):
         self._encoder.close()  # first: the reader may be waiting for it
         if self._reader is not None:
             self._reader.close()
+        self._encoder.join()
         self._state.change(CLOSED)
 
     def __enter__(self) -> Live:

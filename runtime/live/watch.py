@@ -20,6 +20,7 @@ class Watch:
     """A question that is asked periodically until the watch is stopped.
 
     Args:
+        question: What is asked.
         ask: Starts an answer from the live view's current window.
         every: Seconds between questions. An answer that takes longer delays the next; none pile up.
         on_answer: Called with each answer, in the watch's thread.
@@ -27,18 +28,20 @@ class Watch:
         on_error: Called with errors (no frame yet, engine busy); the watch goes on.
 
     Attributes:
-        every: As given.
+        question, every: As given.
         answers, errors: Counts so far.
     """
 
     def __init__(
         self,
+        question: str,
         ask: Callable[[], AnswerStream],
         every: float,
         on_answer: Callable[[Answer], None] | None,
         changes_only: bool,
         on_error: Callable[[PPLLaVAError], None] | None,
     ):
+        self.question = question
         self.every = every
         self.answers = self.errors = 0
         self._ask, self._changes_only = ask, changes_only

@@ -7,7 +7,7 @@ says in which group of pictures, i.e. behind which key frame, a frame lies. To d
 1. Find the presentation time of every frame in the group. Sorted, they tell the time of the i-th frame
    shown, and decoded frames are recognised by their times.
 2. Go to the group's key frame (packet_cursor.py) and decode until all wanted frames came out. If the
-   decoder is already inside the group or shortly before it, it just goes on.
+   cursor is shortly before the key frame, packets are read up to it instead of seeking.
 3. In codecs that mark frames no other frame refers to (H.264, MPEG-2), skip those that aren't wanted.
 4. If a frame comes out damaged, begin again one, two, then eight key frames earlier. Some encoders let
    frames refer back across a key frame: "open" groups begin with frames that are shown before their key

@@ -1,4 +1,4 @@
 """The model's stages, one call each, on the CPU or resident on a GPU; `factory.Pipeline.open` picks which.
 
-May be imported from session/, live/ and cli/; imports decoding/, language/, vision/ and engines/.
+May be imported from encoding/, session/ and video_qa.py; imports decoding/, language/, vision/ and engines/.
 """

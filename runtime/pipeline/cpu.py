@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -181,3 +181,7 @@ class CpuPipeline(BasePipeline):
     def prefill(self, prompt: Any) -> np.ndarray:
         """As BasePipeline says."""
         return super().prefill(np.asarray(prompt))
+
+    def generate(self, prompt: Any, *arguments: Any, **options: Any) -> Generator[int, None, None]:
+        """As BasePipeline says."""
+        return super().generate(np.asarray(prompt), *arguments, **options)

@@ -37,7 +37,7 @@ class GpuPipeline(BasePipeline):
     Args:
         bundle: What to open.
         engine: One of the bundle's, fresh and for this GPU (engines/targets/select.py).
-        threads: Of ONNX Runtime, for what it runs on the CPU.
+        threads: Kept for the caller; nothing here runs on the CPU.
         gpu: The device; None: the machine's first.
         on_cpu: Run ONNX Runtime's graphs on its CPU provider over the device's memory, for tests.
     """

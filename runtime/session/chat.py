@@ -35,7 +35,7 @@ class Chat:
     Attributes:
         before: Token ids before the visual tokens.
         after: Token ids of everything that follows them: questions and answers.
-        sequence: The KV cache; None until the first turn, and after a turn that failed.
+        sequence: The KV cache; None until the first turn, and after a turn that gave no token.
         turn: Held while a question is answered: one at a time.
     """
 
@@ -121,7 +121,8 @@ class Chat:
         """The token ids that a further question adds to the prompt.
 
         With history: the end of the last answer, the roles, the question. Without: what follows the visual
-        tokens; earlier questions and answers are taken out of the cache.
+        tokens; earlier questions and answers are taken out of the cache, or the cache is dropped if it can't
+        take positions back.
         """
         if self.history:
             return self.text.follow_up_ids(question)

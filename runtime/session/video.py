@@ -120,8 +120,9 @@ class Video:
         timeout: float | None = None,
     ) -> AnswerStream:
         """`ask`, as an iterator of pieces of text; its `answer` is there when it is exhausted or closed."""
+        question = clean_question(question)
         options = GenerationOptions(max_new_tokens, sampling or Sampling(), tuple(stop), look_ahead, timeout)
-        return AnswerStream(self.qa, self, clean_question(question), options)
+        return AnswerStream(self.qa, self, question, options)
 
     def similarity(self, question: str) -> np.ndarray:
         """Cosine (T, rows, columns) float32 of every patch with the question.

@@ -80,3 +80,12 @@ def test_an_entry_of_another_version_is_encoded_anew(tmp_path: Path) -> None:
     cached.facts["something new"] = 1
     qa.cache.store(cached, *key)
     assert qa.open(SAMPLE).ask(QUESTION).timings["vision"] > 0
+
+
+def test_the_key_stays_what_it_was(tmp_path: Path) -> None:
+    """An entry's key holds the options as text: a renamed class would orphan what users have cached."""
+    qa = VideoQA(device="cpu", cache=tmp_path)
+    entry = CachedFeatures(qa.cache, qa.pipeline, SAMPLE, FrameOptions(8))
+    assert entry._key[-1] == (
+        "Look(frames=8, start=None, end=None, tokens=None, select='uniform', candidates=256)"
+    )

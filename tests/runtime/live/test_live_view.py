@@ -122,3 +122,28 @@ def test_metrics_and_status(frames: np.ndarray) -> None:
     assert status.size == (216, 216) and status.kept == 1
     kinds = [event for event, _ in events]
     assert kinds == ["frame", "answer", "live"] and events[1][1]["prefill"] > 0 and events[0][1]["vision"] > 0
+
+
+def test_fps_may_be_changed(qa: VideoQA, frames: np.ndarray) -> None:
+    with qa.live(fps=1, window=8) as live:
+        assert [live.push(frames[i], i / 10) for i in range(10)].count(True) == 1
+        live.fps = 10
+        assert [live.push(frames[i], 1 + i / 10) for i in range(10)].count(True) >= 9
+        with pytest.raises(MediaError, match="fps must be above 0"):
+            live.fps = 0
+
+
+def test_closing_ends_the_reader_at_once(qa: VideoQA, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only when the frame that is being encoded is done: a file without pace would be read to its end."""
+    encode = qa.pipeline.encode_trunk
+
+    def encode_slowly(pixels: Any, more: bool = False) -> Any:
+        time.sleep(0.5)
+        return encode(pixels)
+
+    monkeypatch.setattr(qa.pipeline, "encode_trunk", encode_slowly)
+    live = qa.live(SAMPLE, fps=1000, window=8, realtime=False)
+    assert live.wait_for(1, 30)
+    seen = live.status.seen
+    live.close()
+    assert live.status.seen <= seen + 2 < 40
