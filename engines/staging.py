@@ -8,7 +8,6 @@ carries the host: some network file systems keep locks per host, so folders of o
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import platform
@@ -19,7 +18,13 @@ from pathlib import Path
 
 import click
 
+try:
+    import fcntl
+except ImportError:  # not on Windows: staging folders are not locked there, and never swept
+    fcntl = None  # type: ignore[assignment]
+
 SUFFIX = ".part"
+MAX_NAME = 64  # characters of the target's name in the folder's: file names end at 255
 MACHINE_ID = Path("/etc/machine-id")
 
 
@@ -49,7 +54,8 @@ def staging_folder(target: Path, note: Callable[[str], None] | None = None) -> I
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
 def sweep(parent: Path) -> list[str]:
@@ -63,7 +69,9 @@ def sweep(parent: Path) -> list[str]:
     Returns:
         The names of the removed folders, sorted.
     """
-    removed = []
+    removed: list[str] = []
+    if fcntl is None:
+        return removed
     for folder in sorted(parent.glob(f".*.{_host_mark()}-*{SUFFIX}")):
         with contextlib.suppress(OSError):
             lock = _lock(folder, wait=False)
@@ -76,17 +84,19 @@ def sweep(parent: Path) -> list[str]:
     return removed
 
 
-def _create_locked(target: Path) -> tuple[Path, int]:
-    """A new staging folder and the open, locked descriptor of it."""
-    prefix = f".{target.name}.{_host_mark()}-"
+def _create_locked(target: Path) -> tuple[Path, int | None]:
+    """A new staging folder and the open, locked descriptor of it; None where folders can't be locked."""
+    prefix = f".{target.name[:MAX_NAME]}.{_host_mark()}-"
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=SUFFIX, dir=target.parent))
+        if fcntl is None:
+            return folder, None
         try:
             lock = _lock(folder, wait=True)
         except FileNotFoundError:  # another command swept it before it was locked
             continue
         except OSError:  # this file system has no locks for folders: nobody can sweep it
-            return folder, os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            return folder, None
         if folder.exists():
             return folder, lock
         os.close(lock)

@@ -77,7 +77,7 @@ def convert(
         graphs, records = quantized_graphs(model, options, plans or {})
         progress.start(sum(g.weight_bytes for g in graphs.values()))
         model.write_tokenizers(staging)  # first: quick, and may fail
-        reports = [_save_stage(g, staging, progress) for g in graphs.values()]
+        reports = [_save_stage(name, g, staging, progress) for name, g in graphs.items()]
         reports.append(_save_embeddings(model, options, staging))
         manifest = model.manifest(precision)
         if options.writes_cpu_engine:
@@ -115,12 +115,12 @@ def quantized_graphs(
     return graphs, records
 
 
-def _save_stage(g: Graph, staging: Path, progress: Progress) -> StageReport:
-    progress.stage(g.name)
+def _save_stage(name: str, g: Graph, staging: Path, progress: Progress) -> StageReport:
+    progress.stage(name)
     started = time.perf_counter()
-    g.save(staging / f"{g.name}.onnx", progress.wrote)
-    size = sum(path.stat().st_size for path in staging.glob(f"{g.name}.onnx*"))
-    return StageReport(g.name, g.parameters, size, time.perf_counter() - started)
+    g.save(staging / f"{name}.onnx", progress.wrote)
+    size = sum(path.stat().st_size for path in staging.glob(f"{name}.onnx*"))
+    return StageReport(name, g.parameters, size, time.perf_counter() - started)
 
 
 def _save_embeddings(model: Source, options: Options, staging: Path) -> StageReport:

@@ -91,8 +91,7 @@ class CudaDevice:
             f"{f', {missing:.0f} MB are missing' if missing else ''}; {LESS_MEMORY}"
         )
 
-    # -- memory and copies
-    # ---------------------------------------------------------------------------------------
+    # -- memory and copies ---------------------------------------------------------------
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Buffer:
         """An uninitialised buffer."""
@@ -172,8 +171,7 @@ class CudaDevice:
         pinned.wait(size)
         return pinned
 
-    # -- CUDA graphs
-    # ---------------------------------------------------------------------------------------------
+    # -- CUDA graphs ---------------------------------------------------------------
 
     def capture(self, queue: Callable[[], None]) -> Callable[[], None]:
         """Capture the work that a function queues as a CUDA graph.

@@ -81,6 +81,7 @@ def build_onnxruntime(bundle: Bundle, target: str, progress: Progress = no_progr
     names = [file.removesuffix(".onnx") for file in files if file.endswith(".onnx")]
     stages: dict[str, tuple[str, ...]] = {}
     kv_dtype = bundle.manifest.decoder.kv_dtype
+    made_by = {} if target == "lowered" else {"onnxruntime": _onnxruntime_version()}
     with staging_folder(folder) as staging:
         for done, name in enumerate(names):
             progress(name, done, len(names))
@@ -94,7 +95,7 @@ def build_onnxruntime(bundle: Bundle, target: str, progress: Progress = no_progr
             folder=folder,
             target=target,
             bundle=fingerprint(bundle.manifest),
-            made_by={} if target == "lowered" else {"onnxruntime": _onnxruntime_version()},
+            made_by=made_by,
             kv_dtype=kv_dtype,
             stages=stages,
             files={},

@@ -51,6 +51,7 @@ class BundleSource:
 
     def _read_graph(self, name: str, precision: Precision) -> Graph:
         g = Graph.read(self.bundle.file(f"{name}.onnx"))
+        g.name = name  # the file's own could be anything, also a path
         # similarity always computes in float32, but its input has the type of the vision stages
         stage = "trunk" if name == "similarity" else name
         return to_float32(g) if precision.float_type(stage) == "float32" else g

@@ -155,3 +155,14 @@ def test_export_and_build_clean_up_after_killed_commands(tiny_checkpoint: Path, 
     assert run.returncode == 0, run.stderr
     assert name in run.stderr
     assert [path.name for path in (output / "engines").iterdir()] == ["cpu"]
+
+
+def test_a_long_name_and_a_system_without_fcntl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / ("x" * 240)
+    with staging.staging_folder(target) as folder:
+        folder.rename(target)
+    assert target.is_dir()
+    monkeypatch.setattr(staging, "fcntl", None)
+    with staging.staging_folder(tmp_path / "y") as folder:
+        assert folder.is_dir()
+    assert staging.sweep(tmp_path) == [] and not folder.exists()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 from click.testing import CliRunner
 
 from helpers.commands import ROOT, assert_one_line_error, run_command
 from ppllava_edge.calibration.calibrate import Job
 from ppllava_edge.engines.bundle.bundle import Bundle
+from ppllava_edge.engines.bundle.integrity import write_manifest
+from ppllava_edge.engines.bundle.manifest import MANIFEST
+from ppllava_edge.engines.bundle.manifest_parser import read_manifest
 from ppllava_edge.engines.bundle.packed import packed_bundle
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.export.cli import main
@@ -52,3 +57,20 @@ def test_a_checkpoint_in_a_folder_called_nano_is_exported(tmp_path: Path) -> Non
     (folder / "config.json").write_text("{}")
     run = run_command("ppllava-export", "nano", "-o", tmp_path / "bundle", cwd=tmp_path)
     assert_one_line_error(run, "not a PPLLaVA or PLLaVA checkpoint")
+
+
+@pytest.mark.parametrize("name", ["main_graph", "../../escaped"])
+def test_a_graph_inside_a_bundle_may_have_any_name(tmp_path: Path, name: str) -> None:
+    """Files are named after stages: a graph's own name, which other tools change, is no file name."""
+    source, output = tmp_path / "source", tmp_path / "a" / "b" / "output"
+    shutil.copytree(packed_bundle(), source)
+    output.parent.mkdir(parents=True)
+    model = onnx.load(source / "trunk.onnx", load_external_data=False)
+    model.graph.name = name
+    (source / "trunk.onnx").write_bytes(model.SerializeToString())
+    write_manifest(source, Bundle(source, read_manifest(source / MANIFEST)).manifest)
+    flags = ("--precision", "int8", "--weight-only", "--no-engine")
+    run = run_command("ppllava-export", source, "-o", output, *flags)
+    assert run.returncode == 0, run.stderr
+    assert Bundle.open(output, verify=True).manifest.precision["vision"] == "int8"
+    assert not list(tmp_path.rglob("*escaped*"))

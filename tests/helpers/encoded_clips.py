@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +60,19 @@ KINDS = {
 }
 
 
+@contextmanager
+def own_scheduling() -> Iterator[None]:
+    """Keep this process's scheduling policy: as root, SVT-AV1 makes it real-time; other threads starve."""
+    if not hasattr(os, "sched_getscheduler"):
+        yield
+        return
+    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, priority)
+
+
 class Clips:
     """Clips of every kind, each encoded and decoded once."""
 
@@ -73,7 +88,8 @@ class Clips:
             pytest.skip(f"this FFmpeg has no {codec} encoder")
         if kind not in self._paths:
             path = self.folder / f"{len(self._paths)}.{suffix}"
-            self._paths[kind] = encode_clip(path, codec, options, container_options)
+            with own_scheduling():
+                self._paths[kind] = encode_clip(path, codec, options, container_options)
         return self._paths[kind]
 
     def frames(self, kind: str) -> list[np.ndarray]:
