@@ -2,7 +2,7 @@
 
     from ppllava_edge import VideoQA
 
-    qa = VideoQA()                       # the packed demonstration model; VideoQA("path/to/bundle") for a real one
+    qa = VideoQA()                       # the packed demonstration model; VideoQA("bundle") for a real one
     video = qa.open("clip.mp4")          # decoded and encoded once
     print(video.ask("What color is the circle?").text)
 
