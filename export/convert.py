@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.integrity import write_manifest
-from ppllava_edge.engines.bundle.manifest import Manifest
+from ppllava_edge.engines.bundle.manifest import MANIFEST, Manifest
+from ppllava_edge.engines.bundle.manifest_parser import read_manifest
 from ppllava_edge.engines.errors import EngineError, PPLLaVAError
 from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.engines.targets.build import build_cpu
@@ -86,6 +87,7 @@ def convert(
         if finish:
             manifest = finish(staging, manifest, records)
         manifest = write_manifest(staging, manifest)
+        read_manifest(staging / MANIFEST)  # what the runtime would refuse is not moved into place
         move_into_place(staging, output, options.force)
     return manifest, reports
 

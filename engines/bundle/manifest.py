@@ -127,6 +127,11 @@ class PoolingInfo:
         """Whether the question guides the pooling."""
         return self.method == "ppllava"
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether single images can be pooled as such; PLLaVA reads them as one-frame videos."""
+        return self.method not in ("pllava", "pllava_npu")
+
     def tokens(self, frames: int, grid: tuple[int, int]) -> int:
         """Count the visual tokens of a clip.
 
@@ -142,7 +147,10 @@ class PoolingInfo:
             return output[0] * output[1] * output[2]
         if self.pooled_shape and self.method == "pllava":
             return self.pooled_shape[0] * self.pooled_shape[1] * self.pooled_shape[2]
-        return grid[0] * grid[1] * (1 if self.method == "avp" else frames)
+        if self.method == "avp":
+            return grid[0] * grid[1]
+        assert self.method == "none", self.method
+        return grid[0] * grid[1] * frames
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ppllava_edge.engines.targets.select import TARGETS
 from ppllava_edge.engines.terminal import Command, fail, human_bytes, option, progress_steps, table
 
 if TYPE_CHECKING:  # needs onnx, which may be missing
-    from ppllava_edge.engines.targets.tensorrt_plan import Options
+    from ppllava_edge.engines.targets.tensorrt.plan import Options
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -132,7 +132,7 @@ def _tensorrt_options(
     workspace: str | None,
     level: int,
 ) -> Options:
-    from ppllava_edge.engines.targets.tensorrt_plan import Options
+    from ppllava_edge.engines.targets.tensorrt.plan import Options
 
     given: dict[str, Any] = {}  # options whose defaults are in Options
     if capability:

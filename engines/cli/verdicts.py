@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ppllava_edge.engines.libraries import installed_version
 from ppllava_edge.engines.machine.gpu_facts import Gpu
 from ppllava_edge.engines.machine.inventory import Machine
-from ppllava_edge.engines.targets.select import MIN_ONNXRUNTIME, NEWEST_OPERATORS, TARGETS
+from ppllava_edge.engines.targets.select import MIN_ONNXRUNTIME, NEWEST_OPERATORS, ON_CPU, TARGETS
 
 MIN_CAPABILITY = (7, 5)
 
@@ -120,7 +120,7 @@ def _installation(extras: dict[str, list[str]], after: str, has_onnxruntime: boo
 
 
 def _verdict(target: str, m: Machine) -> Verdict:
-    if target in ("cpu", "lowered"):
+    if target in ON_CPU:
         return _on_cpu(target, m)
     needs = [] if "onnx" in m.packages else [NO_ONNX]
     if not m.gpus:

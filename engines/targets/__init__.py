@@ -1,5 +1,6 @@
-"""Engines of a bundle: one build target per file; `build.build` writes one, `select.select` chooses one.
+"""Engines of a bundle: a file per target on ONNX Runtime, a folder for TensorRT.
 
-May be imported from cli/, and by runtime, export and bench; imports graphs/, plugins/, machine/ and bundle/.
-The runtime imports only `select`, which needs no onnx.
+`build.build` writes an engine, `select.select` chooses one. May be imported from cli/, and by runtime, export
+and bench; imports graphs/, plugins/, machine/ and bundle/. The runtime imports only `select`, which needs no
+onnx.
 """

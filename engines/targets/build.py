@@ -20,7 +20,7 @@ from ppllava_edge.engines.targets.progress import Progress, no_progress
 
 if TYPE_CHECKING:  # these need onnx, which machines that build nothing don't have
     from ppllava_edge.engines.graphs.graph import Graph
-    from ppllava_edge.engines.targets.tensorrt_plan import Options
+    from ppllava_edge.engines.targets.tensorrt.plan import Options
 
 TENSORRT_TARGETS = ("rtx", "orin", "orin-jp6")
 PIECE_BYTES = 1 << 30  # of a decoder's weights on the CPU: pieces are opened side by side
@@ -38,7 +38,7 @@ def build(
         progress: Called before each graph and at the end.
 
     Returns:
-        The engine, and per file of a TensorRT build the fields of tensorrt_process.Built; no files otherwise.
+        The engine, and per file of a TensorRT build the fields of tensorrt.process.Built; no files otherwise.
 
     Raises:
         EngineError: If the target can't be built here.
@@ -46,8 +46,8 @@ def build(
     """
     if target not in TENSORRT_TARGETS:
         return build_onnxruntime(bundle, target, progress), []
-    from ppllava_edge.engines.targets.tensorrt import build_tensorrt
-    from ppllava_edge.engines.targets.tensorrt_plan import Options
+    from ppllava_edge.engines.targets.tensorrt.builder import build_tensorrt
+    from ppllava_edge.engines.targets.tensorrt.plan import Options
 
     engine, reports = build_tensorrt(
         bundle, target, options or Options(), progress, lambda text: click.echo(f"note: {text}", err=True)
@@ -115,7 +115,10 @@ def _target_graphs(bundle: Bundle, name: str, target: str) -> dict[str, list[Gra
     g = Graph.read(bundle.file(f"{name}.onnx"))
     if target == "lowered":
         return {name: [lower(g)]}
-    return _cuda_graphs(bundle, name, g) if target == "cuda" else _cpu_graphs(name, g)
+    if target == "cuda":
+        return _cuda_graphs(bundle, name, g)
+    assert target == "cpu", target
+    return _cpu_graphs(name, g)
 
 
 def _cuda_graphs(bundle: Bundle, name: str, g: Graph) -> dict[str, list[Graph]]:

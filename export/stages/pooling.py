@@ -10,6 +10,7 @@ of one per patch.
 
 from __future__ import annotations
 
+from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.engines.graphs.graph import DOMAIN, Graph
 from ppllava_edge.engines.graphs.tensors import ONNX_TYPE
 from ppllava_edge.export.config.model import Model
@@ -37,8 +38,10 @@ def build_pooling(g: Graph, source: WeightSource, model: Model, features_dtype: 
         pooled = adaptive_average_pooling(g, hidden, v.grid, model.pooled_shape, width)
     elif model.pooling == "avp":
         pooled = g.ReduceMean(hidden, g.ints(0), keepdims=0)
-    else:
+    elif model.pooling == "none":
         pooled = g.Reshape(hidden, g.ints(-1, width))
+    else:
+        raise PPLLaVAError(f"there is no graph for the pooling {model.pooling!r}")
     g.output(linear(g, source, pooled, "linear_2", width, width), "visual_tokens", g.dtype, ["n", width])
 
 

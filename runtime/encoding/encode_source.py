@@ -55,7 +55,7 @@ def encode_source(
         MediaError: In one line, for what can't be decoded or doesn't suit the model.
     """
     m = pipeline.manifest
-    if reader.kind == "image" and not m.pooling.method.startswith("pllava"):
+    if reader.kind == "image" and m.pooling.takes_images:
         return _encode_image(pipeline, engine_lock, reader)
     if options.select == "guided" and not m.pooling.guided:
         raise MediaError(

@@ -68,3 +68,13 @@ def test_an_output_directory_that_can_not_be_written(golden: Path) -> None:
     assert_one_line_error(
         run_command("ppllava-export", golden, "-o", golden.parent / "file" / "b", "--no-tokenizer"), "file"
     )
+
+
+def test_a_bundle_that_the_runtime_would_refuse_is_not_written(
+    golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoder family that export knows and the bundle's schema doesn't."""
+    monkeypatch.setattr("ppllava_edge.engines.bundle.manifest_parser.FAMILIES", ("clip-gpt",))
+    with pytest.raises(PPLLaVAError, match="family must be one of clip-gpt"):
+        convert(Options(str(golden), golden.parent / "bundle", FP32, tokenizer=False))
+    assert nothing_left(golden)

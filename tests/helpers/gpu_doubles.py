@@ -24,7 +24,7 @@ from ppllava_edge.engines.bundle.engine_manifest import Engine, engine_folder, f
 from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.engines.graphs.lower import lower, without_small_attention
 from ppllava_edge.engines.targets.profiles import limits, profiles
-from ppllava_edge.engines.targets.tensorrt_graphs import decoder_pieces
+from ppllava_edge.engines.targets.tensorrt.graphs import decoder_pieces
 
 
 def at(address: int, size: int) -> np.ndarray:

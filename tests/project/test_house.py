@@ -67,7 +67,9 @@ def public_nodes(tree: ast.Module) -> list[ast.AST]:
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     top = [node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
     methods = [m for c in top if isinstance(c, ast.ClassDef) for m in c.body if isinstance(m, kinds)]
-    return top + [m for m in methods if not m.name.startswith("_") and m.name not in OVERRIDDEN]
+    setters = {m for m in methods if any(ast.unparse(d).endswith(".setter") for d in m.decorator_list)}
+    public = [m for m in methods if not m.name.startswith("_") and m.name not in OVERRIDDEN]
+    return top + [m for m in public if m not in setters]
 
 
 def test_public_names_are_documented() -> None:

@@ -20,12 +20,13 @@ from ppllava_edge.engines.bundle.packed import packed_bundle
 from ppllava_edge.engines.errors import EngineError
 from ppllava_edge.engines.graphs.decode_step import split_head
 from ppllava_edge.engines.graphs.graph import Graph
-from ppllava_edge.engines.targets import tensorrt as tensorrt_target
-from ppllava_edge.engines.targets import tensorrt_graphs, tensorrt_process
 from ppllava_edge.engines.targets.profiles import limits, profiles
-from ppllava_edge.engines.targets.tensorrt import build_tensorrt
-from ppllava_edge.engines.targets.tensorrt_plan import Options, check_possible
-from ppllava_edge.engines.targets.tensorrt_worker import Job, build
+from ppllava_edge.engines.targets.tensorrt import builder as tensorrt_target
+from ppllava_edge.engines.targets.tensorrt import graphs as tensorrt_graphs
+from ppllava_edge.engines.targets.tensorrt import process as tensorrt_process
+from ppllava_edge.engines.targets.tensorrt.builder import build_tensorrt
+from ppllava_edge.engines.targets.tensorrt.plan import Options, check_possible
+from ppllava_edge.engines.targets.tensorrt.worker import Job, build
 from ppllava_edge.nano.clips import sample_scene_for_the_readme, write_clip
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'ppllava-edge[rtx]'")

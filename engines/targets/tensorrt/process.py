@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ppllava_edge.engines.errors import EngineError
-from ppllava_edge.engines.targets.tensorrt_worker import Job
+from ppllava_edge.engines.targets.tensorrt.worker import Job
 from ppllava_edge.engines.terminal import human_bytes
 
 ADDR_NO_RANDOMIZE = 0x0040000  # Linux's personality(2)
@@ -99,7 +99,7 @@ def _run_worker(job: Job, staging: Path, name: str, log: Path) -> subprocess.Com
         messages.write(f"== {name}\n".encode())
         messages.flush()
         return subprocess.run(
-            [sys.executable, "-m", f"{__package__}.tensorrt_worker", "job.json"],
+            [sys.executable, "-m", f"{__package__}.worker", "job.json"],
             stdout=subprocess.PIPE,
             stderr=messages,
             env=environment,

@@ -12,7 +12,7 @@ from ppllava_edge.engines.graphs.lower import lower, without_small_attention
 from ppllava_edge.engines.graphs.pieces import split
 from ppllava_edge.engines.graphs.plugin_node import with_plugin
 from ppllava_edge.engines.graphs.tensors import Weight
-from ppllava_edge.engines.targets.tensorrt_plan import PIECE_BYTES, Plan
+from ppllava_edge.engines.targets.tensorrt.plan import PIECE_BYTES, Plan
 
 # Resident memory of a build without weights, and per byte of weights, by their kind (docs/measurements.md).
 PEAK_BASE = 350e6

@@ -81,7 +81,7 @@ import onnx
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.plugins.weighted_pool import tensorrt_plugin
 from ppllava_edge.engines.targets.profiles import limits, profiles
-from ppllava_edge.engines.targets.tensorrt_worker import Job, build
+from ppllava_edge.engines.targets.tensorrt.worker import Job, build
 if sys.argv[3] == "python":
     tensorrt_plugin.register(trt)
     tensorrt_plugin.register(trt)  # again is harmless

@@ -25,10 +25,10 @@ from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.engines.machine.memory import available_memory
 from ppllava_edge.engines.targets.profiles import profiles
 from ppllava_edge.engines.targets.progress import Progress, no_progress
-from ppllava_edge.engines.targets.tensorrt_graphs import predicted_peak, target_graphs
-from ppllava_edge.engines.targets.tensorrt_plan import Options, Plan, make_plan
-from ppllava_edge.engines.targets.tensorrt_process import Built, run_job
-from ppllava_edge.engines.targets.tensorrt_worker import Job
+from ppllava_edge.engines.targets.tensorrt.graphs import predicted_peak, target_graphs
+from ppllava_edge.engines.targets.tensorrt.plan import Options, Plan, make_plan
+from ppllava_edge.engines.targets.tensorrt.process import Built, run_job
+from ppllava_edge.engines.targets.tensorrt.worker import Job
 from ppllava_edge.engines.terminal import human_bytes
 
 Note = Callable[[str], None]

@@ -1,8 +1,8 @@
 """Build one graph with TensorRT or TensorRT-RTX, in a process of its own.
 
-    python -m ppllava_edge.engines.targets.tensorrt_worker JOB.json
+    python -m ppllava_edge.engines.targets.tensorrt.worker JOB.json
 
-tensorrt_process.py writes the job and starts the worker, which prints one line of JSON. Engines are strongly
+process.py writes the job and starts the worker, which prints one line of JSON. Engines are strongly
 typed: the graph has the precisions. Only calls that TensorRT 10.3 and 11.4 have in common are used; for
 others the worker checks first that the library has them.
 """

@@ -15,10 +15,10 @@ from ppllava_edge.engines.bundle.packed import packed_bundle
 from ppllava_edge.engines.errors import EngineError
 from ppllava_edge.engines.machine import gpu_facts
 from ppllava_edge.engines.machine.gpu_facts import Gpu
-from ppllava_edge.engines.targets import tensorrt_plan
-from ppllava_edge.engines.targets.tensorrt import build_tensorrt
-from ppllava_edge.engines.targets.tensorrt_plan import Options, plugin_form
-from ppllava_edge.engines.targets.tensorrt_worker import Job, build
+from ppllava_edge.engines.targets.tensorrt import plan as tensorrt_plan
+from ppllava_edge.engines.targets.tensorrt.builder import build_tensorrt
+from ppllava_edge.engines.targets.tensorrt.plan import Options, plugin_form
+from ppllava_edge.engines.targets.tensorrt.worker import Job, build
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'ppllava-edge[rtx]'")
 
