@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from helpers.commands import assert_one_line_error, run_command
 from helpers.exporting import export_options, file_hashes, small_job
@@ -66,6 +67,7 @@ def test_a_calibrated_bundle_and_its_report(tiny_checkpoint: Path, clips: Path, 
     assert answer.returncode == 0, answer.stderr
 
 
+@pytest.mark.slow
 def test_the_same_data_give_the_same_bundle(tiny_checkpoint: Path, clips: Path, tmp_path: Path) -> None:
     hashes = []
     for name in "ab":

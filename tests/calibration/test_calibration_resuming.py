@@ -63,6 +63,7 @@ def test_after_a_full_disk_the_run_continues(
     assert Bundle.open(tmp_path / "b").manifest.calibration is not None
 
 
+@pytest.mark.slow
 def test_a_model_in_pieces_gives_the_same_choices(
     tiny_checkpoint: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from ppllava_edge.engines.bundle.packed import packed_bundle
 from ppllava_edge.runtime.pipeline.gpu import GpuPipeline
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["cuda", "orin", pytest.param("orin-jp6", marks=pytest.mark.slow)])
 @VARIANTS
 def test_variant_matches_the_original(
     variant: int,

@@ -29,6 +29,7 @@ def qa() -> VideoQA:
     return VideoQA(device="cpu")
 
 
+@pytest.mark.slow
 def test_8_threads_with_50_questions_each_get_the_serial_answers(qa: VideoQA) -> None:
     videos = [qa.open(SAMPLE), qa.open(SAMPLE, end=1.0)]
     want = {(i, q): v.ask(q).text for i, v in enumerate(videos) for q in QUESTIONS}
