@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,12 +20,14 @@ from ppllava_edge.runtime.encoding.cached_features import CachedFeatures
 from ppllava_edge.runtime.encoding.encode_source import encode_source, reader_of
 from ppllava_edge.runtime.encoding.frame_encoder import Progress
 from ppllava_edge.runtime.language.text_processor import TextProcessor
-from ppllava_edge.runtime.live.view import Live
 from ppllava_edge.runtime.pipeline.factory import Pipeline
 from ppllava_edge.runtime.session.context import Metrics, Session
 from ppllava_edge.runtime.session.video import KEEP, Video
 from ppllava_edge.runtime.vision.feature_cache import FeatureCache
 from ppllava_edge.runtime.vision.frame_options import DEFAULT_CANDIDATES, FrameOptions
+
+if TYPE_CHECKING:
+    from ppllava_edge.runtime.live.view import Live
 
 
 class VideoQA(Session):
@@ -138,6 +141,8 @@ class VideoQA(Session):
 
         Questions can be asked at any moment. Arguments and errors: see Live.
         """
+        from ppllava_edge.runtime.live.view import Live  # loads on first use: most apps watch nothing live
+
         return Live(
             self,
             source,
