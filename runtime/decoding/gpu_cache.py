@@ -36,6 +36,14 @@ class GpuPrompt:
         return len(self.before) + len(self.visual) + len(self.after)
 
 
+def empty_cache(gpu: CudaDevice, stages: list[Any], info: DecoderInfo, capacity: int) -> dict[str, Buffer]:
+    """Keys and values of all layers: "<layer>.key" and "<layer>.value" → (1, kv_heads, capacity, head_size)."""
+    dtypes = {name: dtype for stage in stages for name, dtype in stage.dtypes.items()}
+    dtype = next(dtype for name, dtype in dtypes.items() if name.startswith("past."))
+    names = [f"{layer}.{kind}" for layer in range(info.layers) for kind in ("key", "value")]
+    return {name: gpu.zeros((1, info.kv_heads, capacity, info.head_size), dtype) for name in names}
+
+
 class GpuSequence(Sequence):
     """A sequence whose cache is written in place on the GPU.
 
@@ -60,7 +68,7 @@ class GpuSequence(Sequence):
     ):
         self.stages, self.info, self.capacity, self.gpu, self.length = stages, info, capacity, gpu, 0
         self.decode_profile = decode_profile
-        self._allocate_cache()
+        self.cache = empty_cache(gpu, stages, info, capacity)
         self.float = stages[0].dtypes["inputs_embeds"]
         self.token, self.next_token = (gpu.empty((1, 1), np.int64) for _ in range(2))
         self.position, self.next_position = (gpu.empty((1, 1), np.int64) for _ in range(2))
@@ -77,16 +85,6 @@ class GpuSequence(Sequence):
         self._on_device: int | None = (
             None  # the next token, if the device chose it and will feed it to itself
         )
-
-    def _allocate_cache(self) -> None:
-        info = self.info
-        shape = (1, info.kv_heads, self.capacity, info.head_size)
-        past = (
-            stage.dtypes[name] for stage in self.stages for name in stage.dtypes if name.startswith("past.")
-        )
-        dtype = next(past)
-        names = [f"{i}.{kind}" for i in range(info.layers) for kind in ("key", "value")]
-        self.cache = {name: self.gpu.zeros(shape, dtype) for name in names}
 
     # -- prefill ---------------------------------------------------------------------------------------------
 
