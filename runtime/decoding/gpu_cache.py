@@ -36,12 +36,24 @@ class GpuPrompt:
         return len(self.before) + len(self.visual) + len(self.after)
 
 
-def empty_cache(gpu: CudaDevice, stages: list[Any], info: DecoderInfo, capacity: int) -> dict[str, Buffer]:
-    """Keys and values of all layers: "<layer>.key" and "<layer>.value" → (1, kv_heads, capacity, head_size)."""
+def cache_buffers(
+    allocate: Callable[[tuple[int, ...], Any], Buffer], stages: list[Any], info: DecoderInfo, capacity: int
+) -> dict[str, Buffer]:
+    """Allocate keys and values of all layers.
+
+    Args:
+        allocate: gpu.zeros where hidden positions are read (NaN would spread), else gpu.empty.
+        stages: The decoder's stages, which say the dtype.
+        info: Sizes of the decoder.
+        capacity: Positions.
+
+    Returns:
+        "<layer>.key" and "<layer>.value" → (1, kv_heads, capacity, head_size).
+    """
     dtypes = {name: dtype for stage in stages for name, dtype in stage.dtypes.items()}
     dtype = next(dtype for name, dtype in dtypes.items() if name.startswith("past."))
     names = [f"{layer}.{kind}" for layer in range(info.layers) for kind in ("key", "value")]
-    return {name: gpu.zeros((1, info.kv_heads, capacity, info.head_size), dtype) for name in names}
+    return {name: allocate((1, info.kv_heads, capacity, info.head_size), dtype) for name in names}
 
 
 class GpuSequence(Sequence):
@@ -68,7 +80,7 @@ class GpuSequence(Sequence):
     ):
         self.stages, self.info, self.capacity, self.gpu, self.length = stages, info, capacity, gpu, 0
         self.decode_profile = decode_profile
-        self.cache = empty_cache(gpu, stages, info, capacity)
+        self.cache = cache_buffers(gpu.zeros, stages, info, capacity)
         self.float = stages[0].dtypes["inputs_embeds"]
         self.token, self.next_token = (gpu.empty((1, 1), np.int64) for _ in range(2))
         self.position, self.next_position = (gpu.empty((1, 1), np.int64) for _ in range(2))

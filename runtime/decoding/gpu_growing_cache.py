@@ -15,7 +15,7 @@ from ppllava_edge.engines.backends.cuda_driver import CudaDevice
 from ppllava_edge.engines.backends.device_memory import Buffer
 from ppllava_edge.engines.bundle.manifest import DecoderInfo
 from ppllava_edge.runtime.decoding.capacity import cache_full_error, causal_mask
-from ppllava_edge.runtime.decoding.gpu_cache import PREFILL, GpuPrompt, empty_cache
+from ppllava_edge.runtime.decoding.gpu_cache import PREFILL, GpuPrompt, cache_buffers
 from ppllava_edge.runtime.decoding.sequence import Sequence
 
 
@@ -44,7 +44,7 @@ class GrowingGpuSequence(Sequence):
     ):
         self.stages, self.info, self.capacity, self.gpu, self.length = stages, info, capacity, gpu, 0
         self.decode_profile, self.embed = decode_profile, embed
-        self.sets = [empty_cache(gpu, stages, info, capacity) for _ in range(2)]
+        self.sets = [cache_buffers(gpu.empty, stages, info, capacity) for _ in range(2)]
         self._logits = gpu.empty((1, info.vocab), np.float32)
 
     def feed(self, prompt: GpuPrompt | np.ndarray) -> None:
