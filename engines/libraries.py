@@ -9,11 +9,11 @@ from typing import Any
 from ppllava_edge.engines.errors import EngineError
 
 TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}  # of ppllava-edge, that install the library
+EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}  # pip extras that install the library
 
 
 def import_library(name: str) -> Any:
-    """Import TensorRT or TensorRT-RTX; what is used here is alike in both.
+    """Import TensorRT or TensorRT-RTX; the calls used here are the same in both.
 
     Args:
         name: "tensorrt" or "tensorrt_rtx".

@@ -1,4 +1,4 @@
-"""Staging folders: what a command writes is built beside its target and renamed when it is complete.
+"""Staging folders: a command's output is written beside its target and renamed when complete.
 
 A staging folder is locked (flock) by the process that writes it. The lock ends with the process, even when
 the process is killed, so a folder that can be locked was abandoned, and the next command removes it. The name
@@ -85,7 +85,7 @@ def sweep(parent: Path) -> list[str]:
 
 
 def _create_locked(target: Path) -> tuple[Path, int | None]:
-    """A new staging folder and the open, locked descriptor of it; None where folders can't be locked."""
+    """A new staging folder and its open, locked descriptor; None where folders can't be locked."""
     prefix = f".{target.name[:MAX_NAME]}.{_host_mark()}-"
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=SUFFIX, dir=target.parent))

@@ -58,7 +58,7 @@ class Command(click.Command):
             return super().invoke(ctx)
         except PPLLaVAError as error:
             fail(str(error), error.exit_status)
-        except BrokenPipeError:  # the reader of the output is gone, as in `ppllava-info | head`
+        except BrokenPipeError:  # the output's reader has exited, as in `ppllava-info | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except KeyboardInterrupt:

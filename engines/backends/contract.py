@@ -19,7 +19,7 @@ def check_stage(name: str, pieces: list[Stage], m: Manifest, cache: str = "in pl
         cache: How the KV cache is updated, as in engine.json.
 
     Raises:
-        BundleError: Graph and manifest don't belong together.
+        BundleError: The graph doesn't match the manifest.
     """
     path = pieces[0].path
     actual = _outer_shapes(pieces)
@@ -44,7 +44,7 @@ def check_stage(name: str, pieces: list[Stage], m: Manifest, cache: str = "in pl
 
 
 def stage_shapes(name: str, m: Manifest, cache: str = "in place") -> dict[str, Shape]:
-    """Inputs and outputs of a stage by name, as far as the manifest fixes their shapes.
+    """A stage's inputs and outputs whose shapes the manifest fixes, by name.
 
     Args:
         name: The stage's name.

@@ -2,7 +2,7 @@
 
 All work is queued on one stream, in order; only download() and synchronize() wait for it. Several threads
 may queue work: each holds the device's lock while it does, and while it captures, so that no other thread's
-work gets into its graph. Tests replace the driver by a double.
+work gets into its graph. Tests replace the driver with a double.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class CudaDevice:
         lock: Held by the thread that queues work.
         context: The device's primary context.
         stream_handle: The stream on which everything runs, as the driver's object.
-        stream: Its address.
+        stream: The stream's address.
 
     Args:
         driver: The driver module; None imports cuda.bindings.driver.
 
     Raises:
-        EngineError: No driver or no GPU; in one line.
+        EngineError: No driver or no GPU was found.
     """
 
     def __init__(self, driver: Any = None):
@@ -209,7 +209,7 @@ def _import_driver() -> Any:
         ) from None
     try:
         driver.cuInit(0)
-    except Exception as error:  # the package is there, but not the driver's own library
+    except Exception as error:  # cuda-core is installed, but the driver's library is not
         reason = " ".join(str(error).split())[:120]
         raise EngineError(
             f"no NVIDIA driver was found on this machine ({reason}); use --device cpu"

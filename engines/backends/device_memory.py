@@ -74,7 +74,7 @@ class BlockPool:
     it instead would wait for the GPU, and isn't allowed during a capture.
 
     Args:
-        allocate: Allocates a number of bytes and returns the address; EngineError if there is no room.
+        allocate: Allocates a number of bytes and returns the address; raises EngineError if memory runs out.
         free: Frees an address.
     """
 
@@ -85,7 +85,7 @@ class BlockPool:
         self._spare: dict[int, list[int]] = {}  # size → addresses of unused blocks
 
     def take(self, size: int) -> Block:
-        """A block of `size` bytes: a spare one, or a new one. All spare blocks are freed if there is no room.
+        """A block of `size` bytes, spare or new. If memory runs out, all spare blocks are freed first.
 
         Raises:
             EngineError: Out of GPU memory.
@@ -123,7 +123,7 @@ class PinnedBuffer:
         self.address = int(device.call("cuMemHostAlloc", size, 0))
 
     def mark_used(self) -> None:
-        """Note that a copy from this buffer was queued."""
+        """Record that a copy from this buffer was queued."""
         self._device.call("cuEventRecord", self._event, self._device.stream_handle)
         self._busy = True
 

@@ -61,7 +61,7 @@ class OrtDeviceStage:
 
         Args:
             inputs: All inputs by name.
-            outputs: Where to write; other outputs go to memory of ONNX Runtime.
+            outputs: Output buffers by name; ONNX Runtime allocates memory for the other outputs.
             profile: Ignored; TensorRT stages have profiles.
 
         Raises:

@@ -56,7 +56,7 @@ def choose_device(device: str) -> str:
 
 
 def has_cuda_provider() -> bool:
-    """Whether the installed ONNX Runtime was built with CUDA; there may be no GPU all the same."""
+    """Whether the installed ONNX Runtime was built with CUDA; a usable GPU may still be missing."""
     return "CUDAExecutionProvider" in import_onnxruntime().get_available_providers()
 
 
@@ -73,7 +73,7 @@ class Stage:
         path: The graph.
         device: "cpu" or "cuda".
         threads: Threads of one operator; None: one per core.
-        lean: Half the memory, a little slower: for graphs that run only a few times.
+        lean: Use half the memory at slightly lower speed, for graphs that run only a few times.
         piece: Whether it is one of several graphs that run in turn: it then keeps no memory and no spinning
             threads between runs.
 
@@ -158,7 +158,7 @@ def _session_options(ort: Any, threads: int | None, lean: bool, piece: bool) -> 
 def release_mapped_weights(path: Path) -> None:
     """Release the memory-mapped weights of an opened graph: the session has packed copies.
 
-    Pages that are still read come back from the file by themselves.
+    Pages that are read again are loaded from the file.
     """
     data = path.with_name(path.name + ".data")
     if not sys.platform.startswith("linux") or not data.is_file() or data.stat().st_size < LARGE_DATA:
@@ -169,7 +169,7 @@ def release_mapped_weights(path: Path) -> None:
         for start, end in _unwritten_mappings(data.resolve()):
             libc.madvise(start, end - start, MADV_DONTNEED)
     except (OSError, AttributeError, ValueError):
-        return  # it only saves memory
+        return  # failing only costs memory
 
 
 def _unwritten_mappings(file: Path) -> Iterator[tuple[int, int]]:

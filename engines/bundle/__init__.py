@@ -1,4 +1,4 @@
 """The bundle directory: manifests, file integrity, prompt templates and pooling windows.
 
-Every other room may import it. It imports only engines.errors and engines.libraries.
+Every other subpackage may import it. It imports only engines.errors and engines.libraries.
 """

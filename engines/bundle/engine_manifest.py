@@ -34,10 +34,10 @@ class Engine:
     """engine.json.
 
     Attributes:
-        folder: Where the engine is.
+        folder: The engine's folder.
         target: Its target, as ppllava-build names it.
-        bundle: The fingerprint of the graphs it was made from.
-        made_by: Library → version, as far as the version must agree with the one here.
+        bundle: The fingerprint of the graphs it was built from.
+        made_by: Library → version, where the version must match the installed one.
         kv_dtype: The dtype of its decoder's KV cache.
         stages: Stage → its files, in order; a large decoder is cut into several.
         files: Sizes and hashes by file name.
@@ -123,7 +123,7 @@ def write_engine(staging: Path, engine: Engine) -> Engine:
 
     Args:
         staging: The folder with the engine's files.
-        engine: The engine; its files are ignored.
+        engine: The engine; its `files` are ignored.
 
     Returns:
         The engine with its files filled in.
@@ -142,7 +142,7 @@ def read_engine(folder: Path) -> Engine:
     """Read and check engine.json of a folder.
 
     Raises:
-        BundleError: In one line, whatever the file holds.
+        BundleError: The file is damaged or doesn't describe an engine; in one line.
     """
     path = folder / ENGINE
     try:

@@ -19,7 +19,7 @@ def damaged_file(folder: Path, files: dict[str, FileEntry], verify: bool = False
     """Find a file whose hash is wrong. Large folders are hashed once, then remembered by a stamp.
 
     Args:
-        folder: Where the files are.
+        folder: The files' folder.
         files: Their expected sizes and hashes, by name.
         verify: Hash a large folder even if a stamp remembers it.
 

@@ -15,7 +15,7 @@ class Section:
 
     Args:
         value: The parsed JSON.
-        name: Where the object is, for messages; "" for a file's outermost object.
+        name: The object's path in the file, for messages; "" for a file's outermost object.
     """
 
     def __init__(self, value: Any, name: str = ""):
@@ -39,7 +39,7 @@ class Section:
         return Section(self.raw(key), self._path(key))
 
     def facts(self, key: str) -> dict[str, Any] | None:
-        """An object of any contents, or None if it is null or missing."""
+        """An object with any contents, or None if it is null or missing."""
         value = self._value.get(key)
         return None if value is None else dict(Section(value, self._path(key))._value)
 
@@ -53,7 +53,7 @@ class Section:
         return _text(self.raw(key), self._path(key))
 
     def choice(self, key: str, choices: tuple[str, ...]) -> str:
-        """One of some strings."""
+        """One of the given strings."""
         value = self.raw(key)
         if value not in choices:
             raise ValueError(f"{self._path(key)} must be one of {', '.join(choices)}")

@@ -45,7 +45,7 @@ class VisionInfo:
         hidden_size: Width C of the features.
         class_token: Whether the trunk's states hold a class token before the patches.
         states: Hidden states S that leave the trunk; more than 1 feeds the temporal adapter.
-        max_frames: The longest clip of the temporal adapter; None without one.
+        max_frames: Maximum frames of a clip in the temporal adapter; None without one.
         default_frames: Frames of a clip unless the user asks for another number.
     """
 
@@ -223,7 +223,7 @@ class Manifest:
     files: dict[str, FileEntry] = field(default_factory=dict)
 
     def required_files(self) -> list[str]:
-        """Names of the files that a bundle of this kind must hold."""
+        """Names of the files that a bundle of this kind must contain."""
         names = ["trunk.onnx", "pooling.onnx", "decoder.onnx", "embed_tokens.safetensors"]
         if self.vision.max_frames:
             names.append("temporal.onnx")

@@ -27,7 +27,7 @@ from ppllava_edge.engines.bundle.windows import Triple, Windows
 from ppllava_edge.engines.errors import BundleError
 
 LARGEST_MANIFEST = 4 << 20  # bytes
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what parsing bad JSON raises
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # raised when parsing bad JSON
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}\Z")
 _TOKEN_ID = 1 << 31  # limit for token ids
 _LENGTH = 1 << 16  # limit for widths, frame counts and question lengths
@@ -37,7 +37,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read and check manifest.json.
 
     Raises:
-        BundleError: In one line, whatever the file holds.
+        BundleError: The manifest is missing, damaged or too new; in one line.
     """
     value = _read_json(path)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
@@ -79,7 +79,7 @@ def file_name(name: str) -> str:
     """Return a file name from a manifest if it is plain and stays in its directory.
 
     Raises:
-        BundleError: It isn't or doesn't.
+        BundleError: It isn't plain, or leaves the directory.
     """
     if not _FILE_NAME.match(name) or ".." in name:
         raise BundleError(f"the file name {name[:60]!r} leaves the bundle or is not a plain name; refused")

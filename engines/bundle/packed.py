@@ -1,4 +1,4 @@
-"""The bundle that is packed with ppllava-edge, and the bundle that a name on the command line means."""
+"""The bundle packed with ppllava-edge, and how a bundle's name resolves to a directory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def packed_bundle() -> Path:
 
 
 def find_bundle(name: str | os.PathLike[str] | None) -> Path:
-    """The directory that a bundle's name means.
+    """Resolve a bundle's name to its directory.
 
     Args:
         name: A directory. None and "nano" mean the packed bundle, unless there is a folder "nano" with a

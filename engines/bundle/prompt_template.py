@@ -16,7 +16,7 @@ class PromptTemplate:
         system: The system prompt, or "".
         roles: Text before the user's and before the assistant's message.
         separators: Text after the user's and after the assistant's message.
-        image_tag: The placeholder of one image or video, and a last character that separates it from the
+        image_tag: The placeholder of one image or video, ending with a character that separates it from the
             question.
         pre_query: Text before the question, if any.
         post_query: Text after the question, if any.
@@ -37,7 +37,7 @@ class PromptTemplate:
         """The user's message: image tags, then the question (upstream's user_query).
 
         Args:
-            question: The question; image tags in it are kept, and none are added then.
+            question: The question; if it contains image tags, they are kept and none are added.
             images: How many image tags to add.
             pre_query: Text to put before the question.
             post_query: Text to put after the question.
@@ -111,7 +111,7 @@ class PromptTemplate:
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or len(value) > 1 << 16:
-        raise ValueError("the prompt template must be made of texts")
+        raise ValueError("the prompt template must consist of strings")
     return value
 
 

@@ -1,6 +1,6 @@
 """Pooling windows: kernel, stride and output size, resolved for the length of a clip.
 
-Two of the three give the third, by upstream's rules (`get_size`). Combinations that those rules can't
+Two of the three determine the third, by upstream's rules (`get_size`). Combinations that those rules can't
 resolve are refused.
 """
 
@@ -34,7 +34,7 @@ class Windows:
 
         Raises:
             PPLLaVAError: Windows that don't fit the input, or an output size that kernel and stride don't
-                give (where upstream fails or returns scrambled values).
+                produce (where upstream fails or returns scrambled values).
         """
         output, kernel, stride = self._complete(size)
         for axis, i, k, s, o in zip(_AXES, size, kernel, stride, output):
@@ -62,7 +62,7 @@ class Windows:
         return output, kernel, stride
 
     def check(self, grid: tuple[int, int], what: str) -> None:
-        """Refuse windows that can't work for any clip, at export. The frame axis is resolved later.
+        """Refuse, at export, windows that can't work for any clip. The frame axis is resolved later.
 
         Args:
             grid: Patches of a frame, (rows, columns).

@@ -1,4 +1,4 @@
 """The commands ppllava-build, ppllava-info and ppllava-doctor.
 
-Nothing imports it. It imports every other room of engines.
+Nothing imports it. It imports every other subpackage of engines.
 """

@@ -45,13 +45,13 @@ if TYPE_CHECKING:  # needs onnx, which may be missing
     "--capacity",
     group="TensorRT",
     type=click.IntRange(16),
-    help="Positions of the KV cache.  [default: enough for a usual prompt and answer]",
+    help="Positions of the KV cache.  [default: enough for a typical prompt and answer]",
 )
 @option(
     "--frames",
     group="TensorRT",
     type=click.IntRange(1),
-    help="Usual length of a clip.  [default: the model's]",
+    help="Typical length of a clip, in frames.  [default: the model's]",
 )
 @option(
     "--plugin",
@@ -73,9 +73,9 @@ if TYPE_CHECKING:  # needs onnx, which may be missing
     "--piece",
     group="TensorRT",
     metavar="SIZE",
-    help="The most weights of a decoder in one engine file.  [default: 512MB]",
+    help="Maximum size of a decoder's weights in one engine file.  [default: 512MB]",
 )
-@option("--workspace", group="TensorRT", metavar="SIZE", help="The most scratch memory of an engine.")
+@option("--workspace", group="TensorRT", metavar="SIZE", help="Maximum scratch memory of an engine.")
 @option(
     "--level",
     group="TensorRT",
@@ -88,7 +88,7 @@ if TYPE_CHECKING:  # needs onnx, which may be missing
 def main(bundle: str, target: str, force: bool, as_json: bool, **tensorrt_options: Any) -> None:
     """Write an engine for TARGET into BUNDLE, a directory or nano.
 
-    The runtime opens an engine on the machines that it fits, and the standard graphs everywhere else.
+    The runtime opens an engine on machines that it fits, and the standard graphs everywhere else.
 
     \b
     cpu, cuda   ONNX Runtime, with the operators that it runs fastest

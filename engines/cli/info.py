@@ -40,7 +40,7 @@ def main(bundle: str | None, as_json: bool, fit: str | None, no_graphs: bool) ->
     if not no_graphs:
         check_graphs(opened)
     checked = "names, sizes, hashes" + ("" if no_graphs else ", shapes")
-    facts = {**describe(opened), "checked": f"{checked}: as the manifest says"}
+    facts = {**describe(opened), "checked": f"{checked}: match the manifest"}
     if as_json:
         manifest = opened.manifest.as_json()
         contents = {"bundle": str(path), "bytes": opened.total_bytes, "facts": facts, "manifest": manifest}
@@ -53,7 +53,7 @@ def main(bundle: str | None, as_json: bool, fit: str | None, no_graphs: bool) ->
 
 
 def describe(bundle: Bundle) -> dict[str, str]:
-    """The facts about a bundle that people ask for, by name."""
+    """A bundle's main facts, by name."""
     m = bundle.manifest
     v, d = m.vision, m.decoder
     adapter = f", temporal adapter up to {v.max_frames} frames" if v.max_frames else ""

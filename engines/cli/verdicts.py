@@ -22,7 +22,7 @@ class Need:
         name: What is missing, in a word or two.
         remedy: What to do, in one line.
         extra: The extra of ppllava-edge that installs it; "" if pip can't help.
-        helps_without_gpu: Whether installing it is of use before there is a GPU.
+        helps_without_gpu: Whether installing it helps on a machine without a GPU.
         final: Whether the target can't work on this machine whatever is installed.
     """
 
@@ -53,8 +53,8 @@ class Installation:
     """Commands to paste.
 
     Attributes:
-        targets: The targets that they help.
-        after: What must be there first; "" if nothing.
+        targets: The targets that they enable.
+        after: What they require first; "" if nothing.
         commands: Shell commands, in order.
     """
 
@@ -70,7 +70,7 @@ NO_CUDA_PROVIDER = Need(
 )
 NO_RTX = Need("tensorrt-rtx", "pip install 'ppllava-edge[rtx]'", "rtx", helps_without_gpu=True)
 NO_DRIVER = Need("NVIDIA driver", "no NVIDIA driver")
-NO_GPU = Need("GPU that the driver runs", "no GPU that the driver runs")
+NO_GPU = Need("GPU that the driver supports", "no GPU that the driver supports")
 
 
 def judge(machine: Machine) -> list[Verdict]:
@@ -86,8 +86,8 @@ def installations(machine: Machine, verdicts: Sequence[Verdict]) -> list[Install
         verdicts: Its targets, from judge().
 
     Returns:
-        What helps at once, then what helps only when there is a GPU. Targets that can't work here are left
-        out.
+        Installations that help at once, then those that need a GPU first. Targets that can't work here are
+        left out.
     """
     now: dict[str, list[str]] = {}  # extra → targets
     later: dict[str, list[str]] = {}
@@ -172,7 +172,7 @@ def _with_tensorrt(target: str, m: Machine, needs: list[Need]) -> Verdict:
 def _gpu_problem(target: str, gpu: Gpu) -> Need | None:
     """Why a target can't run on a GPU."""
     if _version(gpu.capability) < MIN_CAPABILITY:
-        remedy = f"{gpu.name} has compute capability {gpu.capability}; 7.5 is the least"
+        remedy = f"{gpu.name} has compute capability {gpu.capability}; the minimum is 7.5"
         return Need("compute capability 7.5", remedy, final=True)
     if target == "rtx" and gpu.integrated:
         remedy = "TensorRT-RTX is for desktop cards: use orin or orin-jp6"

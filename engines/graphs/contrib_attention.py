@@ -17,7 +17,7 @@ from ppllava_edge.engines.graphs.tensors import Weight
 
 Producers = dict[str, onnx.NodeProto]
 Consumers = dict[str, list[onnx.NodeProto]]
-GQA_HEAD_MULTIPLE = 8  # GroupQueryAttention takes no other head sizes
+GQA_HEAD_MULTIPLE = 8  # GroupQueryAttention supports no other head sizes
 
 
 def tower_attention(g: Graph) -> None:
@@ -110,7 +110,7 @@ def _cached_attention_at(
         return None
     rotary, key_scatter, value_scatter = (producers[name] for name in node.input[:3])
     if key_scatter.op_type != "TensorScatter":
-        return None  # an INT8 cache is dequantised in between: it stays with the standard operator
+        return None  # an INT8 cache is dequantised in between, so the standard operator stays
     merged = _merge_of(consumers, node.output[0])
     query = _before_split(g, producers, rotary.input[0])
     key = _before_split(g, producers, producers[key_scatter.input[1]].input[0])
@@ -180,7 +180,7 @@ def _head_size(g: Graph) -> int:
 
 
 def _before_split(g: Graph, producers: Producers, name: str) -> _SplitHeads | None:
-    """Follow Transpose and Reshape (b, s, heads, size) back from a value; None if they aren't there."""
+    """Follow Transpose and Reshape (b, s, heads, size) back from a value; None if there are none."""
     transpose = producers.get(name)
     if transpose is None or transpose.op_type != "Transpose":
         return None

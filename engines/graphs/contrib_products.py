@@ -17,12 +17,12 @@ CONTRIB = "com.microsoft"
 ZERO_POINT = "u8.zero_point"
 BLOCKS = (256, 128, 64, 32, 16)  # that MatMulNBits takes, largest first
 
-# Nodes by id → what replaces them.
+# Node id → its replacements.
 Replacements = dict[int, list[onnx.NodeProto]]
 
 
 def replace_nodes(g: Graph, replacements: Replacements) -> None:
-    """Put new nodes in the place of old ones; an empty list drops the node."""
+    """Replace nodes by id; an empty list drops the node."""
     g.nodes = [new for node in g.nodes for new in replacements.get(id(node), [node])]
 
 
@@ -78,7 +78,7 @@ def _absorb_bias(
 def weight_only_products(g: Graph, scale_dtype: str = "float32", accuracy: int = 4) -> None:
     """MatMul(x, Dequantize(W)) [+ bias] → MatMulNBits.
 
-    Without it ONNX Runtime makes the operator's layout at every load, with the weights in memory twice.
+    Otherwise ONNX Runtime repacks the weights at every load and holds them in memory twice.
 
     Args:
         g: Changed in place.

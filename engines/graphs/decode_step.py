@@ -1,7 +1,7 @@
 """The decoder's graph for engines: logits of several positions, and a decode step that feeds itself on a GPU.
 
-In the standard graph the embedding, the mask and the choice of the next token are the caller's. The
-self-feeding graph contains them, so that between two steps only a token id goes to the host:
+In the standard graph the caller embeds tokens, builds the mask and chooses the next token. The self-feeding
+graph does all three, so that between two steps only a token id goes to the host:
 
     token_ids (1,s) int64, is_text (1,s,1) bool, inputs_embeds (1,s,D)   per position: a token or a given row
     position_ids (1,s) int64, write_index (1) int64                      consecutive; where to write the cache
@@ -26,7 +26,7 @@ from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.engines.graphs.tensors import SCALE, Tensor, Weight
 
 TOP_K = 64  # candidates for sampling on the host
-HEAD_BYTES = 256 << 20  # of a part of the head, in float16: a small board can't allocate 1 GB in one piece
+HEAD_BYTES = 256 << 20  # float16 weights per part of the head: a small board can't allocate 1 GB at once
 TABLE = "embed_tokens.table"
 HIDDEN = {"float32": float("-inf"), "float16": -1e4}  # mask value of positions that must not be attended to
 
@@ -37,7 +37,7 @@ def several_logits(g: Graph) -> Graph:
     Eight rows cost about as much as one: the head's weights are read once.
 
     Raises:
-        EngineError: If the end of the graph isn't as export writes it.
+        EngineError: If the graph doesn't end as export writes it.
     """
     g = g.copy()
     producers = g.producers()
@@ -71,7 +71,7 @@ def self_feeding(g: Graph, table: Tensor, capacity: int | None = None) -> Graph:
         capacity: Positions of the KV cache; None: the dimension stays symbolic.
 
     Raises:
-        EngineError: If the end of the graph isn't as export writes it.
+        EngineError: If the graph doesn't end as export writes it.
     """
     g = several_logits(g)
     if capacity:
@@ -151,7 +151,7 @@ def split_head(g: Graph, part_bytes: int = HEAD_BYTES) -> Graph:
 
     Args:
         g: The decoder; its head is the last MatMul.
-        part_bytes: The most bytes of one product's weights in float16.
+        part_bytes: Maximum bytes of one product's weights in float16.
     """
     g = g.copy()
     head = next((n for n in reversed(g.nodes) if n.op_type == "MatMul"), None)

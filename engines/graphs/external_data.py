@@ -21,7 +21,7 @@ def write_weight(name: str, weight: Weight, file: BinaryIO, location: str) -> on
 
     Args:
         name: The initializer's name.
-        weight: Loaded here, and not kept.
+        weight: Loaded here and not kept.
         file: The open data file.
         location: Its name, relative to the .onnx file.
 
@@ -59,7 +59,7 @@ def external_weight(folder: Path, proto: onnx.TensorProto) -> Weight:
 
 
 def inline_weight(proto: onnx.TensorProto) -> Weight:
-    """A weight that is stored inside the .onnx file. INT4 values stay packed, as those of a data file do."""
+    """A weight that is stored inside the .onnx file. INT4 values stay packed, as in a data file."""
     dtype = TYPE_NAME[proto.data_type]
     packed = dtype == "int4"
     array = np.frombuffer(proto.raw_data, np.uint8) if packed else numpy_helper.to_array(proto)
@@ -70,7 +70,7 @@ def _mapped(folder: Path, proto: onnx.TensorProto, dtype: str) -> Callable[[], n
     entries = {entry.key: entry.value for entry in proto.external_data}
     location = entries["location"]
     if Path(location).name != location:
-        raise ValueError(f"{proto.name} lies outside the bundle")
+        raise ValueError(f"{proto.name} is outside the bundle")
     offset = int(entries.get("offset", 0))
     shape = tuple(proto.dims)
     if dtype == "int4":

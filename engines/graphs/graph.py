@@ -25,7 +25,7 @@ from ppllava_edge.engines.graphs.tensors import ONNX_TYPE, SCALE, Tensor, Weight
 OPSET = 24
 IR_VERSION = 11
 DOMAIN = "ppllava_edge"
-_CONSTANT = re.compile(r"(i|f_)[-_\d]")  # names that `ints`, `integer` and `number` give
+_CONSTANT = re.compile(r"(i|f_)[-_\d]")  # names assigned by `ints`, `integer` and `number`
 
 
 class Graph:
@@ -56,7 +56,7 @@ class Graph:
         self.opset = OPSET
         self.ir_version = IR_VERSION
         self._scopes: list[str] = []
-        self._count = 0  # of nodes so far; numbers their names
+        self._count = 0  # nodes so far; numbers their names
 
     # -- nodes, inputs and outputs ---------------------------------------------------------------------------
 

@@ -73,7 +73,7 @@ def _head_split(g: Graph, node: onnx.NodeProto) -> tuple[int, int]:
 def _apply(
     g: Graph, rules: Mapping[str, Callable[[_Writer, onnx.NodeProto], None]], names: set[str] | None = None
 ) -> None:
-    """Replace every node that has a rule (and one of the names, if given) by what the rule writes."""
+    """Replace every node that has a rule (and one of the names, if given) with what the rule writes."""
     writer = _Writer(g)
     nodes: list[onnx.NodeProto] = []
     for node in g.nodes:
@@ -88,7 +88,7 @@ def _apply(
 
 
 class _Writer:
-    """Collects the nodes that replace one; their names begin with its name."""
+    """Collects the nodes that replace one node; their names begin with its name."""
 
     def __init__(self, g: Graph):
         self.g = g
@@ -195,7 +195,7 @@ def _concatenated_cache(g: Graph) -> None:
 
 
 def _int4_to_float(g: Graph) -> None:
-    """Replace INT4 weights, which opset 20 doesn't have, by float weights."""
+    """Replace INT4 weights, which opset 20 doesn't support, with float weights."""
     kept = []
     for node in g.nodes:
         weight = g.weights.get(node.input[0]) if node.op_type == "DequantizeLinear" else None

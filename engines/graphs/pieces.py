@@ -11,7 +11,7 @@ from onnx import helper
 from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.engines.graphs.tensors import ONNX_TYPE
 
-# Value name → type and shape of the values that cross a cut; the entry "" is for all values without one.
+# Value name → type and shape of the values that cross a cut; the entry "" is the default.
 Carried = Mapping[str, tuple[str, tuple[int | str, ...]]]
 FLOAT_OF_ANY_SHAPE: Carried = {"": ("float32", ())}
 RECOMPUTED = ("Shape", "Add", "Sub", "Cast")
@@ -41,7 +41,7 @@ def split(
     Args:
         g: The stage's graph; it is not changed.
         taps: Values that become outputs of the segment that produces them.
-        budget: The most bytes of weights in a segment. A layer is never split: one layer may exceed it.
+        budget: Maximum bytes of weights in a segment. A layer is never split: one layer may exceed it.
         carried: Types and shapes of the values that go from one segment to the next.
 
     Returns:

@@ -64,7 +64,7 @@ class Tensor:
 
     @staticmethod
     def of(name: str, array: np.ndarray) -> Tensor:
-        """A tensor whose values are in memory already."""
+        """A tensor whose values are already in memory."""
         return Tensor(name, array.shape, lambda: array)
 
 

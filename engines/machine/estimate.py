@@ -71,7 +71,7 @@ def suggest(s: Shape, limit: float, int4: Shape | None) -> list[str]:
         int4: The same model at --precision int4; None if it is int4 already.
 
     Returns:
-        Lines for people; suggestions with the smallest change first.
+        Lines to print; suggestions start with the smallest change.
     """
     needed = estimate(s).run
     if needed <= limit:
@@ -83,13 +83,13 @@ def suggest(s: Shape, limit: float, int4: Shape | None) -> list[str]:
     fitting = [f"{change}: {human_bytes(size)}" for change, size in sizes.items() if size <= limit]
     if fitting:
         return [
-            f"it doesn't fit {human_bytes(limit)}: it needs {human_bytes(needed)}; what would:",
+            f"it doesn't fit {human_bytes(limit)}: it needs {human_bytes(needed)}; these options would fit:",
             *fitting[:SHOWN],
         ]
     least = min(sizes.values(), default=needed)
     return [
-        f"nothing here makes it fit {human_bytes(limit)}: "
-        f"the least, with int4, 4 frames and an INT8 cache, is {human_bytes(least)}"
+        f"no option makes it fit {human_bytes(limit)}: "
+        f"the minimum, with int4, 4 frames and an INT8 cache, is {human_bytes(least)}"
     ]
 
 
@@ -104,7 +104,7 @@ def parse_size(text: str) -> float:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     if not match or float(match[1]) <= 0:
-        raise PPLLaVAError(f"{text!r} is no size; write one like 8GB or 500MB")
+        raise PPLLaVAError(f"{text!r} is not a size; write one like 8GB or 500MB")
     base = 1024.0 if match[3] else 1000.0
     return float(match[1]) * base ** " kmgt".index(match[2] or " ")
 
@@ -142,7 +142,7 @@ def _longest_prompt(s: Shape, limit: float) -> int:
 
 
 def _smaller_shapes(s: Shape, int4: Shape | None) -> dict[str, Shape]:
-    """Options of the commands that make a model smaller → its shape then, the smallest change first."""
+    """Command options that shrink a model → the resulting shape, the smallest change first."""
     shapes: dict[str, Shape] = {}
     for base, precision in ((s, ""), (int4, "--precision int4")):
         if base is None:

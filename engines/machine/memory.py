@@ -16,7 +16,7 @@ def peak_memory() -> int:
 
 
 def resident_memory() -> int:
-    """The resident size of this process, bytes; 0 where the system doesn't say."""
+    """The resident size of this process, bytes; 0 where the system doesn't report it."""
     return _process_status("VmRSS")
 
 
@@ -37,7 +37,7 @@ def system_memory(root: Path = Path("/")) -> dict[str, int]:
 
 
 def available_memory() -> int | None:
-    """Memory that can be allocated without swapping, bytes; None where the system doesn't say."""
+    """Memory that can be allocated without swapping, bytes; None where the system doesn't report it."""
     return system_memory().get("MemAvailable")
 
 

@@ -52,7 +52,7 @@ class StageShape:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and a clip, as far as memory is concerned.
+    """The sizes of a model and a clip that determine memory use.
 
     Attributes:
         stages: Weights by stage.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # these need onnx, which machines that build nothing don't ha
     from ppllava_edge.engines.targets.tensorrt.plan import Options
 
 TENSORRT_TARGETS = ("rtx", "orin", "orin-jp6")
-PIECE_BYTES = 1 << 30  # of a decoder's weights on the CPU: pieces are opened side by side
+PIECE_BYTES = 1 << 30  # decoder weights per piece on the CPU, where all pieces stay open
 
 
 def build(
@@ -63,8 +63,8 @@ def build_cpu(bundle: Bundle, progress: Progress = no_progress) -> Engine:
 def build_onnxruntime(bundle: Bundle, target: str, progress: Progress = no_progress) -> Engine:
     """Write engines/<target> into a bundle: its graphs, rewritten for ONNX Runtime.
 
-    Weights are copied one by one. The engine is written to a staging folder and renamed, so it is there whole
-    or not at all.
+    Weights are copied one by one. The engine is written to a staging folder and renamed, so it appears
+    complete or not at all.
 
     Args:
         bundle: The bundle with the standard graphs.

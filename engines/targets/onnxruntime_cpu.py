@@ -21,10 +21,10 @@ from ppllava_edge.engines.graphs.rewrite import to_float32
 def for_cpu(g: Graph) -> Graph:
     """A rewritten copy of a stage's graph; its weights are still loaded when it is saved.
 
-    Inputs keep their names, and so do outputs.
+    Inputs and outputs keep their names.
 
     Raises:
-        EngineError: If the end of the decoder isn't as export writes it.
+        EngineError: If the decoder doesn't end as export writes it.
     """
     half_cache = any(
         v.name.startswith("past.") and v.type.tensor_type.elem_type == TensorProto.FLOAT16 for v in g.inputs

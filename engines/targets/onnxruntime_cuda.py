@@ -37,7 +37,7 @@ def for_cuda(g: Graph, table: Tensor | None = None) -> Graph:
         table: Token embeddings (V, D), for the decoder; None for the other stages.
 
     Raises:
-        EngineError: If the end of the decoder isn't as export writes it.
+        EngineError: If the decoder doesn't end as export writes it.
     """
     g = g.copy()
     g.domains.add(CONTRIB)

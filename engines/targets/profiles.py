@@ -27,7 +27,7 @@ class Limits:
 
     Attributes:
         frames: Frames of a clip.
-        question: The most tokens of a question in the question tower.
+        question: Maximum number of tokens of a question in the question tower.
         prefill: The usual length of a prompt in tokens.
         capacity: Positions of the KV cache.
         decoder_profiles: 2 (prefill, one token) or 1 for both: TensorRT-RTX keeps float16 and INT8 weights

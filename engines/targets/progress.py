@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-Progress = Callable[[str, int, int], None]  # name of the graph, graphs done, of how many
+Progress = Callable[[str, int, int], None]  # name of the graph, graphs done, graphs in all
 
 
 def no_progress(name: str, done: int, total: int) -> None:

@@ -25,8 +25,7 @@ def select(bundle: Bundle, device: str, wanted: str = "auto") -> tuple[Engine | 
         wanted: "auto", a family (onnxruntime, tensorrt, rtx), a target, or "standard".
 
     Returns:
-        The engine, or None for the bundle's standard graphs; and why engines that are there are not used, or
-        "".
+        The engine, or None for the bundle's standard graphs; and why existing engines are not used, or "".
 
     Raises:
         EngineError: If `wanted` is unknown, or names an engine that can't run here.

@@ -62,9 +62,9 @@ def test_advice(middling: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "it doesn't fit 350.0 MB" in run.stdout and "--precision int4" in run.stdout, run.stdout
     run = run_command("ppllava-export", middling, "--dry-run", "--fit", "1MB")
-    assert "nothing here makes it fit" in run.stdout
+    assert "no option makes it fit" in run.stdout
     assert_one_line_error(
-        run_command("ppllava-export", middling, "--dry-run", "--fit", "large"), "'large' is no size"
+        run_command("ppllava-export", middling, "--dry-run", "--fit", "large"), "'large' is not a size"
     )
     assert_one_line_error(run_command("ppllava-export", middling), "-o", "--dry-run")
 
@@ -75,5 +75,5 @@ def test_sizes() -> None:
     assert parse_size("2GiB") == 2 * 2**30
     assert parse_size("123") == 123
     for wrong in ("", "GB", "-1GB", "0", "8 apples"):
-        with pytest.raises(PPLLaVAError, match="is no size"):
+        with pytest.raises(PPLLaVAError, match="is not a size"):
             parse_size(wrong)

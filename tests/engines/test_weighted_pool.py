@@ -179,7 +179,7 @@ def test_arrays_that_do_not_fit_are_refused(launcher: Any) -> None:
         ((hidden, weights, np.zeros((5, 8), np.float16)), "out is (5, 8)"),
         ((hidden, weights.astype(np.float64), out), "float64"),
         ((hidden[:, ::2], weights[:, ::2], out), "C-contiguous"),
-        (("text", weights, out), "no device array"),
+        (("text", weights, out), "not a device array"),
         ((hidden.astype(np.int32), weights, out), "not int32"),
         ((hidden[0], weights, out), "takes hidden"),
     ):

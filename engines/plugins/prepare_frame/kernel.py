@@ -1,8 +1,8 @@
 """A frame in GPU memory → pixels for the vision tower, without a copy to the host.
 
 The result is that of runtime/vision/preprocess.py with Pillow, bit for bit where Pillow resamples rows first:
-always up to version 12; from version 13 on it begins with the columns of some shapes, and a few pixels are
-rounded differently.
+always up to version 12; from version 13 on, Pillow resamples columns first for some shapes, and a few pixels
+are rounded differently.
 
 Frames are passed through `__cuda_array_interface__` or DLPack (torch, CuPy, pycuda, DeepStream). Not yet run
 on hardware (docs/limitations.md); tests run the same calls over the host build of the same arithmetic.
@@ -89,8 +89,8 @@ class FramePreparer:
     """Prepares frames on one GPU. Safe to use from several threads.
 
     Args:
-        gpu: Where the frames are.
-        preprocessing: The bundle's.
+        gpu: The GPU that holds the frames.
+        preprocessing: The bundle's preprocessing parameters.
         dtype: Type of the pixels: float32 or float16.
 
     Raises:
@@ -118,7 +118,7 @@ class FramePreparer:
             Pixels (1, 3, size, size) and the resized picture (size, size, 3) uint8.
 
         Raises:
-            MediaError: If the frame isn't such an array.
+            MediaError: If the frame isn't RGB or RGBA uint8 on this GPU.
         """
         picture = self._view(frame)
         p = self.preprocessing

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Letterbox(NamedTuple):
-    """Where a resized image lies on its canvas, in pixels.
+    """Position of a resized image on its canvas, in pixels.
 
     Attributes:
         height: Height of the resized image.

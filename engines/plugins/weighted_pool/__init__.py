@@ -1,4 +1,4 @@
 """Prompt-guided pooling on the GPU: one CUDA kernel, launched directly or as a TensorRT plugin.
 
-`kernel` is what the runtime imports; `tensorrt_plugin` and `aot` are the two forms of the plugin.
+The runtime imports `kernel`; `tensorrt_plugin` and `aot` are the two forms of the plugin.
 """

@@ -1,6 +1,6 @@
 """The plugin compiled ahead of time (TensorRT 10.9 and later): the engine carries the kernel.
 
-Nothing has to be registered where such an engine runs. Build the network with the flag
+Such an engine runs without registering the plugin. Build the network with the flag
 PREFER_AOT_PYTHON_PLUGINS. This form registers under the same name as tensorrt_plugin.py: a process uses one
 of them. Not yet run on hardware (docs/limitations.md).
 """
@@ -41,7 +41,7 @@ def is_available(trt: Any, plugin: Any) -> bool:
 
 
 def register_aot(trt: Any, plugin: Any, capability: tuple[int, int]) -> None:
-    """Register the plugin with a kernel for one compute capability; again is harmless.
+    """Register the plugin with a kernel for one compute capability; repeating it is harmless.
 
     Args:
         trt: The module tensorrt or tensorrt_rtx.
@@ -57,7 +57,7 @@ def register_aot(trt: Any, plugin: Any, capability: tuple[int, int]) -> None:
     if trt.__name__ in registered:
         raise EngineError(
             "the pooling plugin is registered in Python already in this process; "
-            "build engines that carry it in another one"
+            "build engines that carry it in another process"
         )
     describe = _describe_function(plugin)
     implement = _implement_function(trt, plugin, capability)

@@ -60,7 +60,7 @@ class Call:
         aligned: Whether all arrays start at multiples of 16 bytes.
 
     Raises:
-        EngineError: If the kernel can't do it.
+        EngineError: If the kernel doesn't support the sizes or types.
     """
 
     size: Triple
@@ -257,9 +257,11 @@ def _view(core: Any, array: Any, name: str, stream: Any) -> _DeviceArray:
             array, stream_ptr=int(getattr(stream, "handle", -1))
         )
     except Exception as error:
-        raise EngineError(f"weighted pooling: {name} is no device array ({one_line(error, 160)})") from None
+        raise EngineError(
+            f"weighted pooling: {name} is not a device array ({one_line(error, 160)})"
+        ) from None
     if not view.is_device_accessible:
-        raise EngineError(f"weighted pooling: {name} lies in host memory; it must be on the GPU")
+        raise EngineError(f"weighted pooling: {name} is in host memory; it must be on the GPU")
     shape = tuple(view.shape)
     contiguous = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     if view.strides is not None and tuple(view.strides) != contiguous:

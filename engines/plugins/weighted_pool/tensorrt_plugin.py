@@ -34,7 +34,7 @@ def import_with_plugin(library: str) -> Any:
 
 
 def register(trt: Any) -> None:
-    """Register the plugin with a library; again is harmless.
+    """Register the plugin with a library; repeating it is harmless.
 
     Args:
         trt: The module tensorrt or tensorrt_rtx.
@@ -47,7 +47,7 @@ def register(trt: Any) -> None:
     creator = creator_class(trt)()
     if not trt.get_plugin_registry().register_creator(creator, NAMESPACE):
         raise EngineError(
-            f"{trt.__name__} {trt.__version__} refuses the pooling plugin; another one has its name"
+            f"{trt.__name__} {trt.__version__} refuses the pooling plugin; another plugin has its name"
         )
     registered[trt.__name__] = creator
 
@@ -78,7 +78,7 @@ def plugin_fields(trt: Any, kernel: Any, stride: Any, temperature: Any, gelu: An
 class _Pooling:
     """One node of a graph: what TensorRT asks of a plugin. Kernel, stride, temperature and GELU are fixed.
 
-    TensorRT's interfaces are bases of the subclass in `_plugin_class`; here is no library yet.
+    TensorRT's interfaces are bases of the subclass in `_plugin_class`; no library is imported yet.
     """
 
     trt: Any
@@ -182,7 +182,7 @@ def _plugin_class(library: Any) -> Any:
 
 
 def creator_class(trt: Any) -> Any:
-    """The class that makes plugins from a node's attributes, and again from an engine's fields."""
+    """The class that creates plugins from a node's attributes or from an engine's fields."""
     plugin_class = _plugin_class(trt)
 
     class Creator(trt.IPluginCreatorV3One):

@@ -1,7 +1,7 @@
 """Targets rtx, orin and orin-jp6: a bundle's graphs → TensorRT engines, one process per graph.
 
 A decoder is cut into pieces between its layers, and its head into parts, so that no build needs much more
-memory than a piece. An interrupted build leaves its finished engines, and the next one goes on from them.
+memory than a piece. An interrupted build leaves its finished engines, and the next one resumes from them.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _warn_of_memory(name: str, needed: int, note: Note) -> None:
         note(
             f"building {name} is expected to need {human_bytes(needed)}; "
             f"{human_bytes(available)} are available, {human_bytes(needed - available)} are missing: "
-            f"try --piece with less"
+            f"try a smaller --piece"
         )
 
 

@@ -50,7 +50,7 @@ def decoder_pieces(
         target: orin-jp6 gets a lowered decoder, the other targets a self-feeding one with an in-place KV
             cache.
         capacity: Positions of the KV cache.
-        piece_bytes: The most bytes of weights in a graph.
+        piece_bytes: Maximum bytes of weights in a graph.
     """
     g = lower(g) if target == "orin-jp6" else self_feeding(g, embedding_table(bundle, g.dtype), capacity)
     width = bundle.manifest.decoder.hidden_size

@@ -1,4 +1,4 @@
-"""What a TensorRT build for a target needs and decides, before anything is built."""
+"""Plans a TensorRT build for a target: checks its requirements and resolves its options."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Options:
         frames: Frames of the usual clip; None: the model's default.
         plugin: The form of the pooling plugin: none, python, aot or auto.
         decoder_profiles: 2 (prefill, one token) or 1.
-        piece_bytes: The most bytes of a decoder's weights in one engine.
-        workspace: The most bytes of scratch memory; 0: the library's own limit.
+        piece_bytes: Maximum bytes of a decoder's weights in one engine.
+        workspace: Maximum bytes of scratch memory; 0: the library's own limit.
         level: TensorRT's optimisation level.
     """
 
@@ -48,7 +48,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """A build, with everything that options and machine decide.
+    """A build, with everything that follows from its options and the machine.
 
     Attributes:
         bundle: The bundle with the graphs.
@@ -58,7 +58,7 @@ class Plan:
         size: Frames, prompt and KV cache that engines are built for.
         options: The build's options.
         plugin: none, python or aot.
-        staging: The folder that keeps finished engines until all are built; a later build goes on from it.
+        staging: The folder that keeps finished engines until all are built; a later build resumes from it.
         details: Details for the engine's manifest.
     """
 

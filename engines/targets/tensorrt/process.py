@@ -18,7 +18,7 @@ from ppllava_edge.engines.targets.tensorrt.worker import Job
 from ppllava_edge.engines.terminal import human_bytes
 
 ADDR_NO_RANDOMIZE = 0x0040000  # Linux's personality(2)
-KILLED = (-9, 137)  # exit statuses of a process that the system ended for its memory
+KILLED = (-9, 137)  # exit statuses of a process that the system killed for lack of memory
 
 
 @dataclass
@@ -49,7 +49,7 @@ def run_job(job: Job, staging: Path, name: str, key: str, predicted: int, larges
 
     Args:
         job: Paths in it are relative to the staging folder.
-        staging: Where the engine goes.
+        staging: The folder to write the engine into.
         name: The engine's name.
         key: A hash of everything that the engine depends on.
         predicted: Bytes of resident memory that are expected.
@@ -68,7 +68,7 @@ def run_job(job: Job, staging: Path, name: str, key: str, predicted: int, larges
         result = json.loads(run.stdout.decode().strip().splitlines()[-1])
     except (IndexError, ValueError):
         raise EngineError(
-            f"building {name} {_failure(run.returncode, predicted)}: try --piece with less, or see {log}"
+            f"building {name} {_failure(run.returncode, predicted)}: try a smaller --piece, or see {log}"
         ) from None
     if "error" in result:
         raise EngineError(f"{result['error']} (messages: {log})")
@@ -77,7 +77,7 @@ def run_job(job: Job, staging: Path, name: str, key: str, predicted: int, larges
 
 
 def _earlier_result(done: Path, engine: Path, key: str) -> dict[str, Any] | None:
-    """What an earlier build reported of the same engine, if it is still there whole."""
+    """The report of an earlier build of this engine, if its file is still intact."""
     if not done.is_file() or not engine.is_file():
         return None
     result: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))

@@ -3,7 +3,7 @@
     python -m ppllava_edge.engines.targets.tensorrt.worker JOB.json
 
 process.py writes the job and starts the worker, which prints one line of JSON. Engines are strongly
-typed: the graph has the precisions. Only calls that TensorRT 10.3 and 11.4 have in common are used; for
+typed: the graph sets the precisions. Only calls that TensorRT 10.3 and 11.4 have in common are used; for
 others the worker checks first that the library has them.
 """
 
@@ -42,7 +42,7 @@ class Job:
         capabilities: Compute capabilities to build for ahead of time (TensorRT-RTX); none: this machine's
             GPU.
         plugin: The pooling plugin's form: none, python or aot.
-        workspace: The most bytes of scratch memory; 0: the library's own limit.
+        workspace: Maximum bytes of scratch memory; 0: the library's own limit.
         timing_cache: Path of the timing cache; "": none.
         level: The library's optimisation level.
     """

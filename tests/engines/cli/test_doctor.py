@@ -94,7 +94,7 @@ def test_a_desktop_card(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip uninstall onnxruntime" in without["cuda"].missing
     gtx = replace(machine, gpus=[replace(DESKTOP, name="GTX 1080", capability="6.1")])
     old = verdicts(gtx, monkeypatch, tensorrt_rtx="1.7.1")
-    assert not old["rtx"].runs and "6.1; 7.5 is the least" in old["rtx"].missing
+    assert not old["rtx"].runs and "6.1; the minimum is 7.5" in old["rtx"].missing
 
 
 def test_jetsons(monkeypatch: pytest.MonkeyPatch) -> None:
