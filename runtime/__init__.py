@@ -1,7 +1,7 @@
 """The lean runtime: from a video and a question to an answer. Imports neither torch nor the exporter.
 
-Rooms, each of which may import those after it: cli, live, session, encoding, pipeline, decoding, language,
-vision, media. batch.py and video_qa.py, which people embed, stand between cli and live.
+Subpackages, each of which may import those after it: cli, live, session, encoding, pipeline, decoding,
+language, vision, media. batch.py and video_qa.py, which applications use, sit between cli and live.
 """
 
 from __future__ import annotations

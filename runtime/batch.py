@@ -30,7 +30,7 @@ class BatchResult:
     Attributes:
         answered: Answers written.
         failed: Errors written.
-        skipped: Pairs that the output held already.
+        skipped: Pairs already in the output.
     """
 
     answered: int = 0
@@ -73,7 +73,7 @@ def read_questions(source: str) -> list[str]:
 
     Raises:
         MediaError: If the file can't be read, is too large, or holds no questions.
-        PromptError: For a question that can't be asked.
+        PromptError: If a question can't be asked.
     """
     path = Path(source)
     try:
@@ -116,8 +116,8 @@ def run_batch(
 
     Args:
         qa: The model.
-        folder: Holds the videos.
-        questions: What to ask.
+        folder: The folder of videos.
+        questions: The questions to ask.
         output: The JSON Lines file to append to.
         opening, asking: Arguments of VideoQA.open and Video.ask.
         progress: Called with (video, pairs done, pairs).
@@ -127,7 +127,7 @@ def run_batch(
 
     Raises:
         MediaError: If there are no videos.
-        PPLLaVAError: If the output holds something else, another run writes to it, or the disk is full.
+        PPLLaVAError: If the output contains other data, another run writes to it, or the disk is full.
         BusyError: If the engine's queue is full.
     """
     root, videos, result = Path(folder), videos_below(folder), BatchResult()
@@ -204,7 +204,7 @@ def _read_pairs(path: Path) -> tuple[set[tuple[str, str]], int]:
                 pairs.add((str(value["video"]), str(value["question"])))
             except (ValueError, KeyError, TypeError):
                 raise PPLLaVAError(
-                    f"{path} line {number} is no batch answer; choose another output, or remove that line"
+                    f"{path} line {number} is not a batch answer; choose another output, or remove that line"
                 ) from None
             end += len(line)
     return pairs, end
@@ -233,6 +233,4 @@ def _append(file: IO[bytes], value: dict[str, Any]) -> None:
         os.fsync(file.fileno())
     except OSError as error:
         file.truncate(end)
-        raise PPLLaVAError(
-            f"can't write {file.name}: {error.strerror}; run it again to go on from here"
-        ) from None
+        raise PPLLaVAError(f"can't write {file.name}: {error.strerror}; run it again to resume") from None

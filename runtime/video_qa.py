@@ -1,4 +1,4 @@
-"""What people embed: a VideoQA opens videos and live views, which answer questions.
+"""The entry point for applications: a VideoQA opens videos and live views, which answer questions.
 
 A video is decoded and encoded once, when it is opened. Only pooling depends on the question, so every
 question after the first costs the question tower, pooling and the decoder.
@@ -36,19 +36,19 @@ class VideoQA(Session):
     Args:
         bundle: A directory that ppllava-export wrote; None or "nano": the packed demonstration model.
         device: auto | cpu | cuda.
-        threads: Of the engine; None: one per core.
+        threads: CPU threads of the engine; None: one per core.
         template: A prompt template's name instead of the bundle's own.
         engine: auto (the fastest that is built and fits), onnxruntime, tensorrt, rtx, standard, or a target
             that ppllava-build built.
         cache: Keep encoded videos on disk: True, a folder, or a FeatureCache.
-        parallel: Answers under way at once, each with a KV cache of its own.
+        parallel: Answers that may be active at once, each with a KV cache of its own.
         queue: How many more may wait; the next raises BusyError.
-        metrics: Called with ("open" | "answer" | "frame" | "live", figures) from whichever thread it happened
-            in; keep it short. Seconds where not said otherwise.
+        metrics: Called with ("open" | "answer" | "frame" | "live", figures) in the thread where the event
+            happened, so it should return quickly. Figures are seconds unless stated otherwise.
 
     Raises:
-        BundleError: If the bundle is damaged or none, in one line.
-        EngineError: If the device or the engine isn't there, in one line.
+        BundleError: If the bundle is damaged or isn't one; in one line.
+        EngineError: If the device or the engine isn't available; in one line.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class VideoQA(Session):
                 frames (H, W, 3), all of which are used (frames must be None then).
             frames: How many the model sees; None: its default; "auto": more for longer videos.
             start, end: Seconds; None: the whole video.
-            progress: Called with ("decode" | "vision", frames done, of how many).
-            tokens: The most visual tokens; None: what the model's windows give.
+            progress: Called with ("decode" | "vision", frames done, frames in all).
+            tokens: Maximum number of visual tokens; None: what the model's windows give.
             select: "uniform", or "guided": the question chooses the frames to pool out of `candidates`.
             candidates: Frames to choose among.
             keep: "features": every question pools anew. "tokens": a chat; further questions reuse the
@@ -104,7 +104,7 @@ class VideoQA(Session):
             The video, ready for questions.
 
         Raises:
-            MediaError: In one line, for what can't be decoded or doesn't suit the model.
+            MediaError: If the source can't be decoded or doesn't suit the model; in one line.
         """
         options = FrameOptions(frames, start, end, tokens, select, candidates)
         if keep not in KEEP:
@@ -116,7 +116,7 @@ class VideoQA(Session):
             started = time.perf_counter()
             reader = reader_of(source, options)
             video = encode_source(self.pipeline, self.engine_lock, reader, options, progress)
-            # Everything but encoding is waiting for frames.
+            # The rest of the time was spent waiting for frames.
             video.video_decode = time.perf_counter() - started - video.vision
             kept.store(video)
         figures = {"video_decode": video.video_decode, "vision": video.vision}
@@ -141,7 +141,7 @@ class VideoQA(Session):
 
         Questions can be asked at any moment. Arguments and errors: see Live.
         """
-        from ppllava_edge.runtime.live.view import Live  # loads on first use: most apps watch nothing live
+        from ppllava_edge.runtime.live.view import Live  # imported on first use: most apps have no live view
 
         return Live(
             self,

@@ -36,7 +36,7 @@ def ask_video(
         qa: The model.
         source: A video, an image, or a folder of images.
         question: Answered once; None: questions are read from stdin.
-        options: Of the command line.
+        options: The command line's options.
         opening, asking: Arguments of VideoQA.open and Video.ask.
     """
     as_json, attention = options["as_json"], options["save_attention"]
@@ -93,7 +93,7 @@ def _chat(video: Video, asking: dict[str, Any], as_json: bool) -> None:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Progress | None]:
-    """A callback that draws decoding and encoding on stderr; None if stderr is no terminal."""
+    """A callback that draws decoding and encoding on stderr; None if stderr isn't a terminal."""
     if not sys.stderr.isatty():
         yield None
         return

@@ -27,9 +27,9 @@ def answer_folder(
 
     Args:
         qa: The model.
-        folder: Holds the videos.
+        folder: The folder of videos.
         questions: A file with one question a line, or a question.
-        options: Of the command line.
+        options: The command line's options.
         opening, asking: Arguments of VideoQA.open and Video.ask.
     """
     output = options["output"]
@@ -39,7 +39,7 @@ def answer_folder(
         print(json.dumps(vars(result) | {"output": output}))
     else:
         failed = f", {result.failed} failed (their lines say why)" if result.failed else ""
-        skipped = f", {result.skipped} were there already" if result.skipped else ""
+        skipped = f", {result.skipped} already in the output" if result.skipped else ""
         click.echo(f"{output}: {result.answered} answered{failed}{skipped}", err=True)
     if result.failed:
         sys.exit(1)

@@ -32,9 +32,9 @@ def run_live(
     Args:
         qa: The model.
         source: A file, a device or an address.
-        question: Asked every `options["every"]` seconds, until the source ends or `options["answers"]` were
-            given; None: questions are read from the terminal.
-        options: Of the command line.
+        question: Asked every `options["every"]` seconds, until the source ends or after `options["answers"]`
+            answers; None: questions are read from the terminal.
+        options: The command line's options.
         asking: Arguments of Live.ask.
 
     Raises:
@@ -113,7 +113,7 @@ def _print_answer(live: Live, answer: Answer, as_json: bool) -> None:
 
 
 class _StatusLine:
-    """The view's status in one line of stderr, overwritten every second; nothing if stderr is no terminal."""
+    """Show the view's status in one line on stderr, updated every second, if stderr is a terminal."""
 
     def __init__(self, live: Live):
         self.live = live

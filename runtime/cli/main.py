@@ -13,9 +13,9 @@ DEMO_NOTE = (
     "nano is a tiny demonstration model: it knows drawn shapes, nothing of the real world. "
     "For a real one: ppllava-export CHECKPOINT -o BUNDLE, then ppllava-run --model BUNDLE."
 )
-OPENING = ("frames", "start", "end", "tokens", "select", "candidates", "keep")  # of VideoQA.open
-SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")  # of Sampling
-ASKING = ("max_new_tokens", "stop", "look_ahead", "timeout")  # of Video.ask, beside sampling
+OPENING = ("frames", "start", "end", "tokens", "select", "candidates", "keep")  # options of VideoQA.open
+SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")  # options of Sampling
+ASKING = ("max_new_tokens", "stop", "look_ahead", "timeout")  # options of Video.ask, beside sampling
 
 
 class FrameCount(click.ParamType):
@@ -76,7 +76,7 @@ class FrameCount(click.ParamType):
     "--tokens",
     group="Frames",
     type=int,
-    help="Visual tokens at most; pooling windows grow to fit.  [default: as the model's windows give]",
+    help="Maximum visual tokens; pooling windows grow to fit.  [default: what the model's windows give]",
 )
 @option(
     "--select",
@@ -178,7 +178,7 @@ class FrameCount(click.ParamType):
     type=float,
     default=2.0,
     show_default=True,
-    help="Frames to encode a second.",
+    help="Frames to encode per second.",
 )
 @option(
     "--window",
@@ -200,24 +200,24 @@ class FrameCount(click.ParamType):
     "--last",
     group="Live view (with --live)",
     type=click.FloatRange(0.001),
-    help="Use the last so many seconds only.  [default: the whole window]",
+    help="Seconds to look back from the newest frame.  [default: the whole window]",
 )
 @option(
-    "--answers", group="Live view (with --live)", type=click.IntRange(1), help="Stop after so many answers."
+    "--answers", group="Live view (with --live)", type=click.IntRange(1), help="Stop after this many answers."
 )
 @option("--no-reconnect", group="Live view (with --live)", is_flag=True, help="End when the stream is lost.")
 @option(
     "--batch",
     group="Batch (with --batch)",
     is_flag=True,
-    help="VIDEO is a folder, QUESTION a file with one question a line: ask all about all.",
+    help="VIDEO is a folder, QUESTION a file with one question a line: ask every question about every video.",
 )
 @option(
     "-o",
     "--output",
     group="Batch (with --batch)",
     metavar="JSONL",
-    help="File to append answers to; pairs that are in it are skipped.",
+    help="File to append answers to; pairs already in it are skipped.",
 )
 @option("--json", "as_json", group="Output", is_flag=True, help="Print each answer as a line of JSON.")
 @option(

@@ -42,7 +42,7 @@ def check_forget(length: int, count: int) -> None:
 
 
 def masked_value(dtype: np.dtype | type) -> float:
-    """What an attention mask adds to a hidden position: -inf, or -1e4 in float16 (-1e9 overflows there)."""
+    """What an attention mask adds for a masked position: -inf, or -1e4 in float16 (-1e9 overflows there)."""
     return -1e4 if dtype == np.float16 else -np.inf
 
 
@@ -50,7 +50,7 @@ def causal_mask(length: int, count: int, dtype: np.dtype | type) -> np.ndarray:
     """The mask of a pass over `count` positions after `length` cached ones.
 
     Returns:
-        (1, 1, count, length + count) float64: 0 where a position may look, masked_value elsewhere.
+        (1, 1, count, length + count) float64: 0 where a position may attend, masked_value elsewhere.
     """
     positions = np.arange(length, length + count)
     visible = np.arange(length + count) <= positions[:, None]

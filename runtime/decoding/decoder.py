@@ -1,4 +1,4 @@
-"""What every decoder can do: hand out sequences, prefill, generate."""
+"""The interface of all decoders: start sequences, prefill, generate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ppllava_edge.runtime.language.sampling import Sampling
 
 
 class Decoder(ABC):
-    """A decoder engine. Several sequences may be under way at once, each with a KV cache of its own.
+    """A decoder engine. Several sequences may be active at once, each with a KV cache of its own.
 
     Attributes:
         info: Sizes of the decoder.
@@ -35,7 +35,7 @@ class Decoder(ABC):
 
     def __init__(self, info: DecoderInfo):
         self.info = info
-        # Re-entrant: an abandoned answer may be collected, and give its cache back, anywhere.
+        # Re-entrant: an abandoned answer may be garbage-collected, and return its cache, in any thread.
         self._lock = threading.RLock()
         self._disagreement: float | None = None
 
@@ -47,8 +47,8 @@ class Decoder(ABC):
             PromptError: If the prompt alone is too long for the model's context; says by how much.
         """
 
-    def finish(self, sequence: Any) -> None:  # noqa: B027  (nothing to keep, unless a decoder says so)
-        """Give a sequence back; its buffers may serve the next one."""
+    def finish(self, sequence: Any) -> None:  # noqa: B027  (by default nothing is reused)
+        """Return a sequence; its buffers may serve the next one."""
 
     @property
     @abstractmethod
@@ -56,7 +56,7 @@ class Decoder(ABC):
         """Whether a pass gives the logits of several positions, so that drafts can be verified."""
 
     def disagreement(self) -> float:
-        """How far a pass over 8 positions lies from 8 single steps, in standard deviations of the logits.
+        """How far a pass over 8 positions deviates from 8 single steps, in standard deviations of logits.
 
         Measured once, on the first call.
         """
@@ -76,7 +76,7 @@ class Decoder(ABC):
         return self._disagreement
 
     def prefill(self, prompt: Any) -> np.ndarray:
-        """A prompt, as Pipeline.prompt makes it → logits (V,) float32 of its last position."""
+        """A prompt, as Pipeline.prompt returns it → logits (V,) float32 of its last position."""
         sequence = self.start(len(prompt), 1)
         try:
             sequence.feed(prompt)
@@ -104,19 +104,19 @@ class Decoder(ABC):
         """Generate token ids after a prompt.
 
         Args:
-            prompt: As Pipeline.prompt makes it.
-            max_new_tokens: The most ids to yield.
+            prompt: As Pipeline.prompt returns it.
+            max_new_tokens: Maximum number of ids to yield.
             stop_ids: Ids that end the answer; the one that does is yielded too.
             sampling: Greedy by default.
-            lookup: Draft tokens and verify several in a pass. Left out, with a note in it, where a pass over
-                several positions computes something else than single steps.
-            sequence: To go on with, the caller's (of `start`). None: one for this answer alone.
+            lookup: Draft tokens and verify several in a pass. Skipped, with a note in it, where a pass over
+                several positions and single steps compute different logits.
+            sequence: The caller's sequence to continue, from `start`. None: a new one for this answer alone.
 
         Yields:
             Token ids, until a stop id, max_new_tokens, or the end of the context or of the engine's cache.
 
         Raises:
-            PromptError: For a prompt that is too long.
+            PromptError: If the prompt is too long.
             EngineError: If the engine fails, or can't verify drafts.
         """
         if max_new_tokens < 1:

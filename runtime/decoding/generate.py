@@ -21,12 +21,12 @@ def generate_ids(
     """Prefill, then one pass of the decoder per token, or per accepted draft.
 
     Args:
-        sequence: The cache; what it holds already comes before the prompt.
-        prompt: What `sequence.feed` takes.
-        max_new_tokens: The most ids to yield, 1 or more.
+        sequence: The cache; positions already in it precede the prompt.
+        prompt: As `sequence.feed` takes it.
+        max_new_tokens: Maximum number of ids to yield, 1 or more.
         sampler: Chooses the next id.
         stop_ids: Ids that end the answer; the one that does is yielded too.
-        lookup: Where drafts come from. The sampler must be greedy then. None: one token a pass.
+        lookup: The source of drafts; needs a greedy sampler. None: one token per pass.
 
     Yields:
         Token ids, until a stop id, max_new_tokens or the end of the cache. The last one is yielded before it

@@ -59,14 +59,14 @@ def cache_buffers(
 class GpuSequence(Sequence):
     """A sequence whose cache is written in place on the GPU.
 
-    Invariants as KVCache's: a pass writes where it should and nowhere else; nothing is allocated after the
+    Invariants as in KVCache: a pass writes its own positions and no others; nothing is allocated after the
     first pass of a length.
 
     Args:
         stages: The opened decoder engine, whole or in pieces that follow one another.
         info: Sizes of the decoder.
         capacity: Positions that the cache holds.
-        gpu: Where the buffers lie.
+        gpu: The GPU that holds the buffers.
         decode_profile: The engine's profile for one position.
     """
 
@@ -92,8 +92,8 @@ class GpuSequence(Sequence):
         self._between: dict[tuple[str, int], Buffer] = {}
         self._captured: Callable[[], None] | None = None
         self._steps = 0
-        self._rows = 0  # positions of the last pass whose logits are there
-        self._verified = False  # whether the last pass was over drafts, each of which needs what follows it
+        self._rows = 0  # positions of the last pass whose logits are available
+        self._verified = False  # whether the last pass verified drafts
         self._on_device: int | None = (
             None  # the next token, if the device chose it and will feed it to itself
         )
@@ -134,7 +134,7 @@ class GpuSequence(Sequence):
         self._verified = True
 
     def _step(self, token: int | None) -> None:
-        """Read one token: the one that the device chose (None), or this one."""
+        """Run a decode step for one token; None: the one that the device chose."""
         if self.length + 1 > self.capacity:
             raise cache_full_error(self.length, self.capacity, 1)
         if token is not None:
@@ -142,9 +142,7 @@ class GpuSequence(Sequence):
         if self._captured is not None:
             self._captured()
         elif self._steps and all(stage.captures for stage in self.stages):
-            self._captured = self.gpu.capture(
-                self._decode
-            )  # the first step ran as it is: libraries set up then
+            self._captured = self.gpu.capture(self._decode)  # not the first step: libraries initialise in it
             self._captured()
         else:
             self._decode()
@@ -152,7 +150,7 @@ class GpuSequence(Sequence):
         self._passed(1)
 
     def _decode(self) -> None:
-        """Queue one step over the same buffers: what the last one gave goes in."""
+        """Queue one step over the same buffers: its inputs are the last step's outputs."""
         self.gpu.copy(self.next_token, self.token)
         self.gpu.copy(self.next_position, self.position)
         self.gpu.copy(self.next_write_index, self.write_index)
@@ -213,14 +211,14 @@ class GpuSequence(Sequence):
             values |= outputs
 
     def _buffer_between(self, name: str, count: int, stage: Any) -> Buffer:
-        """What one piece of the decoder hands to the next: hidden states, or the mask."""
+        """What one piece of the decoder passes to the next: hidden states, or the mask."""
         key = (name, count)
         if key not in self._between:
             shape = (1, 1, count, self.capacity) if name == "mask" else (1, count, self.info.hidden_size)
             self._between[key] = self.gpu.empty(shape, stage.outputs[name])
         return self._between[key]
 
-    # -- what came out ---------------------------------------------------------------------------------------
+    # -- results ---------------------------------------------------------------------------------------------
 
     def logits(self) -> np.ndarray:
         """As Sequence says; copies them to the host."""
@@ -249,6 +247,6 @@ class GpuSequence(Sequence):
         self.gpu.upload(np.array([self.length], np.int64), self.next_write_index)
 
     def restart(self) -> None:
-        """Empty the cache for the next prompt; keep the buffers of single steps, and the captured one."""
+        """Empty the cache for the next prompt; keep the buffers of single steps and the captured step."""
         self.length, self._rows, self._on_device = 0, 0, None
         self._between = {key: buffer for key, buffer in self._between.items() if key[1] == 1}

@@ -26,7 +26,7 @@ class _EngineDecoder(Decoder):
         stages: The opened decoder engine, whole or in pieces that follow one another.
         info: Sizes of the decoder.
         engine: Its description: profiles, fixed capacity.
-        gpu: Where everything lies.
+        gpu: The GPU that holds everything.
         embed: Token ids (k) → embeddings (k, D) float32, on the host.
     """
 

@@ -26,12 +26,12 @@ class GrowingGpuSequence(Sequence):
         stages: The opened decoder engine, whole or in pieces that follow one another.
         info: Sizes of the decoder.
         capacity: Positions that each set holds.
-        gpu: Where the buffers lie.
+        gpu: The GPU that holds the buffers.
         decode_profile: The engine's profile for passes after the first.
         embed: Token ids (k) → embeddings (k, D) float32, on the host.
     """
 
-    can_forget = False  # positions lie together by head: taking some back would mean copying the rest
+    can_forget = False  # the layout is head by head: taking positions back would mean copying the rest
 
     def __init__(
         self,

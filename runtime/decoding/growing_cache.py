@@ -18,7 +18,7 @@ class GrowingSequence(Sequence):
     Args:
         stages: decoder.onnx, whole or in pieces that follow one another.
         info: Sizes of the decoder.
-        capacity: Positions that it may hold.
+        capacity: Maximum number of positions.
         embed: Token ids (k) → embeddings (k, D).
     """
 
@@ -37,7 +37,7 @@ class GrowingSequence(Sequence):
         self._logits = np.zeros((0, info.vocab), np.float32)
 
     def feed(self, prompt: np.ndarray) -> None:
-        """Read embeddings (S, D) after what the cache holds."""
+        """Prefill with embeddings (S, D), after the positions that the cache holds."""
         count, total = len(prompt), self.length + len(prompt)
         if count < 1 or total > self.capacity:
             raise cache_full_error(self.length, self.capacity, count)

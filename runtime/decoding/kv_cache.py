@@ -29,11 +29,11 @@ class KVCache:
     """Keys and values of all layers, written in place: past and present of a layer are one buffer.
 
     Invariants (tests/runtime/decoding): 0 <= length <= capacity; a pass writes at positions length …
-    length+count-1 and nowhere else; no buffer is allocated after the cache was made.
+    length+count-1 and nowhere else; no buffer is allocated after construction.
 
     Attributes:
         buffers: "<layer>.key" and "<layer>.value" → (1, kv_heads, capacity, head_size) in kv_dtype.
-        bytes: Of all buffers.
+        bytes: Total size of all buffers.
     """
 
     def __init__(self, info: DecoderInfo, capacity: int, device: str = "cpu"):
@@ -54,7 +54,7 @@ class InPlaceSequence(Sequence):
     Args:
         stages: decoder.onnx, whole or in pieces that follow one another.
         info: Sizes of the decoder.
-        cache: Its length may be above 0: what it holds comes before.
+        cache: The cache; positions already in it precede the prompt.
         embed: Token ids (k) → embeddings (k, D).
     """
 
@@ -77,11 +77,11 @@ class InPlaceSequence(Sequence):
 
     @property
     def capacity(self) -> int:  # type: ignore[override]
-        """Positions that it could hold."""
+        """Maximum number of positions."""
         return self.cache.capacity
 
     def feed(self, prompt: np.ndarray) -> None:
-        """Read embeddings (S, D) after what the cache holds."""
+        """Prefill with embeddings (S, D), after the positions that the cache holds."""
         count = len(prompt)
         if count < 1 or self.length + count > self.capacity:
             raise cache_full_error(self.length, self.capacity, count)
@@ -137,7 +137,7 @@ class _BoundPass:
         self.bindings = self._bind(info)
 
     def _bind(self, info: DecoderInfo) -> list[Any]:
-        """One binding per stage; on the CPU, what one stage hands to the next is bound too."""
+        """One binding per stage; on the CPU, what one stage passes to the next is bound too."""
         ort = import_onnxruntime()
         on_cpu, bindings = self.device == "cpu", []
         bound = {"logits": ort.OrtValue.ortvalue_from_numpy(self.logits)}

@@ -53,7 +53,7 @@ class OnnxRuntimeDecoder(Decoder):
             return GrowingSequence(self.stages, self.info, capacity, self.embed)
         with self._lock:
             fitting = [cache for cache in self._idle if cache.capacity == capacity]
-            self._idle.clear()  # one of another size goes before a new one is made
+            self._idle.clear()  # free a cache of another size before a new one is allocated
         cache = fitting[0] if fitting else KVCache(self.info, capacity, self.stages[0].device)
         cache.length = 0
         return InPlaceSequence(self.stages, self.info, cache, self.embed)

@@ -1,4 +1,4 @@
-"""What every KV cache can do: one prompt and what follows it, fed pass by pass."""
+"""The interface of all KV caches: a prompt and its continuation, fed pass by pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Sequence(ABC):
 
     Attributes:
         length: Positions that the cache holds. Invariant: 0 <= length <= capacity.
-        capacity: Positions that it could hold.
+        capacity: Maximum number of positions.
         can_forget: Whether `forget` works.
     """
 
@@ -30,7 +30,7 @@ class Sequence(ABC):
 
     @abstractmethod
     def feed(self, prompt: Any) -> None:
-        """Prefill: read a prompt, as Pipeline.prompt makes it, in one pass.
+        """Prefill: read a prompt, as Pipeline.prompt returns it, in one pass.
 
         Raises:
             EngineError: If it doesn't fit the cache, or the engine fails.
@@ -57,6 +57,6 @@ class Sequence(ABC):
         """Take the last `count` positions back: they will be written again.
 
         Raises:
-            EngineError: If the cache holds fewer, or can't (can_forget).
+            EngineError: If the cache holds fewer, or can't take any back (can_forget).
         """
         raise EngineError("this engine's cache can't take positions back")

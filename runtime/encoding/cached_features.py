@@ -1,4 +1,4 @@
-"""Encoded videos in the feature cache: what identifies one, and what is kept of it."""
+"""Encoded videos in the feature cache: their keys, and the fields that are stored."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ppllava_edge.runtime.vision.feature_cache import CachedVideo, FeatureCache,
 from ppllava_edge.runtime.vision.frame_options import FrameOptions
 
 log = logging.getLogger(__name__)
-KEY_OF_OPTIONS = "Look"  # part of every entry's key: another word would orphan what users have cached
-FACTS = (  # of an EncodedVideo, kept beside its arrays
+KEY_OF_OPTIONS = "Look"  # part of every entry's key: changing it would orphan users' cached entries
+FACTS = (  # fields of an EncodedVideo that are stored beside its arrays
     "kind",
     "media",
     "indices",
@@ -35,12 +35,12 @@ FACTS = (  # of an EncodedVideo, kept beside its arrays
 
 
 class CachedFeatures:
-    """Where one source's encoded video lies in the cache.
+    """The cache entry of one source's encoded video.
 
     Args:
-        cache: The feature cache; None: nothing is kept.
+        cache: The feature cache; None: nothing is stored.
         pipeline: The model.
-        source: A path; anything else isn't kept.
+        source: A path; other sources aren't stored.
         options: How frames are chosen; another choice is another entry.
     """
 
@@ -50,7 +50,7 @@ class CachedFeatures:
         self.pipeline, self.source = pipeline, source
         is_path = isinstance(source, (str, os.PathLike)) and (
             os.path.isfile(source) or os.path.isdir(source)
-        )  # what isn't there, or is no file, is for the reader to refuse
+        )  # the reader reports sources that are missing or not files
         self._cache = cache if is_path else None
         self._key: tuple[object, ...] = ()
         if self._cache is not None:
@@ -60,7 +60,7 @@ class CachedFeatures:
             self._key = content_hash(source), *model, choice
 
     def load(self) -> EncodedVideo | None:
-        """The encoded video; None if it isn't there, or was written by another version."""
+        """The encoded video; None if it is missing, or was written by another version."""
         started = time.perf_counter()
         found = self._cache.load(*self._key) if self._cache is not None else None
         if found is None:
@@ -80,7 +80,7 @@ class CachedFeatures:
         return video
 
     def store(self, video: EncodedVideo) -> None:
-        """Keep an encoded video."""
+        """Store an encoded video."""
         if self._cache is None:
             return
         if video.candidates is None:

@@ -15,7 +15,7 @@ IN_MEMORY = 512 << 20  # bytes of states or features; more are mapped from a tem
 
 
 def array_for(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array in memory or, above 512 MiB, mapped from an unnamed file that goes away with it."""
+    """An empty array in memory or, above 512 MiB, mapped from an unnamed file that is deleted with it."""
     if int(np.prod(shape, dtype=np.int64)) * dtype.itemsize <= IN_MEMORY:
         return np.empty(shape, dtype)
     with tempfile.TemporaryFile(prefix="ppllava-") as file:
@@ -27,8 +27,8 @@ class Candidates:
 
     Args:
         pipeline: The model.
-        states: (n, S, P+1, C), of the trunk.
-        features: (n, P, C), of the temporal branch over neighbouring frames; None: computed here.
+        states: (n, S, P+1, C), the trunk's output.
+        features: (n, P, C), the temporal branch's output over neighbouring frames; None: computed here.
     """
 
     def __init__(self, pipeline: BasePipeline, states: np.ndarray, features: np.ndarray | None = None):
@@ -52,7 +52,7 @@ class Candidates:
         return features
 
     def scores(self, q: Any) -> np.ndarray:
-        """How much each frame shows of what the question names: q (1, E) → (n,) float32."""
+        """Score each frame by how much it shows of what the question names: q (1, E) → (n,) float32."""
         chunks = (np.ascontiguousarray(self.features[chunk]) for chunk in self._chunks())
         return np.concatenate([frame_scores(self.pipeline.similarity(chunk, q)) for chunk in chunks])
 

@@ -1,4 +1,4 @@
-"""From a source to features: which frames, how they become features, what is known about them."""
+"""From a source to features: choose frames, decode and encode them, record facts about them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ppllava_edge.runtime.vision.preprocess import preprocess_image
 
 
 def reader_of(source: str | os.PathLike[str] | Sequence[Any], options: FrameOptions) -> FrameReader:
-    """A reader for a path, or for frames that the app gives. Raises MediaError."""
+    """A reader for a path, or for frames that the app passes. Raises MediaError."""
     if isinstance(source, (str, os.PathLike)):
         return open_reader(source)
     if options.frames is not None:
@@ -46,13 +46,13 @@ def encode_source(
         engine_lock: Held while the engine encodes a batch of frames.
         reader: The source.
         options: How many frames, which, and how many visual tokens.
-        progress: Called with ("decode" or "vision", frames done, of how many).
+        progress: Called with ("decode" or "vision", frames done, frames in all).
 
     Returns:
         Features, or encoded candidates if the question is to choose among them.
 
     Raises:
-        MediaError: In one line, for what can't be decoded or doesn't suit the model.
+        MediaError: If the source can't be decoded or doesn't suit the model; in one line.
     """
     m = pipeline.manifest
     if reader.kind == "image" and m.pooling.takes_images:
@@ -61,7 +61,7 @@ def encode_source(
         raise MediaError(
             f"--select guided needs pooling that the question guides; {m.name} pools with {m.pooling.method}"
         )
-    given = isinstance(reader, ArrayReader)  # frames from the app: all are used
+    given = isinstance(reader, ArrayReader)  # frames from the app are all used
     guided = options.select == "guided" and not given
     count = reader.count if given else options.count(m, reader)
     pipeline.check_frames(count)
@@ -69,7 +69,7 @@ def encode_source(
     encoder = FrameEncoder(pipeline, engine_lock, reader, to_array=guided)
     encoder.run(partial(_choice, options=options, count=count, guided=guided), progress)
     video = _described(reader, encoder, count)
-    # Fewer frames than asked for: a single picture, or a file that promised more than it holds.
+    # Fewer frames than asked for: a single picture, or a file whose header promises more than it holds.
     video.windows = options.windows(m, count if guided else len(reader.indices))
     started = time.perf_counter()
     with engine_lock:
@@ -94,7 +94,7 @@ def _choice(reader: FrameReader, options: FrameOptions, count: int, guided: bool
 
 
 def _described(reader: FrameReader, encoder: FrameEncoder, count: int) -> EncodedVideo:
-    """The encoded frames, but for their features."""
+    """The encoded video without its features."""
     return EncodedVideo(
         kind="video",
         media="video",

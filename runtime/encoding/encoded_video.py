@@ -1,4 +1,4 @@
-"""A source after decoding and encoding: features, and what people want to know about the frames."""
+"""A source after decoding and encoding: features, and facts about its frames."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ppllava_edge.runtime.media.readers import Frames
 
 @dataclass
 class EncodedVideo:
-    """What one encoding of a source gave.
+    """The result of encoding a source.
 
     Attributes:
-        kind: Of the source, "video" or "image".
+        kind: The source's kind, "video" or "image".
         media: How it is pooled, "video" or "image".
         indices: Numbers of the T frames, or of the candidates.
-        times: When each is shown, seconds.
-        fps, duration, source_frames: Of the source; duration in seconds.
+        times: When each frame is shown, seconds.
+        fps, duration, source_frames: The source's frame rate, duration in seconds, and number of frames.
         count: Frames that the model sees.
         features: (T, P, C); None if the question is to choose among the candidates.
         candidates: Encoded frames to choose from; None: all are used.
         windows: Pooling windows; None: the model's.
         image_size: (height, width) of an image.
-        notes: What people should know.
-        pictures: Small RGB uint8 frames by number, as far as they are kept.
-        read_again: Gives pictures that aren't kept.
+        notes: Notes for the user.
+        pictures: Small RGB uint8 frames by number, for the frames that were kept.
+        read_again: Reads pictures that weren't kept.
         video_decode, vision: Seconds of waiting for frames, and of encoding them.
     """
 
@@ -64,7 +64,7 @@ class EncodedVideo:
         return [known[i] for i in indices if i in known]
 
     def frames(self) -> Frames:
-        """The frames, with small pictures as far as they are kept."""
+        """The frames, with the small pictures that were kept."""
         return Frames(
             images=[self.pictures[i] for i in self.indices if i in self.pictures],
             indices=list(self.indices),

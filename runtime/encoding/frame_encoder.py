@@ -17,12 +17,12 @@ from ppllava_edge.runtime.pipeline.base import BasePipeline
 from ppllava_edge.runtime.pipeline.clip import ClipEncoder
 from ppllava_edge.runtime.vision.preprocess import preprocess_video
 
-Progress = Callable[[str, int, int], None]  # what ("decode" or "vision"), done, of how many
+Progress = Callable[[str, int, int], None]  # what ("decode" or "vision"), frames done, total
 EngineLock = AbstractContextManager[Any]
 Prepared = tuple[int, float, np.ndarray]  # a frame's number, seconds, pixels (3, size, size)
 
 BATCH = 4  # frames encoded at once
-MAX_PICTURES = 64  # kept; of longer clips they are read again when somebody wants to see them
+MAX_PICTURES = 64  # kept per clip; the others are read again on demand
 
 
 class FrameEncoder:
@@ -37,7 +37,7 @@ class FrameEncoder:
     Attributes:
         clip: States of the frames, unless to_array.
         times: Frame number → seconds.
-        pictures: Frame number → small picture, of the first 64.
+        pictures: Frame number → small picture, for the first 64 frames.
         seconds: Spent encoding.
     """
 
@@ -102,7 +102,7 @@ class FrameEncoder:
             row = self._rows.setdefault(number, len(self._rows))
             if self._array is None:
                 self._array = array_for((capacity, *state.shape[1:]), state.dtype)
-            elif row >= len(self._array):  # more frames than expected: a damaged file was chosen from again
+            elif row >= len(self._array):  # a damaged file's frames were chosen again
                 larger = array_for((capacity + row, *state.shape[1:]), state.dtype)
                 larger[: len(self._array)] = self._array
                 self._array = larger
@@ -110,7 +110,7 @@ class FrameEncoder:
         self.clip.states.clear()
 
     def states(self, numbers: Sequence[int]) -> np.ndarray:
-        """States (n, S, P+1, C) of these frames, of the array."""
+        """States (n, S, P+1, C) of these frames, from the array."""
         assert self._array is not None
         rows = [self._rows[number] for number in numbers]
         in_order = rows == list(range(len(rows)))

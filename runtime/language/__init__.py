@@ -1,4 +1,4 @@
 """Text and tokens: tokenizers, prompts, detokenisation, sampling, prompt lookup.
 
-May be imported from decoding/ and the rooms above it; imports engines/ only.
+May be imported from decoding/ and the packages above it; imports engines/ only.
 """

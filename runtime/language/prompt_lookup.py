@@ -19,7 +19,7 @@ import numpy as np
 from ppllava_edge.engines.bundle.engine_manifest import LAST_POSITIONS
 
 LONGEST_MATCH = 3  # tokens
-SHORTEST_MATCH = 2  # tokens; too many different things follow a single one
+SHORTEST_MATCH = 2  # tokens; a single token has too many different successors
 MAX_DRAFT = LAST_POSITIONS - 1  # tokens; the one before them is verified in the same pass
 MAX_DISAGREEMENT = 1e-3  # of the logits' standard deviation
 LOOKUP_SKIPPED = (
@@ -60,7 +60,7 @@ class PromptLookup:
 
     Attributes:
         prompt: Token ids to search, beside the answer's own.
-        max_draft: The most tokens of a draft.
+        max_draft: Maximum number of tokens of a draft.
         passes: Decoder passes after prefill.
         proposed: Tokens drafted.
         accepted: Drafted tokens that were right.
@@ -79,7 +79,7 @@ class PromptLookup:
 
         Args:
             ids: The answer so far.
-            limit: The most tokens to return.
+            limit: Maximum number of tokens to return.
 
         Returns:
             The tokens after the latest earlier occurrence of the last three tokens, else of the last two;
@@ -110,7 +110,7 @@ class PromptLookup:
 def accept_draft(
     chosen: Iterable[int], draft: Sequence[int], ids: list[int], ends: Callable[[int, int], bool]
 ) -> Generator[int, None, tuple[int, bool]]:
-    """Accept a draft's tokens as long as they are those that the model chooses.
+    """Accept a draft's tokens as long as they match the model's choices.
 
     Args:
         chosen: The model's choice after the token before the draft, then after each token of the draft.

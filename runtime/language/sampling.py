@@ -18,10 +18,10 @@ class Sampling:
         top_p: Choose among the smallest set of tokens that holds this share of the probability; 1: all.
         top_k: Choose among this many of the likeliest tokens; 0: all.
         repetition_penalty: Above 1, tokens that occurred become less likely; 1: no change.
-        seed: Of the random numbers; None: another one for every answer.
+        seed: Seed of the random numbers; None: a new one for every answer.
 
     Raises:
-        PromptError: For a value out of range.
+        PromptError: If a value is out of range.
     """
 
     temperature: float = 0.0

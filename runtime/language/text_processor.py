@@ -92,7 +92,7 @@ class TextProcessor:
         return pieces
 
     def follow_up_ids(self, question: str) -> list[int]:
-        """Tokenize a further question of a conversation.
+        """Tokenize a follow-up question of a conversation.
 
         Returns:
             The token ids to append to the conversation.

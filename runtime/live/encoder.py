@@ -31,7 +31,7 @@ class FramePacer:
     def is_due(self, t: float) -> bool:
         """Whether to encode the frame taken at t seconds.
 
-        Times may start again: a stream was reconnected, a clock was set.
+        Times may restart, when a stream is reconnected or a clock is set.
         """
         step = 1 / self.fps
         with self._lock:
@@ -44,7 +44,7 @@ class FramePacer:
 
 
 class LiveEncoder:
-    """Encodes frames in a thread; a frame that comes before the last one was taken replaces it.
+    """Encodes frames in a thread; a new frame replaces one that is still waiting.
 
     Args:
         session: The model, the engine lock, the metrics.
@@ -81,7 +81,7 @@ class LiveEncoder:
 
     @property
     def pending(self) -> int:
-        """Frames that are still to be encoded; after close, the one that was dropped counts too."""
+        """Frames still to be encoded; after close, a frame dropped by it counts too."""
         return self._slot.put_in - self._slot.dropped - self.encoded - self.failed
 
     def start(self) -> None:
@@ -89,7 +89,7 @@ class LiveEncoder:
         self._thread.start()
 
     def close(self) -> None:
-        """Take no more frames; the one that waits is dropped, the one under way is finished (join)."""
+        """Accept no more frames; a waiting frame is dropped, the current one is finished (join)."""
         self._slot.close()
 
     def join(self) -> None:
@@ -103,7 +103,7 @@ class LiveEncoder:
         Args:
             image: RGB uint8 (H, W, 3), on the host or on the engine's GPU.
             t: When it was taken, seconds.
-            wait: Block until the frame before was taken, instead of replacing it.
+            wait: Block until the previous frame was taken, instead of replacing it.
         """
         self._slot.put((image, t, time.monotonic()), wait)
 
@@ -128,7 +128,7 @@ class LiveEncoder:
             (states,) = pipeline.rows(pipeline.encode_trunk(pixels))
             pipeline.wait()
         picture = small_picture(np.asarray(picture))
-        if t <= self._last_time:  # times started again: the window stays in order
+        if t <= self._last_time:  # times restarted: keep the window in order
             t = self._last_time + time.monotonic() - self.last_encoded
         self._last_time = t
         self._window.add(LiveFrame(self.encoded, t, states, picture))

@@ -24,7 +24,7 @@ class LatestSlot(Generic[T]):
         self._closed = False
 
     def put(self, item: T, wait: bool = False) -> None:
-        """Put an item in. wait: block until the last one was taken, instead of replacing it."""
+        """Put an item in. wait: block until the previous item was taken, instead of replacing it."""
         with self._changed:
             while wait and self._item and not self._closed:
                 self._changed.wait()

@@ -35,7 +35,7 @@ class LiveQuestions(ABC):
 
     @abstractmethod
     def wait_for(self, frames: int = 1, timeout: float | None = None) -> bool:
-        """Block until so many frames were encoded. Returns whether they were."""
+        """Block until `frames` frames were encoded. Returns whether they were."""
 
     @abstractmethod
     def video(self, last: float | None = None, frames: int | None = None) -> Video:
@@ -49,7 +49,7 @@ class LiveQuestions(ABC):
         wait: float = 0.0,
         **asking: Unpack[AskOptions],
     ) -> AnswerStream:
-        """`ask`, as an iterator of pieces of text; its `answer` is there when it is exhausted or closed."""
+        """`ask`, as an iterator of text pieces; `answer` is set once it is exhausted or closed."""
         if wait:
             self.wait_for(1, wait)
         return self.video(last, frames).stream(question, **asking)
@@ -65,10 +65,10 @@ class LiveQuestions(ABC):
         """Answer a question about the window's frames.
 
         Args:
-            question: In plain words.
-            last: Use the last so many seconds only; None: the whole window.
+            question: The question in natural language.
+            last: Seconds to look back from the newest frame; None: the whole window.
             frames: How many the model sees, evenly spaced; None: its default.
-            wait: Seconds to wait for a first frame.
+            wait: Seconds to wait for the first frame.
             asking: max_new_tokens, sampling, stop, look_ahead, timeout: see Video.ask.
 
         Returns:
@@ -106,10 +106,10 @@ class LiveQuestions(ABC):
         """Ask the same question periodically, in a thread, until the watch is stopped or the view closed.
 
         Args:
-            question: In plain words.
+            question: The question in natural language.
             every: Seconds between questions. An answer that takes longer delays the next; none pile up.
             on_answer: Called with each answer, in the watch's thread.
-            last: Use the last so many seconds only; None: the whole window.
+            last: Seconds to look back from the newest frame; None: the whole window.
             changes_only: Call on_answer only when the text differs from the last answer's.
             on_error: Called with errors (no frame yet, engine busy); the watch goes on.
             asking: As for `ask`.

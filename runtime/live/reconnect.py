@@ -10,7 +10,8 @@ from ppllava_edge.runtime.live.source import LiveSource
 from ppllava_edge.runtime.live.status import CLOSED, ENDED, PLAYING, RECONNECTING, OnState
 
 log = logging.getLogger(__name__)
-# Seconds before each attempt; the last is repeated. It starts again when an attempt gave frames.
+# Seconds before each attempt; the last is repeated. The sequence restarts after an attempt that delivered
+# frames.
 BACK_OFF = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 END_OF_STREAM = "the stream ended"
 
@@ -19,12 +20,12 @@ class StreamReader:
     """Reads a source in a thread until it ends or is closed; opens a lost stream again, with growing pauses.
 
     Args:
-        source: What to read.
+        source: The source to read.
         on_state: Called with (state, why) at every frame and every loss.
         reconnect: Whether to open a lost stream again. Files are never opened again.
 
     Attributes:
-        source: What is read.
+        source: The source.
         losses: How often the stream was lost.
     """
 

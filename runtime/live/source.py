@@ -78,7 +78,7 @@ class LiveSource:
         """Open the source and deliver its frames until it ends or `closed` is set.
 
         Args:
-            closed: Ends the reading.
+            closed: Ends the reading when set.
             on_frame: Called for every frame, due or not.
 
         Raises:

@@ -23,7 +23,7 @@ class LiveStatus:
         why: The last problem; "" if there is none.
         seen: Frames that arrived.
         encoded: Frames that were encoded.
-        dropped: Frames that were due but skipped, because a newer one was there.
+        dropped: Frames that were due but skipped, because a newer one had arrived.
         kept: Frames in the window now.
         lag: Seconds from the arrival of the last encoded frame until it was encoded.
         age: Seconds since a frame was last encoded.

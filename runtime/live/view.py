@@ -1,7 +1,7 @@
 """Live video: frames are encoded as they arrive, questions are answered at any moment.
 
 A question costs the temporal branch, pooling and the decoder only. When the encoder is slower than the
-camera, the newest frame replaces the one that waits, so answers never lag behind; dropped frames are counted.
+camera, the newest frame replaces the waiting one, so answers never lag behind; dropped frames are counted.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Live(LiveQuestions):
         window: The encoded frames.
 
     Raises:
-        MediaError: In one line, for what can't work from the start. A stream that doesn't answer is no
-            error but a state.
+        MediaError: If the arguments or the source can't work; in one line. A stream that doesn't respond is a
+            state, not an error.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Live(LiveQuestions):
         self._state.change(self._state.state, why)
 
     def push(self, frame: Any, t: float | None = None, wait: bool = False) -> bool:
-        """Give the view a frame.
+        """Push a frame into the view.
 
         Args:
             frame: RGB uint8 (H, W, 3): numpy, anything with DLPack in host memory, or, where the engine is
@@ -141,7 +141,8 @@ class Live(LiveQuestions):
             wait: Block until the encoder has room, instead of replacing a frame that wasn't encoded yet.
 
         Returns:
-            Whether the frame was due (fps) and will be encoded. Doesn't wait for the engine unless told to.
+            Whether the frame was due (fps) and will be encoded. Doesn't wait for the engine unless `wait` is
+            set.
 
         Raises:
             MediaError: If the view is closed, or this isn't a frame.
@@ -155,7 +156,7 @@ class Live(LiveQuestions):
         if not self._pacer.is_due(t):
             return False
         if isinstance(image, np.ndarray) and not wait:
-            image = image.copy()  # the app may draw into it again
+            image = image.copy()  # a copy: the app may reuse its buffer
         self._encoder.put(image, t, wait)
         return True
 
@@ -182,7 +183,7 @@ class Live(LiveQuestions):
         )
 
     def wait_for(self, frames: int = 1, timeout: float | None = None) -> bool:
-        """Block until so many frames were encoded, or no more can come.
+        """Block until `frames` frames were encoded, or no more can come.
 
         Args:
             frames: Counted from the view's start.
@@ -203,15 +204,15 @@ class Live(LiveQuestions):
         """The window's frames as a Video, which can be asked again and again.
 
         Args:
-            last: Use the last so many seconds only; None: the whole window.
+            last: Seconds to look back from the newest frame; None: the whole window.
             frames: How many the model sees, evenly spaced; None: its default.
 
         Returns:
             A Video; it stays as it is when the view goes on or is closed.
 
         Raises:
-            MediaError: If no frame was encoded yet (the message gives the state), or for more frames than the
-                model knows.
+            MediaError: If no frame was encoded yet (the message gives the state), or `frames` exceeds the
+                model's maximum.
         """
         if last is not None and last <= 0:
             raise MediaError(f"last must be above 0 seconds, not {last:g}")
@@ -260,7 +261,7 @@ class Live(LiveQuestions):
         return encoded_video
 
     def close(self) -> None:
-        """Stop watches, reading and encoding. Videos made before can still be asked."""
+        """Stop watches, reading and encoding. Videos created before can still be asked."""
         if self._state.closed:
             return
         self._state.closed = True

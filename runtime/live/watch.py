@@ -20,7 +20,7 @@ class Watch:
     """A question that is asked periodically until the watch is stopped.
 
     Args:
-        question: What is asked.
+        question: The question.
         ask: Starts an answer from the live view's current window.
         every: Seconds between questions. An answer that takes longer delays the next; none pile up.
         on_answer: Called with each answer, in the watch's thread.
@@ -54,7 +54,7 @@ class Watch:
 
     @property
     def running(self) -> bool:
-        """Whether the watch still asks."""
+        """Whether the watch is still running."""
         return self._thread.is_alive()
 
     def stop(self) -> None:

@@ -58,7 +58,7 @@ class Window:
         """The frames, oldest first.
 
         Args:
-            last: Only those of so many seconds before the newest; None: all.
+            last: Only frames from this many seconds before the newest; None: all.
         """
         with self._lock:
             frames = list(self._frames)

@@ -20,7 +20,7 @@ class ArrayReader(FrameReader):
         images: RGB uint8 (H, W, 3) each, as `rgb_frame` accepts them.
 
     Raises:
-        MediaError: If there are none, or one of them is no such image.
+        MediaError: If there are none, or one of them isn't such an image.
     """
 
     takes_all = True
@@ -52,7 +52,7 @@ def rgb_frame(image: Any, what: str) -> np.ndarray:
     """
     if is_device_frame(image):
         raise MediaError(
-            f"{what} lies in GPU memory; engines on the CPU, and VideoQA.open, take frames in host memory"
+            f"{what} is in GPU memory; engines on the CPU, and VideoQA.open, take frames in host memory"
         )
     if not isinstance(image, np.ndarray) and hasattr(image, "__dlpack__"):
         try:

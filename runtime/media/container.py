@@ -14,7 +14,7 @@ from ppllava_edge.engines.errors import MediaError
 MIN_SIDE = 8  # pixels
 MAX_SIDE = 16384  # pixels
 MAX_AREA = 8192 * 8192  # pixels
-FALLBACK_FPS = 25.0  # for files that neither state a frame rate nor give timestamps
+FALLBACK_FPS = 25.0  # for files with neither a frame rate nor timestamps
 COVER_ART = 0x400  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
 
 
@@ -99,10 +99,10 @@ def check_size(width: int, height: int, what: str, unknown_allowed: bool = False
         width: Pixels.
         height: Pixels.
         what: The file, for error messages.
-        unknown_allowed: Accept a size of 0, as headers state it that leave it to the frames.
+        unknown_allowed: Accept a size of 0, as in headers that leave the size to the frames.
 
     Raises:
-        MediaError: For a size out of bounds.
+        MediaError: If the size is out of bounds.
     """
     if unknown_allowed and not (width and height):
         return

@@ -1,6 +1,6 @@
 """Where a video file's frames are, found without decoding any.
 
-A packet is one compressed frame. Packets stand in the file in decoding order; a B-frame is decoded after
+A packet is one compressed frame. The file stores packets in decoding order; a B-frame is decoded after
 frames that are shown later, so frames are shown in another order. Frames are numbered in the order they are
 shown, from 0, as a full decode gives them.
 
@@ -46,11 +46,11 @@ class PacketIndex:
         promised: Frames that the file's header announces, or `count` if that is more.
         fps: Frames a second, on average.
         origin: Presentation time of the first frame, in units of time_base.
-        time_base: Seconds.
+        time_base: The unit of timestamps, in seconds.
         broken: Reading ended early or met an error.
         seekable: Frames can be found by time.
-        from_table: The container's table was read, no packets.
-        codec: FFmpeg's name.
+        from_table: Built from the container's table, without reading packets.
+        codec: FFmpeg's name of the codec.
         packets: Packets in the file.
         key_positions: (G,) int64, each group's key packet: its position in decoding order. Packets that an
             edit list discards count, too.
@@ -160,7 +160,7 @@ def _index_from_table(container: Any, stream: Any, path: Path) -> PacketIndex | 
 
 
 def _key_packets(entries: Any, file_size: int) -> _KeyPackets | None:
-    """Collect a table's key packets. None if an entry lies outside the file, or the first is no key frame."""
+    """Collect a table's key packets. None if an entry is outside the file or the first isn't a key frame."""
     keys = _KeyPackets(array("q"), array("q"), array("q"), 0)
     for position, entry in enumerate(entries):
         if entry.pos < 0 or entry.pos + entry.size > file_size or entry.size < 1:

@@ -18,8 +18,8 @@ from ppllava_edge.runtime.media.container import check_size, reason
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
-DEFAULT_SECONDS = 0.1  # an animation's frame without a duration
-FOLDER_SECONDS = 1.0  # an image of a folder
+DEFAULT_SECONDS = 0.1  # for an animation's frame without a duration
+FOLDER_SECONDS = 1.0  # for each image of a folder
 
 
 class Picture(NamedTuple):
@@ -35,13 +35,13 @@ class Picture(NamedTuple):
 
 
 def open_picture(path: Path) -> Any:
-    """Open an image file. Its content decides what it is, not its name.
+    """Open an image file. Files are recognised by content, not by name.
 
     Returns:
-        A Pillow image whose pixels aren't decoded yet; None if the file is no image.
+        A Pillow image whose pixels aren't decoded yet; None if the file isn't an image.
 
     Raises:
-        MediaError: For a damaged image, or one of an unusable size.
+        MediaError: If the image is damaged or has an unusable size.
     """
     from PIL import Image, UnidentifiedImageError
 

@@ -1,6 +1,6 @@
 """Read chosen frames of a video file, an image, an animation or a folder of images.
 
-Only as much is decoded as the chosen frames need, and only they are converted to RGB. Sizes are checked
+Only what the chosen frames need is decoded, and only those frames are converted to RGB. Sizes are checked
 before anything large is allocated. A damaged file gives the frames that can be decoded, and a note that
 says so.
 """
@@ -47,10 +47,10 @@ class Frames:
     Attributes:
         images: RGB uint8 (H, W, 3) each.
         indices: Their numbers in the source; short sources repeat some.
-        times: When each is shown, in seconds.
+        times: When each frame is shown, in seconds.
         count: Frames of the whole source.
-        fps: Frames a second of the source.
-        duration: Seconds of the source.
+        fps: The source's frames per second.
+        duration: The source's duration in seconds.
         kind: "video" or "image".
         notes: Notes for the user (a truncated file, say).
     """
@@ -98,7 +98,7 @@ class FrameReader(ABC):
         """Read the chosen frames.
 
         A damaged file can hold fewer frames than it promised. Then `choice` is called again, and all frames
-        of the new choice are yielded; `indices` tells in the end which of the frames count.
+        of the new choice are yielded; afterwards `indices` lists the frames that count.
 
         Args:
             choice: Gets this reader (count, fps, duration) and returns frame numbers.
@@ -115,7 +115,7 @@ def open_reader(source: str | os.PathLike[str]) -> FrameReader:
     """Open a video file, an image, an animation or a folder of images.
 
     Raises:
-        MediaError: In one line, for anything unusable.
+        MediaError: If the source is unusable; in one line.
     """
     path = Path(source)
     if path.is_dir():
@@ -247,7 +247,7 @@ class VideoReader(FrameReader):
                 f"answering from the {self.count} of {promised} frames that could be decoded"
             ]
         elif self._damaged or self.index.broken:
-            self.notes = [f"{name} is damaged: some of its frames may not show what they should"]
+            self.notes = [f"{name} is damaged: some of its frames may be corrupted"]
 
 
 class _Decoded(NamedTuple):

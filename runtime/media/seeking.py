@@ -2,16 +2,16 @@
 
 Video codecs store most frames as differences to other frames. A decoder therefore has to begin at a key
 frame, which refers to no other, and decode every frame up to the wanted one. The index (packet_index.py)
-says in which group of pictures, i.e. behind which key frame, a frame lies. To decode frames of one group:
+says which group of pictures, i.e. which key frame, a frame belongs to. To decode frames of one group:
 
-1. Find the presentation time of every frame in the group. Sorted, they tell the time of the i-th frame
+1. Find the presentation time of every frame in the group. Sorted, they give the time of the i-th frame
    shown, and decoded frames are recognised by their times.
 2. Go to the group's key frame (packet_cursor.py) and decode until all wanted frames came out. If the
    cursor is shortly before the key frame, packets are read up to it instead of seeking.
 3. In codecs that mark frames no other frame refers to (H.264, MPEG-2), skip those that aren't wanted.
 4. If a frame comes out damaged, begin again one, two, then eight key frames earlier. Some encoders let
    frames refer back across a key frame: "open" groups begin with frames that are shown before their key
-   frame and refer to the group before, and with "gradual refresh" there are no true key frames, the picture
+   frame and refer to the group before, and with "gradual refresh" there are no true key frames: the picture
    builds up over many frames.
 
 The result is exactly what decoding the whole file gives. Whenever the file contradicts its index (wrong
@@ -34,7 +34,7 @@ from ppllava_edge.runtime.media.packet_index import PacketIndex
 
 SKIPPABLE = {"h264", "mpeg2video"}  # codecs that mark frames which no other frame refers to
 SKIPPING_COST = 0.6  # decoding time with such frames skipped, relative to decoding all
-WORTHWHILE_COST = 0.7  # of a sequential decode; seeking has to cost less
+WORTHWHILE_COST = 0.7  # share of a sequential decode's cost; seeking must cost less
 ALWAYS_SEQUENTIAL = 100  # frames; up to there a sequential decode is fast enough
 RETRY_GROUPS_BACK = (0, 1, 2, 8)  # where to begin, in groups before the frame's own, until it comes out whole
 DECODER_DELAY = 64  # packets after a group that a decoder may need before it gives the group's last frame
@@ -154,7 +154,7 @@ class _GroupDecoder:
         following = self.cursor.next()
         if len(set(times)) != len(times) or (following is not None and not following.is_keyframe):
             raise CannotSeek
-        self.cursor.position = None  # the decoder has seen none of these packets
+        self.cursor.position = None  # the decoder received none of these packets
         return np.array(times, np.int64)
 
     # -- decoding ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The model's stages, one call each: what tests, tools and the session stand on.
+"""The model's stages, one call each, as tests, tools and the session use them.
 
 frames → encode_frames → features ─┐
 question → encode_question → q ────┴→ similarity, visual_tokens → prefill / generate
@@ -36,10 +36,10 @@ class BasePipeline(ABC):
     vocabulary.
 
     Attributes:
-        bundle, manifest: What was opened.
+        bundle, manifest: The opened bundle and its manifest.
         device: "cpu" or "cuda".
-        engine: What runs the stages; None: the standard graphs.
-        engine_note: Why an engine that is there is not used.
+        engine: The engine that runs the stages; None: the standard graphs.
+        engine_note: Why an existing engine is not used.
     """
 
     device: str
@@ -84,7 +84,7 @@ class BasePipeline(ABC):
             States (T, S, P+1, C): what the temporal branch needs; S is 1 without one.
 
         Raises:
-            MediaError: For another shape.
+            MediaError: If the shape is invalid.
         """
 
     @abstractmethod
@@ -92,7 +92,7 @@ class BasePipeline(ABC):
         """Run the temporal branch over one clip: states (T, S, P+1, C) → features (T, P, C).
 
         Raises:
-            MediaError: For clips longer than the temporal adapter knows.
+            MediaError: If the clip is longer than the temporal adapter supports.
         """
 
     @abstractmethod
@@ -109,18 +109,18 @@ class BasePipeline(ABC):
 
     @abstractmethod
     def prepare_frame(self, frame: Any) -> tuple[Any, Any]:
-        """Resize and normalise a frame in GPU memory, where it lies.
+        """Resize and normalise a frame in GPU memory, without copying it to the host.
 
         Returns:
             Pixels (1, 3, size, size), as `encode_trunk` takes them, and the resized picture (size, size, 3).
 
         Raises:
             EngineError: On the CPU.
-            MediaError: If it is no frame.
+            MediaError: If it isn't a frame.
         """
 
     def check_frames(self, count: int) -> None:
-        """Raise MediaError if a clip of `count` frames is longer than the temporal adapter knows."""
+        """Raise MediaError if a clip of `count` frames is longer than the temporal adapter supports."""
         check_clip_length(self.manifest, count)
 
     def encode_frames(self, pixels: Any, media: str = "video") -> Any:
@@ -135,7 +135,7 @@ class BasePipeline(ABC):
             Features (T, P, C).
 
         Raises:
-            MediaError: For another shape or kind of media.
+            MediaError: If the shape or the kind of media is invalid.
         """
         check_media(media, "")
         states = self.encode_trunk(np.asarray(pixels))
@@ -151,7 +151,7 @@ class BasePipeline(ABC):
 
         Raises:
             EngineError: If the bundle has no question tower.
-            PromptError: For another shape.
+            PromptError: If the shape is invalid.
         """
         question = self.manifest.question
         if question is None:
@@ -182,7 +182,7 @@ class BasePipeline(ABC):
     def similarity(self, features: Any, q: Any) -> np.ndarray:
         """Cosine of every patch with the question: features (T, P, C), q (1, E) → (T, rows, columns) float32.
 
-        On the host: people look at it.
+        Computed on the host, for display.
         """
 
     def window_weights(self, features: Any, q: Any) -> Any:
@@ -224,7 +224,7 @@ class BasePipeline(ABC):
             media: "video", "image" (tile 0 is the whole image, the others are crops) or "multi-image".
             image_size: (height, width) of the original image, needed for crops.
             weights: (T, rows, columns): the question's, if known already, or others, for experiments.
-            windows: Instead of the model's.
+            windows: Pooling windows to use instead of the model's.
 
         Returns:
             Visual tokens (N, D) float32, as spliced into the text.
@@ -322,20 +322,20 @@ class BasePipeline(ABC):
         """Generate token ids after a prompt.
 
         Args:
-            prompt: Of `prompt`, or embeddings (S, D).
-            max_new_tokens: The most ids to yield.
+            prompt: From `prompt`, or embeddings (S, D).
+            max_new_tokens: Maximum number of ids to yield.
             stop_ids: Ids that end the answer; the one that does is yielded too.
             sampling: Greedy by default.
-            lookup: Draft tokens from what was said before and verify several in a pass; greedy answers stay
-                the same. Left out, with a note in it, where it could change the answer.
-            sequence: Of decoder.start, to go on with and to keep.
+            lookup: Draft tokens from the prompt and the answer so far, and verify several in a pass; greedy
+                answers stay the same. Skipped, with a note in it, where it could change the answer.
+            sequence: A sequence from decoder.start to continue; the caller keeps it.
 
         Yields:
             Token ids.
 
         Raises:
-            PromptError: For a prompt that is too long, or drafts with random sampling.
-            EngineError: Where the engine fails or can't verify drafts.
+            PromptError: If the prompt is too long, or drafts are combined with random sampling.
+            EngineError: If the engine fails or can't verify drafts.
         """
         sampling = sampling or Sampling()
         if lookup is not None and sampling.temperature > 0:
@@ -346,7 +346,7 @@ class BasePipeline(ABC):
 
 
 def check_media(media: str, pooling: str) -> None:
-    """Raise MediaError for a kind of media that doesn't exist, or that this pooling method can't take."""
+    """Raise MediaError for an unknown kind of media, or one that this pooling method doesn't support."""
     if media not in MEDIA:
         raise MediaError(f"media {media!r} is unknown; choose {', '.join(MEDIA)}")
     if media == "image" and pooling.startswith("pllava"):

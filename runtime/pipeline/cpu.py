@@ -19,20 +19,20 @@ from ppllava_edge.runtime.decoding.onnxruntime_decoder import OnnxRuntimeDecoder
 from ppllava_edge.runtime.pipeline.base import BasePipeline
 
 TOKENS_PER_VISION_CALL = 2400  # patches encoded at once: 1-4 frames of a large tower; more only costs memory
-POOLING_BYTES = 32 << 20  # of linear_1's output at once
+POOLING_BYTES = 32 << 20  # size of linear_1's output per call
 
 
 class CpuPipeline(BasePipeline):
     """A bundle on ONNX Runtime.
 
     Args:
-        bundle: What to open.
+        bundle: The bundle to open.
         device: auto | cpu | cuda.
-        threads: Of the engine; None: one per core.
+        threads: CPU threads of the engine; None: one per core.
         engine: As Pipeline.open takes it.
 
     Raises:
-        EngineError: If the device or the engine isn't there.
+        EngineError: If the device or the engine isn't available.
     """
 
     def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None, engine: str = "auto"):

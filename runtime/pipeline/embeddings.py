@@ -11,7 +11,7 @@ from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.errors import EngineError, PromptError
 
 FILE = "embed_tokens.safetensors"
-SCALES = "embed_tokens.scale"  # one per row, where the table is INT8
+SCALES = "embed_tokens.scale"  # per-row scales of an INT8 table
 
 
 class EmbeddingTable:
@@ -38,7 +38,7 @@ class EmbeddingTable:
         """Token ids (L,) → embeddings (L, D) float32. Raises PromptError for an unknown id."""
         ids = [int(i) for i in np.asarray(ids, np.int64).ravel()]
         if any(not 0 <= i < self.info.vocab for i in ids):
-            raise PromptError(f"token ids must lie in 0 to {self.info.vocab - 1}")
+            raise PromptError(f"token ids must be from 0 to {self.info.vocab - 1}")
         if not ids:
             return np.zeros((0, self.info.hidden_size), np.float32)
         table = self._file.get_slice("embed_tokens")

@@ -1,4 +1,4 @@
-"""Which pipeline runs a bundle here: resident on a GPU, or over numpy arrays."""
+"""Choose the pipeline that runs a bundle on this machine: resident on a GPU, or over numpy arrays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ppllava_edge.runtime.pipeline.cpu import CpuPipeline
 
 
 class Pipeline(BasePipeline):
-    """The model's stages, one call each (listed in BasePipeline). Use `open` to make one."""
+    """The model's stages, one call each (listed in BasePipeline). Use `open` to create one."""
 
     @classmethod
     def open(
@@ -29,7 +29,7 @@ class Pipeline(BasePipeline):
         Args:
             bundle: A directory that ppllava-export wrote, or "nano", the packed demonstration model.
             device: auto | cpu | cuda.
-            threads: Of the engine; None: one per core.
+            threads: CPU threads of the engine; None: one per core.
             engine: auto (the fastest that is built and fits), onnxruntime, tensorrt, rtx, standard (the
                 bundle's own graphs), or the name of a folder below engines/.
 
@@ -37,8 +37,8 @@ class Pipeline(BasePipeline):
             The pipeline; isinstance(it, Pipeline) holds.
 
         Raises:
-            BundleError: If the bundle is damaged or none, in one line.
-            EngineError: If the device or the engine isn't there, in one line.
+            BundleError: If the bundle is damaged or isn't one; in one line.
+            EngineError: If the device or the engine isn't available; in one line.
         """
         return open_pipeline(Bundle.open(bundle), device, threads, engine)
 
@@ -52,7 +52,7 @@ def open_pipeline(
     """The pipeline of an opened bundle, on a GPU if there is one and an engine for it.
 
     Raises:
-        EngineError: If the device or the engine isn't there, in one line.
+        EngineError: If the device or the engine isn't available; in one line.
     """
     check_name(engine)
     if device in ("auto", "cuda") and engine not in (*ON_CPU, "standard"):

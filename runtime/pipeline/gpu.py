@@ -28,15 +28,15 @@ from ppllava_edge.runtime.decoding.gpu_decoder import GpuDecoder, GrowingGpuDeco
 from ppllava_edge.runtime.pipeline.base import BasePipeline
 
 DeviceStage = OrtDeviceStage | TensorRTStage
-FRAMES_PER_CALL = 8  # what TensorRT's profile allows at most
+FRAMES_PER_CALL = 8  # the maximum of TensorRT's profile
 
 
 class GpuPipeline(BasePipeline):
     """A bundle on a GPU.
 
     Args:
-        bundle: What to open.
-        engine: One of the bundle's, fresh and for this GPU (engines/targets/select.py).
+        bundle: The bundle to open.
+        engine: One of the bundle's engines, up to date and built for this GPU (engines/targets/select.py).
         threads: Kept for the caller; nothing here runs on the CPU.
         gpu: The device; None: the machine's first.
         on_cpu: Run ONNX Runtime's graphs on its CPU provider over the device's memory, for tests.
@@ -100,7 +100,7 @@ class GpuPipeline(BasePipeline):
         return [made[key] for key in outputs]
 
     def _on_device(self, value: Any, dtype: np.dtype) -> Any:
-        """A value as a stage takes it; kernel and stride steer the engine and stay on the host."""
+        """A value as a stage takes it; kernel and stride are read on the host and stay there."""
         if isinstance(value, Buffer):
             return value if value.dtype == dtype else self.gpu.upload(np.asarray(value).astype(dtype))
         array = np.asarray(value)

@@ -1,8 +1,8 @@
 """Scheduling: several questions, videos and live views share one engine, first come, first served.
 
-Two semaphores (session/context.py). Admission bounds the answers under way, each of which has a KV cache; a
-bounded number of questions may queue, further ones are refused. The engine lock is held for one engine call
-(a batch of frames, a pooling, one token), so answers under way take turns, round robin.
+Two semaphores (session/context.py). Admission limits how many answers are active, since each holds a KV
+cache; a limited number of questions may queue, and any more are refused. The engine lock is held for one
+engine call (a batch of frames, a pooling, one token), so active answers take turns, round robin.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ class FairSemaphore:
         count: Slots: how many may hold it at once.
         waiting: How many may queue; None: any number.
         what: What holds a slot, for the error when the queue is full.
-        own_first: Admit a thread that already holds a slot at once, even beyond count: it would wait for
-            itself.
+        own_first: Admit a thread that already holds a slot at once, even beyond count: otherwise it would
+            wait for itself.
     """
 
     def __init__(self, count: int = 1, waiting: int | None = None, what: str = "", own_first: bool = False):
         self.count, self.max_waiting, self.what, self.own_first = count, waiting, what, own_first
-        # Re-entrant: the garbage collector may close an abandoned stream, which releases its slot, anywhere.
+        # Re-entrant: the garbage collector may close an abandoned stream, which releases its slot, in any
+        # thread.
         self._lock = threading.RLock()
         self._held = 0
         self._holders: Counter[int] = Counter()  # thread id → slots

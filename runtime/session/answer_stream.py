@@ -25,7 +25,7 @@ from ppllava_edge.runtime.session.prepared import Askable, Patience, PreparedQue
 class AnswerStream:
     """Pieces of an answer as they are generated: an iterator of strings.
 
-    `close` ends it early, from any thread, within one token; `answer` then holds what there is.
+    `close` ends it early, from any thread, within one token; `answer` then holds what was generated so far.
     """
 
     def __init__(self, session: Session, video: Askable, question: str, options: GenerationOptions):
@@ -43,7 +43,7 @@ class AnswerStream:
         return next(self._run)
 
     def close(self) -> None:
-        """Stop generating. Safe while another thread takes pieces: that one finds the stream's end."""
+        """Stop generating. Safe while another thread takes pieces: that thread's iteration ends."""
         self._closed.set()
         try:
             self._run.close()
@@ -71,12 +71,12 @@ class AnswerStream:
         return "timeout" if deadline is not None and time.monotonic() >= deadline else ""
 
     def _admit(self) -> Generator[str, None, None]:
-        """Wait for admission, answer, and give the place back."""
+        """Wait for admission, answer, and release the slot."""
         admission, started, me = self._session.admission, time.perf_counter(), threading.get_ident()
         if not admission.acquire(self._patience.deadline, self._closed.is_set):
             if not self._closed.is_set():
                 raise BusyError(
-                    f"no turn came within {self._options.timeout:g} s: {admission.held} questions are "
+                    f"no slot became free within {self._options.timeout:g} s: {admission.held} questions are "
                     f"under way, {admission.waiting} waiting"
                 )
             self._answer = self._video.empty_answer(self._question, "cancelled")
@@ -87,7 +87,7 @@ class AnswerStream:
             admission.release(me)
 
     def _prepare(self, queued: float) -> Generator[str, None, None]:
-        """Pool the video for the question, then generate. queued: seconds that admission took."""
+        """Pool the video for the question, then generate. queued: seconds spent waiting for admission."""
         timings = {"queue": queued, **self._video.take_encoding_times()}
         prepared = self._video.prepare(self._question, self._options, timings, self._patience)
         if prepared is None:
@@ -96,7 +96,7 @@ class AnswerStream:
         yield from self._generate(prepared, timings)
 
     def _generate(self, prepared: PreparedQuestion, timings: dict[str, float]) -> Generator[str, None, None]:
-        """Prefill and decode, one token at a time under the engine lock, so that others take their turns."""
+        """Prefill and decode, one token at a time under the engine lock, so that answers take turns."""
         session, options = self._session, self._options
         stop_ids, tokenizer = session.pipeline.manifest.stop_ids, session.text.tokenizer
         lookup = PromptLookup(prepared.text_ids) if options.look_ahead else None
@@ -154,7 +154,7 @@ class AnswerStream:
 
 @dataclass
 class _PartialAnswer:
-    """What there is of an answer while it is generated. since: when the stage under way began."""
+    """The answer so far, while it is generated. since: when the current stage began."""
 
     timings: dict[str, float]
     since: float

@@ -15,10 +15,10 @@ import numpy as np
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.runtime.session.video import Video
 
-TILE, GAP, PICTURE_HEAD = 216, 6, 30  # pixels, of a picture
-MAX_TILES = 32  # frames in a picture
-FILM_HEIGHT, STRIP, FILM_HEAD = 360, 72, 34  # pixels, of a film
-MIN_SECONDS, MAX_SECONDS = 0.25, 1.5  # for which a film shows a frame
+TILE, GAP, PICTURE_HEAD = 216, 6, 30  # pixels in a picture
+MAX_TILES = 32  # frames per picture
+FILM_HEIGHT, STRIP, FILM_HEAD = 360, 72, 34  # pixels in a film
+MIN_SECONDS, MAX_SECONDS = 0.25, 1.5  # per frame of a film
 FILMS = {".mp4": ("libx264", "mpeg4"), ".mkv": ("libx264", "mpeg4"), ".webm": ("libvpx-vp9", "libvpx")}
 # The colour map, dark to bright (after matplotlib's inferno).
 _STOPS = np.array(
@@ -29,7 +29,7 @@ _DARK, _LIGHT, _WARM = (24, 24, 27), (235, 235, 235), (252, 165, 10)
 
 @dataclass
 class Attention:
-    """Where a question attends to.
+    """Where a question attends.
 
     Attributes:
         question: The question.
@@ -47,7 +47,7 @@ class Attention:
 
 
 def attention_of(video: Video, question: str) -> Attention:
-    """Compute where a question attends to.
+    """Compute where a question attends.
 
     Raises:
         EngineError: If the model pools without the question.

@@ -21,7 +21,7 @@ from ppllava_edge.runtime.session.admission import FairSemaphore
 from ppllava_edge.runtime.session.answer import GenerationOptions
 from ppllava_edge.runtime.session.prepared import Patience, PooledVideo, PreparedQuestion
 
-HEADROOM = 512  # positions for turns to come, when a cache is made
+HEADROOM = 512  # positions that a new cache reserves for later turns
 
 
 class Chat:
@@ -35,7 +35,7 @@ class Chat:
     Attributes:
         before: Token ids before the visual tokens.
         after: Token ids of everything that follows them: questions and answers.
-        sequence: The KV cache; None until the first turn, and after a turn that gave no token.
+        sequence: The KV cache; None until the first turn, and after a turn that produced no token.
         turn: Held while a question is answered: one at a time.
     """
 
@@ -68,7 +68,7 @@ class Chat:
             The question, ready to be answered; None if it was cancelled.
 
         Raises:
-            EngineError: If it should look ahead.
+            EngineError: If the options ask for look-ahead.
             PromptError: If the caller's own last answer is not finished.
             BusyError: At the deadline.
         """
@@ -106,7 +106,7 @@ class Chat:
             return pooled, [*before, *new_ids], new_ids
         timings |= {"question": 0.0, "select": 0.0, "pooling": 0.0}
         new_ids = self.next_ids(question)
-        return replace(self.pooled, moments=list), new_ids, new_ids  # where it would attend wasn't computed
+        return replace(self.pooled, moments=list), new_ids, new_ids  # no weights, so no moments
 
     def begin(self, pooled: PooledVideo, before: Sequence[int]) -> None:
         """Start with the video, pooled for the first question, and the token ids before it."""
@@ -118,7 +118,7 @@ class Chat:
         return len(self.before) + (len(self.pooled.visual) if self.pooled is not None else 0)
 
     def next_ids(self, question: str) -> list[int]:
-        """The token ids that a further question adds to the prompt.
+        """The token ids that a follow-up question adds to the prompt.
 
         With history: the end of the last answer, the roles, the question. Without: what follows the visual
         tokens; earlier questions and answers are taken out of the cache, or the cache is dropped if it can't
@@ -135,7 +135,7 @@ class Chat:
         return self.text.prompt_pieces(question)[1]
 
     def generate(self, new_ids: Sequence[int], options: GenerationOptions) -> Generator[int, None, None]:
-        """Read what is new, yield the answer's token ids, remember them.
+        """Prefill the new part of the prompt, yield the answer's token ids, and record them.
 
         Args:
             new_ids: The first question's ids after the visual tokens, or next_ids.
@@ -156,12 +156,12 @@ class Chat:
                 self.after += [
                     token for token in answer if token not in stop_ids
                 ]  # the template writes the end
-            else:  # nothing was read, or not all of it: as if it hadn't been asked
+            else:  # nothing was read, or not all of it: as if the question hadn't been asked
                 self.after = earlier
                 self._drop_cache()
 
     def _unread(self, new_tokens: int) -> Any:
-        """The part of the prompt that the cache doesn't hold; makes a cache if there is none with room."""
+        """The part of the prompt that the cache doesn't hold; creates a cache if none has room."""
         assert self.pooled is not None
         pipeline, sequence, context = self.pipeline, self.sequence, self.pipeline.manifest.decoder.context
         total = self.prefix + len(self.after)

@@ -1,4 +1,4 @@
-"""What the videos and live views of one model share."""
+"""State that the videos and live views of one model share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ppllava_edge.runtime.pipeline.base import BasePipeline
 from ppllava_edge.runtime.session.admission import FairSemaphore
 
 log = logging.getLogger(__name__)
-# What happened ("open", "answer", "frame", "live") and its figures; seconds where not said otherwise.
+# The event ("open", "answer", "frame", "live") and its figures, in seconds unless stated otherwise.
 Metrics = Callable[[str, dict[str, Any]], None]
 
 
@@ -21,9 +21,9 @@ class Session:
     Args:
         pipeline: The opened model.
         text: Its tokenizers and prompt template.
-        parallel: Answers under way at once, each with a KV cache of its own.
+        parallel: Answers that may be active at once, each with a KV cache of its own.
         queue: How many more may wait; the next raises BusyError.
-        metrics: Called with what happened and its figures, from whichever thread it happened in.
+        metrics: Called with the event and its figures, in the thread where it happened.
 
     Attributes:
         admission: Held by a question from its admission to its last token.

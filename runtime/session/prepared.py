@@ -17,9 +17,9 @@ class PooledVideo:
     Attributes:
         visual: Visual tokens (N, D).
         indices, times: The frames that were pooled, and when they are shown (seconds).
-        moments: Gives the moments that the question attended to. Called after the last token, because on a
+        moments: Returns the moments that the question attended to. Called after the last token, because on a
             GPU the weights have to come to the host.
-        notes: What people should know.
+        notes: Notes for the user.
     """
 
     visual: Any
@@ -51,8 +51,8 @@ class Patience:
     """How long a question waits.
 
     Attributes:
-        deadline: Of time.monotonic(); None: as long as it takes.
-        cancelled: Asked now and then while waiting.
+        deadline: By time.monotonic(); None: as long as it takes.
+        cancelled: Polled while waiting.
     """
 
     deadline: float | None
@@ -60,7 +60,7 @@ class Patience:
 
 
 class Askable(Protocol):
-    """What an AnswerStream needs of a video."""
+    """The part of a video that an AnswerStream uses."""
 
     def prepare(
         self, question: str, options: GenerationOptions, timings: dict[str, float], patience: Patience

@@ -1,4 +1,4 @@
-"""A Video: encoded once, asked again and again. Only pooling and the decoder run for a further question."""
+"""A Video: encoded once, asked many times. A question runs only the question tower, pooling and decoder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KEEP = ("features", "tokens", "prefix")
 
 
 class Video:
-    """An encoded video that answers questions. Made by VideoQA.open and Live.video.
+    """An encoded video that answers questions. Created by VideoQA.open and Live.video.
 
     Attributes:
         media: "video" or "image".
@@ -82,18 +82,18 @@ class Video:
         """Answer one question.
 
         Args:
-            question: In plain words.
-            max_new_tokens: The most tokens of the answer.
+            question: The question in natural language.
+            max_new_tokens: Maximum number of tokens in the answer.
             sampling: Temperature and the like; greedy by default.
             stop: Texts that end the answer.
             look_ahead: Draft tokens from the prompt and verify several in a pass (prompt lookup).
-            timeout: Seconds after which the answer ends as it is.
+            timeout: Seconds after which generation stops; the answer so far is returned.
 
         Returns:
             The answer, with timings and token counts.
 
         Raises:
-            PromptError: For an empty question, or one too long.
+            PromptError: If the question is empty or too long.
             EngineError: If the engine can't look ahead.
             BusyError: If too many questions wait, or none was admitted in time.
         """
@@ -119,7 +119,7 @@ class Video:
         look_ahead: bool = False,
         timeout: float | None = None,
     ) -> AnswerStream:
-        """`ask`, as an iterator of pieces of text; its `answer` is there when it is exhausted or closed."""
+        """`ask`, as an iterator of text pieces; `answer` is set once it is exhausted or closed."""
         question = clean_question(question)
         options = GenerationOptions(max_new_tokens, sampling or Sampling(), tuple(stop), look_ahead, timeout)
         return AnswerStream(self.qa, self, question, options)
@@ -133,7 +133,7 @@ class Video:
         return self.attention(question)[0]
 
     def attention(self, question: str) -> tuple[np.ndarray, np.ndarray, list[int], list[float]]:
-        """Where a question attends to.
+        """Where a question attends.
 
         Returns:
             Cosine and pooling weights (T, rows, columns) of every patch, frame numbers, times (seconds).
@@ -164,7 +164,7 @@ class Video:
             The question, ready to be answered; None if it was cancelled.
 
         Raises:
-            PromptError: For a prompt that is too long.
+            PromptError: If the prompt is too long.
             BusyError: At the deadline.
         """
         if self._chat is not None:

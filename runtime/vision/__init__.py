@@ -1,4 +1,4 @@
 """Choose and preprocess frames for the vision tower, and cache encoded videos on disk.
 
-May be imported from pipeline/ and the rooms above it; imports media/ and engines/.
+May be imported from pipeline/ and the packages above it; imports media/ and engines/.
 """

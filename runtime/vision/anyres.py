@@ -73,7 +73,7 @@ def assemble(
         (N, D): the whole image, then the crops as one picture without margins.
 
     Raises:
-        ValueError: If the image makes another number of crops.
+        ValueError: If the number of tiles doesn't match the image.
     """
     best_height, best_width = best_resolution(size, grids)
     down, across = best_height // tile, best_width // tile

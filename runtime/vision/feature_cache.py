@@ -40,7 +40,7 @@ class CachedVideo:
 
     Attributes:
         arrays: "features", or "states" and "features", as the pipeline encodes them.
-        facts: Everything else that is known of the video, as JSON.
+        facts: Everything else that is known about the video, as JSON.
     """
 
     arrays: dict[str, np.ndarray]
@@ -48,7 +48,7 @@ class CachedVideo:
 
 
 def content_hash(source: str | os.PathLike[str]) -> str:
-    """Hash a file or a folder in the same short time, however long the video is.
+    """Hash a file or a folder in a short time that doesn't depend on the video's length.
 
     Args:
         source: The path.
@@ -103,7 +103,7 @@ def bundle_hash(bundle: Bundle) -> str:
 class FeatureCache:
     """A folder of encoded videos with a size limit.
 
-    No method raises for a fault of the disk (full, read-only, damaged files): it logs the reason, and the
+    No method raises for a disk error (full, read-only, damaged files): it logs the reason, and the
     video is encoded as if there were no cache.
 
     Args:

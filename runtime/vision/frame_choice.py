@@ -10,7 +10,7 @@ import numpy as np
 from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.media.readers import Frame, FrameReader, Frames, open_reader
 
-MAX_FRAMES = 4096  # that can be sampled at once
+MAX_FRAMES = 4096  # maximum of one sample
 MAX_AUTO_FRAMES = 512  # with frames="auto"
 WHOLE_VIDEO = (-100000.0, 100000.0)  # seconds; upstream's bound of a whole video
 
@@ -24,8 +24,8 @@ def sample_indices(
         count: Frames of the video.
         fps: Frames a second.
         frames: How many to take; short videos repeat some.
-        bound: Start and end in seconds; None: the whole video. If no frame lies between them, the result is
-            outside the bound, as upstream's is; `check_range` refuses such bounds.
+        bound: Start and end in seconds; None: the whole video. If there is no frame between them, the result
+            is outside the bound, as upstream's is; `check_range` refuses such bounds.
         first: The smallest frame number to take.
 
     Returns:
@@ -51,7 +51,7 @@ def choose_frames(
         Frame numbers, ascending.
 
     Raises:
-        MediaError: For a number or a time out of range, or if no frame lies between start and end.
+        MediaError: If a number or a time is out of range, or there is no frame between start and end.
     """
     if reader.takes_all:
         return list(range(reader.count))
@@ -101,7 +101,7 @@ def frames_for_length(duration: float, default: int, limit: int | None, step: in
     Args:
         duration: Seconds of the video.
         default: The model's default number of frames.
-        limit: The most frames that its temporal adapter supports; None: no limit.
+        limit: Maximum number of frames that its temporal adapter supports; None: no limit.
         step: Frames of a pooling window; the result is a multiple of it, if the limit allows.
     """
     most = min(limit or 8 * default, MAX_AUTO_FRAMES)
@@ -126,7 +126,7 @@ def read_frames(
         progress: Called with (frames read, frames to read).
 
     Raises:
-        MediaError: In one line, for anything unusable.
+        MediaError: If the source is unusable; in one line.
     """
     reader = open_reader(source)
     found: dict[int, Frame] = {}

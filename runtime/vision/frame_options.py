@@ -22,14 +22,14 @@ class FrameOptions:
         frames: How many; None: the model's default; "auto": more for longer videos.
         start: Seconds; None: the source's beginning.
         end: Seconds; None: the source's end.
-        tokens: The most visual tokens; None: as many as the model's pooling windows give, and with
+        tokens: Maximum number of visual tokens; None: as many as the model's pooling windows give, and with
             frames="auto" as many as they give for the default number of frames.
         select: "uniform" (evenly spaced frames), or "guided": `candidates` frames are encoded, and the
             question chooses among them.
         candidates: How many frames guided selection encodes.
 
     Raises:
-        MediaError: For a value out of range.
+        MediaError: If a value is out of range.
     """
 
     frames: int | str | None = None
@@ -53,7 +53,7 @@ class FrameOptions:
         """Decide how many frames of a source the model sees.
 
         Raises:
-            MediaError: For more frames than its temporal adapter supports.
+            MediaError: If there are more frames than its temporal adapter supports.
         """
         if self.frames == "auto":
             return self._auto_count(m, reader.duration)
@@ -62,7 +62,7 @@ class FrameOptions:
         return count
 
     def _auto_count(self, m: Manifest, duration: float) -> int:
-        """How many frames frames="auto" takes of a source of so many seconds."""
+        """How many frames frames="auto" takes of a source of this duration in seconds."""
         start = self.start or 0.0
         end = duration if self.end is None else min(self.end, duration)
         windowed = m.pooling.windowed and m.pooling.video.kernel
@@ -99,7 +99,7 @@ def check_clip_length(manifest: Manifest, frames: int) -> None:
     """Refuse clips of more frames than the model's temporal adapter supports.
 
     Raises:
-        MediaError: For too many frames.
+        MediaError: If there are too many frames.
     """
     limit = manifest.vision.max_frames
     if limit is not None and frames > limit:

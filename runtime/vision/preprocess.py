@@ -84,6 +84,6 @@ def _fill(picture: Image.Image, side: int) -> Image.Image:
 
 
 def _normalise(picture: Image.Image, p: Preprocessing) -> np.ndarray:
-    """Convert an RGB picture to (3, H, W) float32: times 1/255, minus the mean, over the deviation."""
+    """Convert an RGB picture to (3, H, W) float32: scaled to 0…1, then normalised by mean and deviation."""
     scaled = np.asarray(picture).astype(np.float32) * np.float32(1 / 255)
     return ((scaled - np.array(p.mean, np.float32)) / np.array(p.std, np.float32)).transpose(2, 0, 1)

@@ -110,7 +110,7 @@ def test_other_arrays_are_refused() -> None:
 def test_a_cpu_engine_refuses_device_frames() -> None:
     with (
         VideoQA(device="cpu").live() as live,
-        pytest.raises(MediaError, match="lies in GPU memory; engines on the CPU"),
+        pytest.raises(MediaError, match="is in GPU memory; engines on the CPU"),
     ):
         live.push(OnGpu(np.zeros((9, 9, 3), np.uint8)))
 

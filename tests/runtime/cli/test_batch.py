@@ -125,7 +125,7 @@ def test_a_full_disk_leaves_whole_lines(
         sync(descriptor)
 
     monkeypatch.setattr(batch.os, "fsync", full)
-    with pytest.raises(PPLLaVAError, match=r"No space left.*go on from here"):
+    with pytest.raises(PPLLaVAError, match=r"No space left.*run it again to resume"):
         run_batch(VideoQA(device="cpu"), folder, QUESTIONS, output)
     assert len(pairs(output)) == 2
     run_batch(VideoQA(device="cpu"), folder, QUESTIONS, output)
@@ -154,7 +154,7 @@ def test_bad_folders_options_and_outputs(folder: Path, questions: Path, tmp_path
     assert_one_line_error(run, "don't go together")
     output.write_text('{"something": "else"}\n')
     run = run_command("ppllava-run", "--batch", folder, questions, "-o", output)
-    assert_one_line_error(run, "line 1 is no batch answer")
+    assert_one_line_error(run, "line 1 is not a batch answer")
     assert output.read_text() == '{"something": "else"}\n'
 
 

@@ -146,7 +146,7 @@ def test_a_full_queue_and_a_timeout_in_it() -> None:
     second.join(5)
     assert "waiting already" in str(errors[0])
     first.join(10)
-    assert "no turn came within 1 s" in str(errors[1])
+    assert "no slot became free within 1 s" in str(errors[1])
     held.close()
     assert video.ask("What color is the circle?").text == "red"
 
