@@ -1,4 +1,4 @@
-"""Quantisation with calibration data: observe, decide, keep what hurts in float, write, judge."""
+"""Quantisation with calibration data: observe, decide, keep sensitive layers in float, write, check."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Job:
     """A calibration job, as the options of ppllava-export describe it.
 
     Attributes:
-        folder: Videos to calibrate on; None: those of `drawn`.
+        folder: Videos to calibrate on; None: use the clips of `drawn`.
         questions: A text file of questions about them; None: general ones.
-        frames: Per clip; None: the model's default.
+        frames: Frames per clip; None: the model's default.
         clips: The most videos to use.
-        keep_float: How many layers may keep higher precision for the parity gate's sake.
+        keep_float: How many layers may keep higher precision so that the parity gate holds.
         allow_drift: Write the bundle even if the gate doesn't hold.
-        drawn: Makes clips where there is no folder, from the float model's manifest and a folder for their
-            files; None: a folder is required.
+        drawn: Function that draws clips if there is no folder, from the float model's manifest and a folder
+            for their files; None: `folder` is required.
     """
 
     folder: Path | None = None
@@ -68,18 +68,18 @@ Result = tuple[Manifest, list[StageReport], Outcome]
 def quantize_with_data(
     options: Options, job: Job, progress: Progress | None = None, source: Source | None = None
 ) -> Result:
-    """Calibrate, quantise, judge, and write the bundle with its report.
+    """Calibrate and quantise a model, check it against the float model, and write the bundle with its report.
 
     An interrupted run leaves its state beside the output (".NAME.calibration"); the next call continues it.
 
     Args:
         options: What to export and where to.
         job: What to calibrate on.
-        progress: Told about every step.
-        source: The float model; None: opened from the options.
+        progress: Receives every step.
+        source: The float model; None: open options.checkpoint.
 
     Returns:
-        The bundle's manifest, one report per stage, and what calibration decided.
+        The bundle's manifest, one report per stage, and the decisions of the calibration.
 
     Raises:
         GateError: If the parity gate doesn't hold and drift isn't allowed; no bundle is written then.
@@ -144,7 +144,7 @@ def _discard_other_job(state: Path, options: Options, job: Job, data: Data, mani
 
 
 class _Run:
-    """One calibration: observation and decisions, then keeping layers in float, then writing and judging."""
+    """One calibration: observe and decide, keep layers in float, then write and check the bundle."""
 
     def __init__(
         self, source: Source, options: Options, job: Job, data: Data, state: Path, progress: Progress
@@ -173,7 +173,7 @@ class _Run:
         return manifest, reports, outcome
 
     def _expected(self) -> Expected:
-        """The float model with the questions that judge: about held-back clips, or about all clips."""
+        """The float model with the parity gate's questions, about held-back clips or about all clips."""
         clips = self.data.clips
         judging = {i for i, clip in enumerate(clips) if clip.held_back} or set(range(len(clips)))
         questions = [asked for asked in self.observation.questions if asked.clip in judging]
@@ -182,7 +182,7 @@ class _Run:
         return Expected(self.model, clips, self.observation.batches, questions)
 
     def _keep_layers(self, expected: Expected, outcome: Outcome) -> None:
-        """Raise layers in precision: by gate and sensitivity, or in large models by their own error."""
+        """Raise layers in precision: by gate and sensitivity, or in large models by their output error."""
         kept = KeptLayers(self.observation.plans, self.job.keep_float, outcome.kept)
         if not self.job.keep_float:
             return
@@ -202,7 +202,7 @@ class _Run:
         kept.raise_until(lambda attempt: self._trial_holds(expected, attempt), outcome.sensitivity)
 
     def _trial_holds(self, expected: Expected, attempt: int) -> bool:
-        """Write a bundle by the plans as they are now, and judge it."""
+        """Write a bundle by the current plans, and return whether it passes the gate."""
         trial = self.state / "trial"
         shutil.rmtree(trial, ignore_errors=True)
         self.progress.step("trying", attempt, MAX_TRIES)
@@ -220,7 +220,7 @@ class _Run:
         manifest: Manifest,
         records: Mapping[str, list[LayerRecord]],
     ) -> Manifest:
-        """Measure a written bundle, refuse it or add the report; the manifest with the scores."""
+        """Measure a written bundle, refuse it or add the report, and return the manifest with the scores."""
         self.progress.step("judging", 0, 1)
         write_manifest(staging, manifest)
         scores = self._scores(expected, staging)

@@ -19,7 +19,7 @@ from ppllava_edge.export.quantisation.rounding import round_int4, round_int8, un
 
 SMOOTHQUANT_ALPHAS = (0.3, 0.5, 0.7)
 AWQ_EXPONENTS = (0.25, 0.5, 0.75)
-COLUMNS = 512  # of a weight that are sampled
+COLUMNS = 512  # sampled columns of a weight
 MIN_DECODER_SQNR = 20.0  # decibels: a decoder layer below it keeps its activations in float (W8A16)
 
 
@@ -29,10 +29,10 @@ class Choice:
 
     Attributes:
         weight: Name of the layer's weight.
-        stage: Its stage.
+        stage: The stage of the layer.
         scheme: How the layer is stored.
         shape: (inputs, outputs).
-        sqnr: Kind of storage → signal-to-noise ratio at the layer's output, decibels.
+        sqnr: Kind of storage → signal-to-quantisation-noise ratio at the layer's output, decibels.
         method: How the activation range was chosen.
         alpha: The exponent of the folded scales; None: nothing is folded.
         inputs: Histogram of |x| after folding, 64 bins from 0 to largest_input.
@@ -55,7 +55,7 @@ class Choice:
 
 
 class _Candidate(NamedTuple):
-    """Scales to fold (None: none) and a range, with the squared error of every layer of the group."""
+    """Scales to fold (None: none) and an activation range, with the squared error of every layer."""
 
     alpha: float | None
     fold: np.ndarray | None
@@ -101,12 +101,12 @@ class _Sample:
 def choose_group(
     g: Graph, layers: Sequence[Layer], stats: InputStatistics, precision: str, block: int
 ) -> tuple[np.ndarray | None, list[Choice]]:
-    """Decide for layers that share an input.
+    """Choose the rounding of layers that share an input.
 
     Args:
         g: The stage.
         layers: The group.
-        stats: Of its input.
+        stats: Statistics of its input.
         precision: "int8", "int4" or "weights" (INT8 weights only).
         block: Rows per INT4 scale.
 
@@ -168,7 +168,7 @@ def _choice(
 def _candidate(
     alpha: float | None, samples: Sequence[_Sample], stats: InputStatistics, precision: str, block: int
 ) -> _Candidate:
-    """Fold scales of this exponent and measure every layer's error."""
+    """Fold scales with this exponent and measure every layer's error."""
     fold = None if alpha is None else factors(stats, samples, alpha, aware=precision == "int4")
     if precision == "int8":
         errors, method, limit = _best_range(samples, stats, fold, block)
@@ -207,9 +207,9 @@ def factors(stats: InputStatistics, samples: Sequence[_Sample], alpha: float, aw
     """Per-channel scales to fold.
 
     Args:
-        stats: Of the input.
-        samples: Of the layers that share it.
-        alpha: The exponent.
+        stats: Statistics of the input.
+        samples: Samples of the layers that share the input.
+        alpha: Exponent of the scales.
         aware: AWQ: (mean x²)^(alpha/2). Otherwise SmoothQuant: max|x|^alpha / max|W|^(1-alpha).
 
     Returns:
@@ -226,7 +226,7 @@ def factors(stats: InputStatistics, samples: Sequence[_Sample], alpha: float, aw
 
 
 def decibels(signal: float, error: float) -> float:
-    """The signal-to-noise ratio of squared sums; 99 when nothing was lost."""
+    """The signal-to-noise ratio of squared sums; 99 if there is no error."""
     return float(min(10 * np.log10(signal / error), 99.0)) if error > 0 and signal > 0 else 99.0
 
 

@@ -37,9 +37,9 @@ class Clip:
 
     Attributes:
         name: The file's name, for the report.
-        pixels: Decodes and preprocesses it: (T, 3, H, W) float32.
+        pixels: Function that decodes and preprocesses the video: (T, 3, H, W) float32.
         questions: (question, answer) pairs; an unknown answer is "".
-        held_back: Whether it judges the quantised model instead of calibrating it.
+        held_back: Whether the clip is for the parity gate instead of calibration.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Data:
 
     Attributes:
         clips: The videos and their questions.
-        hash: SHA-256 of files and questions, for the manifest.
+        hash: SHA-256 of all files and questions, for the manifest.
         skipped: (file name, reason) of files that can't be used.
     """
 
@@ -70,9 +70,9 @@ class Data:
                 yield index, question, answer
 
     def hold_back(self) -> None:
-        """Hold back every fourth clip for judging; of two or three clips the last.
+        """Hold back every fourth clip for the parity gate, or the last of two or three clips.
 
-        A single clip both calibrates and judges.
+        A single clip serves for both calibration and the gate.
         """
         count = len(self.clips)
         for index, clip in enumerate(self.clips):
@@ -83,7 +83,7 @@ class Data:
 
 
 def video_clip(path: Path, frames: int, manifest: Manifest, questions: list[tuple[str, str]]) -> Clip:
-    """A clip that decodes `frames` frames of a video file each time its pixels are asked for."""
+    """A clip that decodes `frames` frames of a video file at each call of `pixels`."""
 
     def pixels() -> np.ndarray:
         return preprocess_video(read_frames(path, frames).images, manifest.preprocessing)
@@ -126,14 +126,14 @@ def from_folder(
 ) -> Data:
     """Calibration data from a folder of videos.
 
-    Files are taken in the order of their names, spread over the folder. Those that can't be decoded are
-    skipped and listed.
+    Files are chosen in the order of their names, spread evenly over the folder. Files that can't be decoded
+    are skipped and listed.
 
     Args:
         folder: The videos.
         questions: A file of questions, as `read_questions` takes it; None: general questions.
-        manifest: Of the float model.
-        frames: Per clip; None: the model's default.
+        manifest: Manifest of the float model.
+        frames: Frames per clip; None: the model's default.
         max_clips: The most videos to use.
         questions_per_clip: How many questions each clip gets, taken in turn.
 

@@ -1,4 +1,4 @@
-"""Decisions on disk, so that an interrupted calibration goes on where it stopped."""
+"""Decisions on disk, so that an interrupted calibration continues where it stopped."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ppllava_edge.export.quantisation.plan import Scheme
 
 
 class GroupDecision(NamedTuple):
-    """What was decided for layers that share an input.
+    """The decisions for layers that share an input.
 
     Attributes:
         group: Name of the group.
         fold: Scales (K,) to fold; None: none.
-        choices: One per layer.
+        choices: One choice per layer.
     """
 
     group: str
@@ -48,7 +48,7 @@ def save_decisions(file: Path, decisions: Sequence[GroupDecision]) -> None:
 
 
 def read_decisions(file: Path) -> list[GroupDecision]:
-    """Read what `save_decisions` wrote."""
+    """Read the decisions that `save_decisions` wrote."""
     decisions = []
     with np.load(file, allow_pickle=False) as stored:
         for i, (group, plain_choices) in enumerate(json.loads(stored["told"].tobytes())):

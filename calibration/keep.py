@@ -1,4 +1,4 @@
-"""Keep the layers that hurt most in higher precision, so that the parity gate holds."""
+"""Keep the most sensitive layers in higher precision, so that the parity gate holds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ppllava_edge.calibration.choose import Choice
 from ppllava_edge.export.quantisation.plan import Plan, Scheme
 
-MAX_TRIES = 6  # of the gate, for models that fit in memory
+MAX_TRIES = 6  # runs of the gate, for models that fit in memory
 LOW_SQNR = 15.0  # decibels at a layer's output, below which the layer is a candidate
 
 
@@ -30,7 +30,8 @@ class KeptLayers:
         """Raise the most sensitive layers, some at a time, until the gate holds or the budget is spent.
 
         Args:
-            holds: Quantises by the plans and judges; called with the number of the attempt.
+            holds: Quantises by the plans and returns whether the gate holds; called with the number of the
+                attempt.
             sensitivity: Weight name → divergence (nats) when only its group is quantised.
         """
         ranked = sorted(sensitivity, key=lambda weight: -sensitivity[weight])

@@ -1,4 +1,4 @@
-"""Run the float model over all clips, observe what enters each layer, and decide how it is rounded."""
+"""Run the float model over all clips, observe each layer's input, and choose each layer's rounding."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ SMALL_STAGES = ("question", "pooling")  # run as the runtime runs them, not segm
 class Observation:
     """One pass over the clips, stage after stage in the order of computation.
 
-    Decisions about a segment are on disk before the next segment begins, so an interrupted run goes on there.
+    Decisions about a segment are written to disk before the next segment begins, so an interrupted run
+    continues there.
 
     Args:
         source: The float model.
-        options: What is exported, at which precision.
+        options: Options of the export, with the precision.
         data: Clips and questions.
         state: The folder that survives an interrupt.
-        progress: Told about every step.
+        progress: Receives every step.
 
     Attributes:
         model: The float model; its value store holds the results of all stages.
         questions: Every question about every clip.
         batches: Samples of each clip in the vision tower.
         plans: Stage → how its layers are quantised.
-        choices: What was decided for each layer, in the order of computation.
+        choices: One choice per layer, in the order of computation.
     """
 
     def __init__(self, source: Source, options: Options, data: Data, state: Path, progress: Progress):
@@ -78,7 +79,7 @@ class Observation:
         self.learning = [i for i, clip in enumerate(data.clips) if not clip.held_back]
 
     def run(self) -> None:
-        """Observe and decide; complete the attributes.
+        """Observe and decide, and fill the attributes.
 
         Raises:
             PPLLaVAError: If activations are not finite, or the engine fails.
@@ -154,7 +155,7 @@ class Observation:
         self.progress.step(stage, count, count)
 
     def _observer(self, stage: str, statistics: StageStatistics, learning: set[int]) -> Observe | None:
-        """Collects statistics and cache scales from the learning samples; None where nothing is wanted."""
+        """Return an observer of statistics and cache scales for the learning samples, or None."""
         writes: Mapping[str, str] = self.cache_writes if stage == "decoder" else {}
         if stage not in self.layers and not writes:
             return None
@@ -179,7 +180,7 @@ class Observation:
         return self.state / f"{stage}-{index}.npz"
 
     def _can_skip(self, stage: str, index: int, samples: Sequence[int]) -> bool:
-        """Whether a segment is decided, and the next one too or its inputs are still stored."""
+        """Whether a segment is decided, and the next one is decided too or its inputs are still stored."""
         if not self._decision_file(stage, index).exists():
             return False
         if self._decision_file(stage, index + 1).exists():
@@ -191,7 +192,7 @@ class Observation:
     # -- deciding --------------------------------------------------------------------------------------------
 
     def _decide(self, stage: str, statistics: StageStatistics) -> list[GroupDecision]:
-        """Decide for every group that was observed."""
+        """Choose the rounding of every group that was observed."""
         observed = statistics.observed()
         decisions = []
         for done, (group, stats) in enumerate(observed.items()):
@@ -205,7 +206,7 @@ class Observation:
         return decisions
 
     def _precision(self, stage: str, layers: Sequence[Layer]) -> str:
-        """What choose_group takes; logits and the question tower keep their activations in float."""
+        """The precision for choose_group; logits and the question tower keep their activations in float."""
         if stage == "question" or any(layer.weight.endswith(HEADS) for layer in layers):
             return "weights"
         return str(self.options.precision.integer(stage))

@@ -1,4 +1,4 @@
-"""How much each layer matters: one group quantised at a time, the rest float, judged by the next token."""
+"""Sensitivity of each layer: divergence of the next token with one group quantised and the rest in float."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ppllava_edge.calibration.statistics import group_layers
 from ppllava_edge.export.quantisation.plan import Layer, Plan, find_layers
 from ppllava_edge.export.quantisation.quantize import quantize
 
-QUESTIONS = 6  # that judge; every group is tried on all of them
+QUESTIONS = 6  # questions asked for every group
 CHANGED_FEATURES = "sensitivity.features"
 
 
@@ -31,9 +31,9 @@ def sensitivity(
     Args:
         model: The float model.
         batches: Samples of each clip in the vision tower.
-        questions: Candidates; QUESTIONS of them, evenly spread, are asked.
+        questions: Candidates, of which QUESTIONS, evenly spread, are asked.
         plans: Stage → how its layers would be quantised.
-        scratch: A folder.
+        scratch: A folder for temporary files.
         progress: Called with (groups done, groups in all).
 
     Returns:
@@ -71,7 +71,7 @@ def _spread(questions: Sequence[ClipQuestion]) -> list[ClipQuestion]:
 
 
 class _Probe:
-    """Questions put to the float model and to the model with one stage replaced."""
+    """Asks questions of the float model and of the model with one stage replaced."""
 
     def __init__(self, model: StreamedModel, batches: Sequence[list[int]], questions: Sequence[ClipQuestion]):
         self.model = model
@@ -83,7 +83,7 @@ class _Probe:
         self.expected = self._logits("trunk")
 
     def divergence(self, stage: str) -> float:
-        """Mean divergence from the float model, nats; `stage` is the one that is replaced now."""
+        """Mean divergence from the float model, nats. stage: the currently replaced stage."""
         if stage != "trunk":
             self.restore_trunk()
         got = self._logits(stage)
@@ -105,7 +105,7 @@ class _Probe:
         """Logits of the last prompt position and of every answer token, by question.
 
         Args:
-            changed: The first stage to run; what earlier stages give is in the store.
+            changed: The first stage to run; the outputs of earlier stages are in the store.
         """
         model = self.model
         if changed == "trunk":

@@ -1,4 +1,4 @@
-"""Statistics of the activations that enter a layer, streamed: they are never all in memory."""
+"""Streamed statistics of the activations that enter a layer, which never need all of them in memory."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.export.quantisation.plan import Layer
 
-ROWS = 512  # kept of every layer's input, evenly spread over samples and positions
+ROWS = 512  # rows kept of every layer's input, evenly spread over samples and positions
 BINS = 2048
 
 
 class InputStatistics:
-    """Per input channel the largest magnitude and the mean square, both exact, and a sample of rows.
+    """The largest magnitude and the mean square of every input channel, both exact, and a sample of rows.
 
     The same data give the same sample.
 
     Args:
-        name: Of the layer, for errors.
-        calls: How many arrays will come, so that each contributes its share of rows.
+        name: Name of the layer, for errors.
+        calls: How many arrays will be added, so that each contributes its share of rows.
 
     Attributes:
         largest: (K,), the largest magnitude per channel; None before the first array.
@@ -38,7 +38,7 @@ class InputStatistics:
         """Add activations (…, K).
 
         Raises:
-            PPLLaVAError: If they hold NaN or infinity.
+            PPLLaVAError: If x holds NaN or infinity.
         """
         flat = x.reshape(-1, x.shape[-1])
         largest = np.abs(flat).max(axis=0)
@@ -90,7 +90,7 @@ class StageStatistics:
         self._group_of = {node.input[0]: layer.group for layer in layers for node in layer.nodes}
 
     def observe(self, sample: int, name: str, value: np.ndarray) -> None:
-        """Add a value of a run if it enters a layer; an observer for StageStream.run_segment."""
+        """Add a value of a run if it is a layer's input; an observer for StageStream.run_segment."""
         if name in self._group_of:
             self._by_group[self._group_of[name]].add(value)
 
@@ -100,7 +100,7 @@ class StageStatistics:
 
 
 def group_layers(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
-    """Layers by the input that they share."""
+    """Group layers by the input that they share."""
     groups: dict[str, list[Layer]] = {}
     for layer in layers:
         groups.setdefault(layer.group, []).append(layer)

@@ -267,7 +267,7 @@ def _options(checkpoint: str, output: Path, settings: dict[str, Any]) -> Options
 
 
 def _check_targets(targets: tuple[str, ...]) -> None:
-    """Refuse engines that can't be built here before the export, which may take hours."""
+    """Refuse engines that can't be built on this machine before the export, which may take hours."""
     from ppllava_edge.engines.libraries import installed_version
     from ppllava_edge.engines.targets.select import TARGETS
 

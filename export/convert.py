@@ -32,8 +32,8 @@ class StageReport:
     """One row of the table that ppllava-export prints.
 
     Attributes:
-        stage: What was written.
-        parameters: Its number of values.
+        stage: Stage or other part that was written, like "embeddings".
+        parameters: Number of values in its weights.
         bytes: Its size on disk.
         seconds: Time to write it.
     """
@@ -53,12 +53,13 @@ def convert(
 ) -> tuple[Manifest, list[StageReport]]:
     """Write a bundle.
 
-    It is built beside its place and renamed when complete, so a failure leaves nothing behind.
+    The bundle is built in a staging folder beside the output and renamed when complete, so a failure leaves
+    nothing behind.
 
     Args:
         options: What to export.
         progress: Callbacks.
-        source: The model; None: opened as the options say. It is closed at the end.
+        source: The model, closed at the end; None: open options.checkpoint.
         plans: How each stage is quantised. None: weight-only where the precision asks for integers.
         finish: Called with the folder, the manifest and the layers' records when everything but the manifest
             is written. It may add files, return a changed manifest, or raise to refuse the bundle.
@@ -77,7 +78,7 @@ def convert(
     with contextlib.closing(source or open_source(options)) as model, bundle_staging(output) as staging:
         graphs, records = quantized_graphs(model, options, plans or {})
         progress.start(sum(g.weight_bytes for g in graphs.values()))
-        model.write_tokenizers(staging)  # first: quick, and may fail
+        model.write_tokenizers(staging)  # first, because it is quick and may fail
         reports = [_save_stage(name, g, staging, progress) for name, g in graphs.items()]
         reports.append(_save_embeddings(model, options, staging))
         manifest = model.manifest(precision)
@@ -87,7 +88,7 @@ def convert(
         if finish:
             manifest = finish(staging, manifest, records)
         manifest = write_manifest(staging, manifest)
-        read_manifest(staging / MANIFEST)  # what the runtime would refuse is not moved into place
+        read_manifest(staging / MANIFEST)  # raises if the runtime would refuse the bundle
         move_into_place(staging, output, options.force)
     return manifest, reports
 
@@ -99,7 +100,7 @@ def quantized_graphs(
 
     Args:
         model: The model.
-        options: Its precision and INT4 block.
+        options: Precision and INT4 block size.
         plans: By stage; stages without one are quantised weight-only if their precision is an integer's.
 
     Returns:

@@ -1,6 +1,6 @@
 """Write embed_tokens.safetensors: token embeddings and image_newline.
 
-The runtime memory-maps this file and looks rows up; no graph holds them.
+The runtime memory-maps this file and reads single rows; no graph holds the embeddings.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def write_embeddings(model: Source, precision: Precision, folder: Path) -> int:
 
     Args:
         model: The model.
-        precision: Of which the part "embeddings" counts.
-        folder: The bundle that is being written.
+        precision: Precision of every part; only "embeddings" is used.
+        folder: The bundle's staging folder.
 
     Returns:
         The number of values, scales not counted.

@@ -1,4 +1,4 @@
-"""The directory of a new bundle: checked first, built beside its place, and renamed when complete."""
+"""The directory of a new bundle: checked first, built in a staging folder, and renamed when complete."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_output(options: Options) -> Path:
     """Return the bundle's absolute path.
 
     Raises:
-        PPLLaVAError: Something is there that must not be replaced.
+        PPLLaVAError: The path holds something that must not be replaced.
     """
     output = Path(os.path.abspath(options.output))
     if output.exists() and not options.force:
@@ -55,15 +55,15 @@ def bundle_staging(output: Path) -> Iterator[Path]:
 
 
 def move_into_place(staging: Path, output: Path, force: bool) -> None:
-    """Rename a complete bundle to its place.
+    """Rename a complete bundle to its final path.
 
     Args:
         staging: The complete bundle.
-        output: Its place.
-        force: Whether a bundle there is replaced.
+        output: The final path.
+        force: Whether to replace an existing bundle.
 
     Raises:
-        PPLLaVAError: Something else than a bundle is there.
+        PPLLaVAError: The path holds something other than a bundle.
     """
     staging.chmod(0o755)
     if force and output.exists():

@@ -19,10 +19,10 @@ def predict(options: Options, frames: int | None = None) -> tuple[Shape, Shape |
 
     Args:
         options: What to export.
-        frames: Frames of the answer to predict; None: the model's default.
+        frames: Frames of the video; None: the model's default.
 
     Returns:
-        The bundle's shape, and that of the same model in int4; None if it is int4 already.
+        The bundle's shape, and the shape of the same model in int4 (None if it is int4 already).
 
     Raises:
         PPLLaVAError: The model can't be exported.

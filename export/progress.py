@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Progress:
-    """Callbacks of an export and a calibration; these do nothing."""
+    """Callbacks of an export and a calibration. This base class ignores them."""
 
     def start(self, total_bytes: int) -> None:
         """The checkpoint is complete, and this many bytes of weights will be written."""
@@ -67,7 +67,7 @@ class ProgressBar(Progress):
         self._bar.advance(self._task, count)
 
     def step(self, what: str, done: int, of: int) -> None:
-        """Show a bar of its own for this part."""
+        """Show a separate bar for this part."""
         if what not in self._steps:
             self._steps[what] = self._bar.add_task(what, total=of)
         self._bar.update(self._steps[what], completed=done, total=of)

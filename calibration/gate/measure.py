@@ -26,7 +26,7 @@ class Expected:
         model: The float model.
         clips: All clips.
         batches: Samples of each clip in the vision tower, as StreamedModel.put_pixels returns them.
-        questions: About held-back clips.
+        questions: Questions about held-back clips.
     """
 
     model: StreamedModel
@@ -42,7 +42,7 @@ class Expected:
 
 @dataclass
 class _Comparison:
-    """Scores of single clips and questions, until they are averaged."""
+    """Collects the scores of single clips and questions for averaging."""
 
     features: list[tuple[float, float]] = field(default_factory=list)
     tokens: list[tuple[float, float]] = field(default_factory=list)
@@ -54,7 +54,7 @@ class _Comparison:
             self.ranks.append(spearman(want.cosine, got.cosine))
 
     def scores(self, logits: Sequence[tuple[np.ndarray, np.ndarray]]) -> Scores:
-        """Means. logits: (n, V) of the float and the quantised model at the same positions, by question."""
+        """Average the scores. logits: per question, (n, V) of the float and of the quantised model."""
         divergences = np.concatenate([divergence(want, got) for want, got in logits])
         agreements = np.concatenate([want.argmax(axis=1) == got.argmax(axis=1) for want, got in logits])
         features = np.mean(self.features, axis=0)
@@ -77,12 +77,12 @@ def measure(expected: Expected, pipeline: BasePipeline, new_tokens: int = NEW_TO
     """Compare a quantised bundle with the float model.
 
     The quantised model answers; the float model reads the same answer and gives its own logits at every
-    position. The bundle's own pipeline runs, so the scores are those of what users will run.
+    position. The bundle runs in its own pipeline, so the scores hold for the bundle as users run it.
 
     Args:
         expected: The float model on held-back clips.
         pipeline: The quantised bundle, opened.
-        new_tokens: The most tokens of an answer.
+        new_tokens: Maximum tokens of an answer.
     """
     model = expected.model
     assert model.text is not None
@@ -106,8 +106,8 @@ def measure(expected: Expected, pipeline: BasePipeline, new_tokens: int = NEW_TO
 def measure_streamed(expected: Expected, quantised: StreamedModel) -> Scores:
     """Compare models that don't fit in memory.
 
-    Both models read the prompt and, where it is known, the answer. Nothing is generated: divergence and
-    agreement are those of the last positions that they read.
+    Both models read the prompt and, if known, the answer. Nothing is generated: divergence and agreement are
+    measured at the last positions of that text.
 
     Args:
         expected: The float model on held-back clips.

@@ -1,4 +1,4 @@
-"""Scores of a quantised model against the float one, and the limits that they must keep."""
+"""Scores of a quantised model against the float one, and the limits of the scores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Limit:
     Attributes:
         stage: The stage that the score is about, for messages.
         score: Name of the score, an attribute of Scores.
-        bound: The least or the largest value that holds.
+        bound: The smallest or largest value allowed.
         at_least: Whether the score must be at least the bound; otherwise at most.
     """
 
@@ -34,7 +34,7 @@ class Limit:
     at_least: bool
 
     def holds(self, value: float) -> bool:
-        """Whether a measured value keeps the limit; NaN doesn't."""
+        """Whether a measured value is within the limit; NaN is not."""
         return bool(value >= self.bound if self.at_least else value <= self.bound)
 
 
@@ -49,7 +49,7 @@ INT4_BOUNDS = {"divergence": 0.15, "agreement": 0.9}  # looser ones for a decode
 
 
 def limits(int4: bool) -> list[Limit]:
-    """The limits for a model whose decoder has 4 bits, or more."""
+    """The limits of the gate; int4: whether the decoder has INT4 weights."""
     bounds = INT4_BOUNDS if int4 else {}
     return [
         Limit(limit.stage, limit.score, bounds.get(limit.score, limit.bound), limit.at_least)
@@ -64,7 +64,7 @@ class Scores:
     Attributes:
         feature_cosine: Cosine of the vision features.
         feature_sqnr: Signal-to-noise ratio of the vision features, decibels.
-        rank_correlation: Spearman's, of all patches' similarity to the question.
+        rank_correlation: Spearman's rank correlation of all patches' similarity to the question.
         token_cosine: Cosine of the visual tokens.
         token_sqnr: Signal-to-noise ratio of the visual tokens, decibels.
         divergence: KL(float || quantised) of the next token, nats, over an answer of up to 32 tokens.

@@ -1,4 +1,4 @@
-"""What quantisation did and cost: report.json for programs, report.html for people."""
+"""The report of a quantisation and its accuracy: report.json for programs, report.html for people."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ppllava_edge.export.quantisation.plan import LayerRecord
 
 @dataclass
 class Outcome:
-    """What calibration decided and how it was judged.
+    """The decisions of a calibration and the result of the parity gate.
 
     Attributes:
-        choices: One per layer.
+        choices: One choice per layer.
         sensitivity: Weight name → divergence (nats) when only its group is quantised; empty for large models.
         kept: Weight name → why the layer keeps higher precision.
-        scores: Of the written bundle.
+        scores: Scores of the written bundle.
         violations: Limits that don't hold, in words; "" if the gate holds.
     """
 
@@ -45,10 +45,10 @@ def write_report(
     """Write report.json and report.html.
 
     Args:
-        folder: Where to.
-        manifest: With the scores.
-        outcome: What calibration decided.
-        records: Stage → what was written for its layers.
+        folder: Folder for both files.
+        manifest: Manifest that includes the scores.
+        outcome: Decisions and scores.
+        records: Stage → how each of its layers was stored.
         data: Calibration clips.
     """
     report = facts(manifest, outcome, records, data)

@@ -1,4 +1,4 @@
-"""report.html: one page that holds everything it shows and loads nothing."""
+"""report.html: one self-contained page that loads nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ppllava_edge.engines.terminal import human_bytes
 
 HISTOGRAMS = 6  # layers that are shown with histograms
-BARS = 30  # of the sensitivity plot
+BARS = 30  # bars of the sensitivity plot
 SHARED_PREFIXES = (
     "vision_tower.vision_model.",
     "multi_modal_projector.clip_text_model.",

@@ -1,4 +1,4 @@
-"""A question about a clip as decoder input, with what the parity gate compares on the way."""
+"""A question about a clip as decoder input, with the intermediate values that the parity gate compares."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ClipQuestion:
     """A question about a clip.
 
     Attributes:
-        index: Number of the sample.
+        index: Sample number of the prompt.
         clip: Index of the clip.
         question: As a person would type it.
         answer: The right answer; "" if it is unknown.
@@ -30,7 +30,7 @@ class ClipQuestion:
 
 
 class EmbeddedPrompt(NamedTuple):
-    """A prompt on its way into the decoder.
+    """A prompt, embedded for the decoder.
 
     Attributes:
         embeds: (S, D) float32, text and visual tokens.

@@ -21,14 +21,14 @@ Observe = Callable[[int, str, np.ndarray], None]  # sample, value name, value
 class StageStream:
     """A stage that runs over many samples, segment by segment.
 
-    A stage of one segment stays open between runs; of several, one is open at a time.
+    A stage with one segment stays open between runs; with several segments, one is open at a time.
 
     Args:
         g: The stage.
         scratch: A folder for the segments' files.
         taps: Values to show to observers.
-        fill: Makes inputs that no sample has (the empty KV cache): (sample, name) → array.
-        budget: Bytes of a segment's weights.
+        fill: Creates inputs that no sample has (the empty KV cache): (sample, name) → array.
+        budget: Maximum bytes of a segment's weights.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class StageStream:
         """Run one segment over samples.
 
         Args:
-            index: Of the segment.
-            samples: Whose inputs are in values.
-            values: Read from, and written to for later segments.
+            index: Number of the segment.
+            samples: Samples whose inputs are stored in `values`.
+            values: Store of inputs, to which outputs for later segments are added.
             observe: Called with every tapped value and output.
 
         Raises:

@@ -1,4 +1,4 @@
-"""A model run over calibration samples, piece by piece where it doesn't fit in memory."""
+"""A model run over calibration samples, piece by piece if it doesn't fit in memory."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from ppllava_edge.export.sources.source import Source
 from ppllava_edge.runtime.language.text_processor import TextProcessor
 from ppllava_edge.runtime.pipeline.cpu import TOKENS_PER_VISION_CALL, CpuPipeline
 
-LAST_POSITIONS = 40  # whose logits the model gives: an answer of 32 tokens, and some positions before it
+LAST_POSITIONS = 40  # positions with logits: an answer of 32 tokens, and some before it
 FLOAT = parse_precision("fp32")
 # Stages that run piece by piece over all samples; a larger divisor means smaller pieces.
 BUDGET_DIVISOR = {"trunk": 1, "temporal": 4, "decoder": 1}
-# Samples from this number on are whole clips, for the temporal stage; below it, some frames or a question.
+# Samples from this number on are whole clips, for the temporal stage; below are frame batches and questions.
 FIRST_CLIP = 1 << 20
-SMALL_BYTES = 1 << 30  # float32 weights of a model that may run as a whole, again and again
+SMALL_BYTES = 1 << 30  # float32 weights of a model that fits in memory for repeated runs
 
 
 class _SmallStage:
@@ -53,13 +53,13 @@ class StreamedModel(CpuPipeline):
     """A model with the runtime's pipeline interface, whose large stages run piece by piece over many samples.
 
     Args:
-        bundle: Tokenizers and embeddings.
-        graphs: All stages, in float32 where they are float.
+        bundle: A bundle with tokenizers and embeddings.
+        graphs: Graphs of all stages; their floating-point tensors are float32.
         scratch: A folder for values and pieces.
         taps: Stage → values to show to observers.
 
     Attributes:
-        values: What lies between the stages, by sample.
+        values: Values passed between the stages, by sample.
         streams: Every stage, for runs over many samples.
         callables: Every stage, for calls with arrays.
     """
@@ -179,7 +179,7 @@ class StreamedModel(CpuPipeline):
     def embed(
         self, clip: int, question: str, answer: Sequence[int] = (), features: str = "features"
     ) -> EmbeddedPrompt:
-        """A question as decoder input.
+        """Embed a question as decoder input.
 
         Args:
             clip: Index of the clip.
@@ -233,7 +233,7 @@ def with_last_logits(g: Graph) -> Graph:
 
 
 def bundle_without_graphs(source: Source, folder: Path) -> Bundle:
-    """Tokenizers and float embeddings of a source as a bundle: all that the runtime's text side needs."""
+    """A bundle with only a source's tokenizers and float embeddings, which the runtime's text side needs."""
     folder.mkdir(parents=True, exist_ok=True)
     source.write_tokenizers(folder)
     manifest = source.manifest(FLOAT)

@@ -1,4 +1,4 @@
-"""Where values between stages and pieces are kept: on disk for all samples, or in memory for one."""
+"""Stores for the values between stages and pieces: on disk for all samples, or in memory for one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Values(Protocol):
 class DiskValues:
     """Values on disk: the activations of a few videos are larger than a layer.
 
-    They survive an interrupt, and the next run goes on with them.
+    They survive an interrupt, and the next run reuses them.
     """
 
     def __init__(self, folder: Path):

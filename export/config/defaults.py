@@ -1,4 +1,4 @@
-"""Defaults of the model classes: config.json leaves out values that equal them."""
+"""Defaults of the model classes in transformers, for the values that config.json leaves out."""
 
 from __future__ import annotations
 

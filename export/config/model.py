@@ -14,11 +14,11 @@ class Tower:
 
     Attributes:
         width: Hidden size.
-        mlp: Hidden size of the feed-forward.
+        mlp: Hidden size of the feed-forward network.
         layers: Number of layers.
         heads: Attention heads.
-        activation: The feed-forward's activation, by its name in config.json.
-        epsilon: Of the layer norms.
+        activation: Activation of the feed-forward network, by its name in config.json.
+        epsilon: Epsilon of the layer norms.
     """
 
     width: int
@@ -63,12 +63,12 @@ class Vision(Tower):
 
     @property
     def used_layers(self) -> int:
-        """Layers up to the features; those above are never computed."""
+        """Number of layers below the features; the layers above are never computed."""
         return self.layers + self.feature_layer + 1
 
     @property
     def states(self) -> int:
-        """Hidden states that the trunk outputs: those that the temporal branch reads, or only the last."""
+        """Number of hidden states that the trunk outputs: all that the temporal branch reads, or one."""
         return max(self.adapter_depth - 1, 1)
 
 
@@ -102,12 +102,12 @@ class Decoder:
 
     Attributes:
         width: Hidden size.
-        mlp: Hidden size of the feed-forward.
+        mlp: Hidden size of the feed-forward network.
         layers: Number of layers.
         heads: Query heads.
         kv_heads: Key/value heads.
         head_size: Width of a head.
-        epsilon: Of the RMS norms.
+        epsilon: Epsilon of the RMS norms.
         rope_base: Base of the rotary frequencies.
         rope_scale: Positions are divided by this (linear rotary scaling).
         context: The longest sequence, tokens.
@@ -138,13 +138,13 @@ class Model:
     Attributes:
         family: clip-llama, clip-qwen2, siglip-llama or siglip-qwen2.
         pooling: The pooling method, one of engines.bundle.manifest.POOLINGS.
-        temperature: Of the softmax inside a pooling window.
+        temperature: Temperature of the softmax inside a pooling window.
         pooled_shape: Output size of the pllava poolings (frames, rows, columns).
         valuew_plus: Whether similarity weights are multiplied by the SigLIP head's attention.
         image_token: Id of the token that visual tokens replace.
         stop_ids: Ids that end an answer.
         image_grids: Any-resolution grids for images, (height, width) in pixels.
-        default_frames: Frames per video when the user names no number.
+        default_frames: Frames per video if the user sets no number.
         template: The prompt template, by name or as JSON.
     """
 

@@ -51,7 +51,7 @@ def _image_windows(config: dict[str, Any], overrides: Overrides, video: Windows,
 
 
 def _one_frame(video: Windows) -> Windows:
-    """The video's windows, one frame deep: for images where nothing else is known."""
+    """The video's windows, one frame deep: the fallback for images without windows of their own."""
     return Windows(_flat(video.kernel), _flat(video.stride), _flat(video.output_size))
 
 
@@ -63,7 +63,7 @@ def parse_triple(value: object, name: str) -> tuple[int, int, int] | None:
     """Parse (frames, rows, columns): a list, or a string like "(2, 3, 3)"; None stays None.
 
     Raises:
-        PPLLaVAError: It is not three whole numbers. `name` says which setting.
+        PPLLaVAError: The value is not three whole numbers. The message names the setting by `name`.
     """
     if value is None:
         return None

@@ -24,7 +24,7 @@ def quantize_cache(g: Graph, scales: dict[str, float]) -> None:
 
     Args:
         g: The decoder.
-        scales: By the name of the cache input.
+        scales: Cache input name → scale.
     """
     caches = {
         name for node in g.nodes if node.op_type == CACHE_WRITE for name in (node.input[0], node.output[0])

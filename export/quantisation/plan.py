@@ -40,10 +40,10 @@ class Plan:
     """What happens to a graph's layers and cache.
 
     Attributes:
-        schemes: By weight name; layers without one stay float.
-        folds: Factors s (K,) by group. A group's input is divided by s and the rows of its weights are
+        schemes: Weight name → scheme; layers without one stay float.
+        folds: Group → factors s (K,). A group's input is divided by s and the rows of its weights are
             multiplied by s, which changes nothing in exact arithmetic (SmoothQuant, AWQ).
-        cache: Scales of an INT8 KV cache, by the name of the graph input; empty for a float cache.
+        cache: Graph input name → scale of the INT8 KV cache; empty for a float cache.
     """
 
     schemes: dict[str, Scheme] = field(default_factory=dict)
@@ -59,10 +59,10 @@ class Layer:
         weight: Name of the matrix.
         inputs: Its rows, K.
         outputs: Its columns, N.
-        nodes: The MatMul nodes that use it.
-        group: Layers with the same group share their input. If `foldable`, the weight that a fold changes:
-            that of the norm before, or of the linear layer whose columns are the input. Else the name of the
-            input value.
+        nodes: The MatMul nodes that use the matrix.
+        group: Layers with the same group share their input. If `foldable`, this names the weight that a fold
+            changes: the weight of the preceding norm, or of the linear layer whose columns are the input.
+            Otherwise it names the input value.
         foldable: Whether factors can be folded into the group's input.
     """
 

@@ -32,7 +32,7 @@ QuantizedInputs = dict[tuple[str, float], str]  # (value, scale) → its quantis
 def quantize(g: Graph, plan: Plan) -> list[LayerRecord]:
     """Rewrite a graph according to a plan.
 
-    Weights are rounded one at a time when the graph is saved; `sqnr` of the records is known then.
+    Weights are rounded one at a time when the graph is saved; only then is `sqnr` of the records set.
 
     Returns:
         A record per layer, in the order of computation.
@@ -84,7 +84,7 @@ def _fold_norms(g: Graph, plan: Plan, layers: Sequence[Layer]) -> dict[str, np.n
 
 
 def _multiply(g: Graph, name: str, rows: np.ndarray | None, columns: np.ndarray | None) -> None:
-    """Multiply a weight's rows (or a vector) and columns; it is still loaded only when it is saved."""
+    """Multiply a weight's rows (or a vector) and columns; it is still loaded only when saved."""
     if rows is None and columns is None:
         return
     weight = g.weights[name]
@@ -101,9 +101,9 @@ def _multiply(g: Graph, name: str, rows: np.ndarray | None, columns: np.ndarray 
 def _round_weight(
     g: Graph, layer: Layer, scheme: Scheme, rows: np.ndarray | None, record: LayerRecord
 ) -> onnx.NodeProto:
-    """Replace a float weight by its rounded values and scales; returns the node that dequantises them.
+    """Replace a float weight by its rounded values and scales; return the node that dequantises them.
 
-    rows: factors (K,) that the rows are multiplied by first.
+    rows: factors (K,) by which the rows are multiplied before rounding.
     """
     is_int4 = scheme.kind == "w4"
     dtype = "int4" if is_int4 else "int8"
@@ -152,7 +152,7 @@ def _quantize_input(
 def _quantize_and_restore(
     g: Graph, x: str, scale_value: float, name: str, is_half: bool
 ) -> list[onnx.NodeProto]:
-    """Nodes that round a value to INT8 and back; the last one gives the result, in float32."""
+    """Nodes that quantise a value to INT8 and dequantise it; the last one outputs the float32 result."""
     scale = g.weight(Tensor.of(f"{name}{SCALE}", np.array(scale_value, np.float32)), "float32")
     zero = g.weight(Tensor.of(f"{name}.zero_point", np.array(0, np.int8)), "int8")
     nodes = []
@@ -170,7 +170,7 @@ def _product(node: onnx.NodeProto, x: str, weight: str, output: str) -> onnx.Nod
 
 
 class _Pair:
-    """Two arrays that are computed together, once, and dropped when both were taken."""
+    """Two arrays that are computed together, once, and released after both were taken."""
 
     def __init__(self, compute: Callable[[], tuple[np.ndarray, np.ndarray]]):
         self._compute = compute

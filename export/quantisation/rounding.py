@@ -37,19 +37,20 @@ class Rounded:
 
     @property
     def sqnr(self) -> float:
-        """Signal to quantisation noise, decibels; infinite when nothing was lost."""
+        """Signal to quantisation noise, decibels; infinite if rounding was exact."""
         return float(10 * np.log10(self.signal / self.error)) if self.error > 0 else float("inf")
 
 
 def round_int8(weight: np.ndarray, scale_dtype: str, rows: np.ndarray | None = None) -> Rounded:
     """Round to INT8 with a scale per column.
 
-    There is no clipping: at 8 bits keeping the largest value costs little, and losing it may cost much.
+    Nothing is clipped: at 8 bits, keeping the largest value costs little accuracy, but clipping it may cost
+    much.
 
     Args:
         weight: (K, N), any float.
         scale_dtype: Type of the stored scales.
-        rows: Factors (K,) that the rows are multiplied by first, or None.
+        rows: Factors (K,) by which the rows are multiplied before rounding, or None.
     """
     columns = weight.T
     factors = None if rows is None else rows.astype(np.float32)
@@ -76,13 +77,13 @@ def round_int4(
     rows: np.ndarray | None = None,
     importance: np.ndarray | None = None,
 ) -> Rounded:
-    """Round to INT4 with a scale per block of rows and column, found by a search over clipping ranges.
+    """Round to INT4 with one scale per column and block of rows, chosen by a search over clipping ranges.
 
     Args:
         weight: (K, N), any float; K a multiple of `block`, N even.
         block: Rows per scale.
         scale_dtype: Type of the stored scales.
-        rows: Factors (K,) that the rows are multiplied by first, or None.
+        rows: Factors (K,) by which the rows are multiplied before rounding, or None.
         importance: How much an error in a row matters, (K,): the mean square of the activation it is
             multiplied with. None: all rows are equal.
     """
@@ -158,7 +159,7 @@ def _float32(columns: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
 
 
 def _as_stored(scale: np.ndarray, dtype: str) -> np.ndarray:
-    """Scales rounded to their stored type, in float32: rounding uses the scale that dequantisation will."""
+    """Scales rounded to their stored type, as float32: rounding must use the scales of dequantisation."""
     return np.maximum(scale, MIN_SCALE).astype(dtype).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""What is exported: a checkpoint in upstream's layout, or a float bundle, both read tensor by tensor.
+"""The sources of an export: a checkpoint in upstream's layout, or a float bundle, read tensor by tensor.
 
 Imports export.config, export.stages and the engines; convert.py and the calibration open a model with
 source.open_source.

@@ -32,8 +32,7 @@ class BundleSource:
         """Open the bundle.
 
         Raises:
-            PPLLaVAError: The bundle is invalid or quantised, or the options ask for what a bundle can't
-                change.
+            PPLLaVAError: The bundle is invalid or quantised, or an option can't be applied to a bundle.
         """
         if options.overrides != Overrides() or options.clip or options.base:
             raise PPLLaVAError(
@@ -51,7 +50,7 @@ class BundleSource:
 
     def _read_graph(self, name: str, precision: Precision) -> Graph:
         g = Graph.read(self.bundle.file(f"{name}.onnx"))
-        g.name = name  # the file's own could be anything, also a path
+        g.name = name  # the name in the file is arbitrary, even a path
         # similarity always computes in float32, but its input has the type of the vision stages
         stage = "trunk" if name == "similarity" else name
         return to_float32(g) if precision.float_type(stage) == "float32" else g

@@ -99,7 +99,7 @@ class CheckpointSource:
 
 
 def _clip_folder(folder: Path, config: dict[str, Any], options: Options) -> Path:
-    """The directory of the question tower's own checkpoint, for its configuration and tokenizer."""
+    """The directory of the question tower's checkpoint, which holds its configuration and tokenizer."""
     if options.clip:
         return locate(options.clip, patterns=_CLIP_FILES)
     name = config.get("clip_weight")

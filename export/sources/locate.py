@@ -22,7 +22,7 @@ def locate(name: str, subfolder: str = "", patterns: Iterable[str] | None = None
         patterns: File patterns to download; None: everything.
 
     Raises:
-        PPLLaVAError: There is neither such a directory nor such a repository.
+        PPLLaVAError: No directory or repository of that name exists.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -39,9 +39,9 @@ def locate(name: str, subfolder: str = "", patterns: Iterable[str] | None = None
 
 
 def locate_checkpoint(name: str, subfolder: str = "") -> Path:
-    """Like locate(), but download only what an export reads.
+    """Like locate(), but download only the files that an export reads.
 
-    That is: configuration, tokenizers, and safetensors files, or .bin shards where there are none.
+    These are the configuration, the tokenizers, and safetensors files, or .bin shards if there are none.
     """
     folder = locate(name, subfolder, [*_SMALL_FILES, "*.safetensors"])
     if not Path(name).expanduser().is_dir() and not any(folder.glob("*.safetensors")):

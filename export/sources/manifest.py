@@ -28,7 +28,7 @@ NO_FRAME_LIMIT = 1 << 16
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids as the tokenizer has them: of the image token, and of the tokens that end an answer."""
+    """The tokenizer's ids of the image token and of the tokens that end an answer."""
 
     image_token: int
     stop_ids: frozenset[int]
@@ -48,10 +48,10 @@ def build_manifest(
     """Describe an exported model; the list of files stays empty.
 
     Args:
-        tokens: The tokenizer's ids; None: those of the configuration.
+        tokens: The tokenizer's ids; None: use the ids of the configuration.
         config: The checkpoint's config.json.
         folder: The checkpoint's directory.
-        embedding_size: E, the size in which question and patches are compared.
+        embedding_size: E, the width of the space in which question and patches are compared.
         checkpoint_hash: SHA-256, or "" if it was not computed.
     """
     q = model.question
@@ -135,6 +135,6 @@ def _decoder_info(model: Model, precision: Precision) -> DecoderInfo:
 
 
 def _checkpoint_name(options: Options, folder: Path) -> str:
-    """A hub id as it is; of a directory only its name: the path means nothing on another machine."""
+    """The hub id, or the name of a directory without its path, which means nothing on another machine."""
     is_hub_id = "/" in options.checkpoint and not Path(options.checkpoint).exists()
     return options.checkpoint if is_hub_id else folder.name

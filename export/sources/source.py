@@ -1,4 +1,4 @@
-"""The interface of a model to export, and how one is opened."""
+"""The interface of a model to export, and the function that opens one."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Source(Protocol):
         """Write the tokenizers into a bundle's folder."""
 
     def manifest(self, precision: Precision, hash_weights: bool = True) -> Manifest:
-        """Return the bundle's manifest. Call write_tokenizers first: it finds out token ids.
+        """Return the bundle's manifest. Call write_tokenizers first: it determines the token ids.
 
         Args:
             precision: The precision of every part.
-            hash_weights: False leaves out the checkpoint's hash, for which all weights are read.
+            hash_weights: Whether to compute the checkpoint's hash, which reads all weights.
         """
 
     def close(self) -> None:
@@ -47,7 +47,7 @@ def open_source(options: Options) -> Source:
     """Open the checkpoint or bundle that options.checkpoint names.
 
     Raises:
-        PPLLaVAError: There is none, or it can't be exported with these options.
+        PPLLaVAError: Nothing is found there, or it can't be exported with these options.
     """
     folder = source_bundle(options)
     return CheckpointSource(options) if folder is None else BundleSource(folder, options)

@@ -1,4 +1,4 @@
-"""The graphs of a checkpoint's stages, and the check that its tensors are those that the graphs need."""
+"""The graphs of a checkpoint's stages, and the check that its tensors match those that the graphs need."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def embeddings(checkpoint: Checkpoint, model: Model) -> tuple[Tensor, Tensor]:
 
 
 def embedding_size(checkpoint: Checkpoint, model: Model) -> int:
-    """Return E, the size in which question and patches are compared: that of the checkpoint's projection."""
+    """Return E, the width in which question and patches are compared, from the checkpoint's projection."""
     if model.siglip:
         return model.vision.width
     shape = checkpoint.shapes.get(PROJECTOR + "clip_text_projection.weight", ())

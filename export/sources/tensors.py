@@ -26,7 +26,7 @@ _READ_BYTES = 1 << 22
 
 
 class Checkpoint:
-    """The tensors of a checkpoint directory, by name. A file is opened when a tensor of it is read.
+    """The tensors of a checkpoint directory, by name. A file is opened whenever one of its tensors is read.
 
     Attributes:
         folder: The directory.
@@ -63,7 +63,7 @@ class Checkpoint:
         self._bin_shards.clear()
 
     def source(self, prefix: str = "") -> WeightSource:
-        """Return a function (name, *shape) that gives the tensor of that name below `prefix`, not loaded.
+        """Return a function (name, *shape) → the tensor of that name below `prefix`, not loaded.
 
         A missing tensor, or one of another shape, is noted in `problems`.
         """
@@ -85,7 +85,7 @@ class Checkpoint:
         """Load one tensor as float32 or float16.
 
         Raises:
-            PPLLaVAError: It holds NaN or infinity.
+            PPLLaVAError: The tensor holds NaN or infinity.
         """
         array = self._read(self._file_of[name], name)
         if array.dtype not in (np.float32, np.float16):

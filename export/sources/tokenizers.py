@@ -1,4 +1,4 @@
-"""Find a bundle's two tokenizers and make them ready for the runtime."""
+"""Find a bundle's two tokenizers and prepare them for the runtime."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def language_tokenizer(folder: Path, image_token: int, vocab: int) -> Tokenizer:
     """Load the decoder's tokenizer, with <image> as one token: the placeholder of the visual tokens.
 
     Args:
-        folder: Where the tokenizer is.
+        folder: Directory of the tokenizer.
         image_token: Id of the image token in the checkpoint's configuration.
         vocab: Size of the embedding table.
 
     Raises:
-        PPLLaVAError: It can't be read, or it is the tokenizer of another model.
+        PPLLaVAError: The tokenizer can't be read, or belongs to another model.
     """
     tokenizer = load_tokenizer(folder)
     if tokenizer.token_to_id(IMAGE) is None:
@@ -92,13 +92,13 @@ def question_tokenizer(folder: Path) -> Tokenizer:
     """Load the question tower's tokenizer.
 
     Raises:
-        PPLLaVAError: It can't be read.
+        PPLLaVAError: The tokenizer can't be read.
     """
     return _without_padding(load_tokenizer(folder))
 
 
 def _without_padding(tokenizer: Tokenizer) -> Tokenizer:
-    """The runtime pads and truncates by itself."""
+    """Switch padding and truncation off: the runtime does both itself."""
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

@@ -4,8 +4,8 @@ Inputs: inputs_embeds (1, s, D); position_ids (1, s) int64; write_index (1) int6
 additive; past.i.key and past.i.value (1, kv_heads, capacity, head_size) for every layer i.
 Outputs: logits (1, V) float32 of the last position; present.i.key and present.i.value.
 
-TensorScatter writes the new keys and values at write_index: bind past and present to one buffer and nothing
-is copied. The capacity is symbolic; the runtime chooses it for each generation.
+TensorScatter writes the new keys and values at write_index. If past and present are bound to one buffer,
+nothing is copied. The capacity is symbolic; the runtime chooses it for each generation.
 """
 
 from __future__ import annotations

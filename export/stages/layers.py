@@ -71,8 +71,8 @@ def linear(
 ) -> str:
     """Add a linear layer, x (…, inputs) → (…, outputs).
 
-    The weight is stored as (inputs, outputs): the layout of MatMul, and of quantisation in blocks along
-    inputs.
+    The weight is stored as (inputs, outputs), the layout that MatMul needs and that quantisation in blocks
+    along the inputs needs.
     """
     y = g.MatMul(x, g.weight(source(f"{name}.weight", outputs, inputs).T))
     return g.Add(y, g.weight(source(f"{name}.bias", outputs))) if bias else y

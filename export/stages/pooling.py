@@ -3,7 +3,7 @@
 Guided: features (t, P, C), weights (t, rows, columns), kernel int64[3], stride int64[3] → visual tokens (n,
 D). Unguided (pllava, avp, none): features alone.
 
-The pooling stands between the projector's two linear layers. The weights of a window sum to 1 and the second
+The pooling comes between the projector's two linear layers. The weights of a window sum to 1 and the second
 layer is affine, so the order does not change the result, and the second layer sees one row per window instead
 of one per patch.
 """
@@ -25,7 +25,7 @@ def build_pooling(g: Graph, source: WeightSource, model: Model, features_dtype: 
         g: The graph to write.
         source: Weights by their names relative to similarity.PROJECTOR.
         model: The model's configuration.
-        features_dtype: The type of the features that the vision stages give.
+        features_dtype: The type of the features that the vision stages output.
     """
     v, width = model.vision, model.decoder.width
     features = g.input("features", features_dtype, ["t", v.patches, v.width])

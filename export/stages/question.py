@@ -34,7 +34,7 @@ def build_question(
     Args:
         g: The graph to write.
         source: Weights by their full names in the checkpoint.
-        shapes: The checkpoint's tensors, to see which position tables it has.
+        shapes: Name → shape of the checkpoint's tensors, which tells which position tables it has.
         question: The tower's configuration.
         siglip: Whether it is a SigLIP tower.
         embedding_size: E.
@@ -87,8 +87,9 @@ def pool_end_token(g: Graph, x: str, ids: str, q: Question) -> str:
 def position_table(source: WeightSource, shapes: dict[str, tuple[int, ...]], q: Question) -> Tensor:
     """Return the position embeddings, (positions, width).
 
-    For a stretched tower upstream keeps two tables: the first 20 rows come from one, the rest, trained, from
-    the other. A stretched tower whose checkpoint has a plain CLIP table gets that table, stretched here.
+    For a stretched tower upstream keeps two tables: the first 20 rows come from one, and the remaining rows
+    come from the other, which was trained. A stretched tower whose checkpoint has a plain CLIP table gets
+    that table, stretched here.
     """
     plain = TOWER + "embeddings.position_embedding.weight"
     first = TOWER + "embeddings.position_embedding"

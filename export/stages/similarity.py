@@ -3,7 +3,8 @@
 Inputs: features (T, P, C), q (1, E). Outputs: cosine (T, rows, columns), and weights (T, rows, columns): the
 softmax of the scaled cosine over all T * P patches (paper: prompt-guided weights).
 
-Float32, because the pooling softmax divides by a temperature of 0.01 and so magnifies rounding errors.
+It is computed in float32 because the pooling softmax divides by a temperature of 0.01 and so magnifies
+rounding errors.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def build_similarity(
         g: The graph to write; its dtype must be float32.
         source: Weights by their names relative to PROJECTOR.
         model: The model's configuration.
-        features_dtype: The type of the features that the vision stages give.
+        features_dtype: The type of the features that the vision stages output.
         embedding_size: E.
     """
     v = model.vision
@@ -70,14 +71,14 @@ def patch_weights(g: Graph, source: WeightSource, model: Model, cosine: str, pro
 def siglip_head(g: Graph, source: WeightSource, model: Model, x: str) -> tuple[str, str]:
     """Add SigLIP's attention-pooling head, applied to every patch (upstream's SiglipPoolingHead_PatchCLS).
 
-    Each patch's value projection stands for the pooled vector.
+    Each patch's own value projection replaces the pooled vector.
 
     Args:
         x: (T, P, C).
 
     Returns:
-        Patch embeddings (T, P, C), and with valuew_plus the probe's attention (T, P), averaged over heads;
-        else "".
+        Patch embeddings (T, P, C), and with valuew_plus the probe's attention (T, P), averaged over heads,
+        otherwise "".
     """
     v, name = model.vision, "clip_visual_head"
     in_projection = _split_projection(g, source, f"{name}.attention.in_proj", v.width)

@@ -2,8 +2,9 @@
 
 Input: states (T, S, P+1, C). Output: features (T, P, C) = (trunk + branch) / 2.
 
-Beside the last trunk layers runs a branch of (temporal attention, spatial layer) pairs. It reads the trunk's
-states and never writes to them. Upstream never uses the result of the last pair, so that pair is left out.
+A branch of (temporal attention, spatial layer) pairs runs parallel to the last trunk layers. It reads the
+trunk's states and never changes them. Upstream never uses the result of the last pair, so that pair is left
+out.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def enter_branch(
     Args:
         trunk: Patches of the trunk's first state, (T, P, C).
         trunk_token: Its class token, averaged over frames, (1, 1, C).
-        frames: T, a vector of one.
+        frames: T, as a vector of one element.
 
     Returns:
         Patches with position and time embeddings (T, P, C), and the branch's class token (1, 1, C).
@@ -73,12 +74,13 @@ def attend_over_space(
 ) -> tuple[str, str]:
     """Add a spatial transformer layer, applied to each frame.
 
-    All frames share one class token. It attends in every frame, and its updates are averaged over frames.
+    All frames share one class token. It attends to the patches of each frame, and its updates are averaged
+    over frames.
 
     Args:
         patches: (T, P, C).
         token: (1, 1, C).
-        frames: T, a vector of one.
+        frames: T, as a vector of one element.
         is_last: Whether this is the last pair, whose class token is not used and so not updated.
 
     Returns:

@@ -1,4 +1,4 @@
-"""trunk.onnx: the vision tower up to its features, each frame by itself.
+"""trunk.onnx: the vision tower up to its features, for each frame separately.
 
 Input: pixels (b, 3, H, W). Output: states (b, S, P+1, C), or (b, S, P, C) for a tower without a class token.
 S is 1, or with a temporal adapter the number of hidden states that its branch reads.
