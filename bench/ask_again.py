@@ -1,4 +1,4 @@
-"""Time of a video's first question, of the next ones, and of the first after a restart with cached features.
+"""Time a video's first question, the next ones, and the first one after a restart with cached features.
 
 python -m ppllava_edge.bench.ask_again [BUNDLE] [--video FILE]
 """
@@ -26,24 +26,25 @@ ROWS = ("open", *ONCE, *EACH, "prefill", "first_token")
 def measure(
     bundle: str | None, video: str, frames: int | None, question: str, rounds: int, device: str, engine: str
 ) -> dict[str, Any]:
-    """Ask about a video: first, again, and after a restart.
+    """Time questions about a video: the first, the next ones, and the first after a restart.
 
     Args:
         bundle: As VideoQA takes it.
         video: A video file.
         frames: Frames that the model sees; None: the model's default.
-        question: What to ask.
-        rounds: Next questions; their median counts.
+        question: The question.
+        rounds: Number of next questions, whose median is reported.
         device, engine: As VideoQA takes them.
 
     Returns:
         "first", "next", "restarted": stage → seconds. "visual_ratio": visual work of a next question over
-        that of the first. "cached_bytes": size of the features on disk. "model", "engine": what ran.
+        that of the first. "cached_bytes": size of the features on disk. "model", "engine": names of the model
+        and the engine.
     """
     with tempfile.TemporaryDirectory() as cache:
         qa = VideoQA(bundle, device, engine=engine, cache=cache)
         qa.pipeline.load()
-        # Engines initialise in their first run, which isn't to be measured.
+        # Engines initialise in their first run, which must not be measured.
         qa.pipeline.encode_question(qa.text.question_ids(question)[0])
         first = _open_and_ask(qa, video, frames, question)
         opened = qa.open(video, frames)
@@ -85,7 +86,7 @@ def _open_and_ask(qa: VideoQA, video: str, frames: int | None, question: str) ->
     type=click.IntRange(1, 1000),
     default=5,
     show_default=True,
-    help="Next questions; their median counts.",
+    help="Number of next questions; their median is reported.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--engine", default="auto", show_default=True, help="As for ppllava-run.")

@@ -38,8 +38,9 @@ def measure(threads: int, questions: int, cancels: int, model: str | None, video
         video: A video file.
 
     Returns:
-        "serial", "concurrent", "first_thread" (when the first thread was done): seconds. "wrong": concurrent
-        answers that differ. "cancel": seconds of every cancellation. "threads", "questions": as given.
+        "serial", "concurrent", "first_thread" (until the first thread finished): seconds. "wrong": concurrent
+        answers that differ from the serial ones. "cancel": seconds of every cancellation. "threads",
+        "questions": as given.
     """
     qa = VideoQA(model, device="cpu")
     videos = [qa.open(video), qa.open(video, end=1.0)]

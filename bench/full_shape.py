@@ -1,10 +1,10 @@
-"""The full shape, end to end, beside torch eager: time and memory of the export and of one answer.
+"""The full shape, end to end, compared with torch eager: time and memory of the export and of one answer.
 
     python -m ppllava_edge.bench.full_shape FOLDER [--shape vit-l-336] [--precision fp32]
 
 Writes a random checkpoint into FOLDER (kept, and used again), exports it, and answers about a video of 32
-frames with the runtime and with the original algorithm in torch, float32. Each runs in a process of its own,
-so that each one's peak memory is its own.
+frames with the runtime and with the original algorithm in torch, float32. Each part runs in a process of its
+own, so that peak memory is measured separately.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run_job(*arguments: object) -> tuple[dict[str, Any], float]:
 
 def job_export(checkpoint: str, bundle: str, precision: str) -> dict[str, Any]:
     """Export the checkpoint."""
-    # Here, because the exporter's libraries would count in the runtime's peak memory.
+    # Imported here, because the exporter's libraries would count in the runtime's peak memory.
     from ppllava_edge.export.cli import main as export_command
 
     export_command([checkpoint, "-o", bundle, "--precision", precision, "--force"], standalone_mode=False)
@@ -79,7 +79,7 @@ def job_run(bundle: str, video: str, frames: str, new_tokens: str) -> dict[str, 
 
 
 def job_torch(checkpoint: str, bundle: str, video: str, frames: str, new_tokens: str) -> dict[str, Any]:
-    """Answer with the original algorithm, on the very same pixels and token ids.
+    """Answer with the original algorithm, on the same pixels and token ids.
 
     Returns:
         As job_run, without "again".

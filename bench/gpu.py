@@ -1,6 +1,6 @@
 """Checks and benchmarks for a machine with a GPU.
 
-    python bench/gpu.py kernel          # the CUDA kernels: are they right, how fast against a copy and torch
+    python bench/gpu.py kernel          # the CUDA kernels: correctness, and speed against a copy and torch
     python bench/gpu.py answer FOLDER   # Vicuna-7B's shape, random weights: seconds per stage, fp16 and int4
     python bench/gpu.py compile         # registers and spills on every target: needs nvcc, but no GPU
 
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> tuple[Any, Callable[[Any], None]]:
-    """Run one of the three. Returns its figures and the function that prints them."""
+    """Run the chosen report. Returns its figures and the function that prints them."""
     # Imports are here because the package can be found only now, and each part needs packages of its own.
     if options.what == "compile":
         from ppllava_edge.bench.gpu_report.compile import TARGETS, compile_table, show_compile_table

@@ -1,4 +1,4 @@
-"""Accuracy and speed of the three `keep` options: further questions about nano's clips, answered in each way.
+"""Accuracy and speed of the three `keep` options, on further questions about nano's clips.
 
 python -m ppllava_edge.bench.keep --questions 1000
 """
@@ -24,15 +24,15 @@ PER_CLIP = 6  # questions; the first one opens the chat and isn't counted
 
 
 def evaluate(questions: int, seed: int, model: str | None) -> dict[str, dict[str, float]]:
-    """Ask about fresh clips in every way; the first question about a clip isn't counted.
+    """Ask about fresh clips with every `keep` option; the first question about a clip isn't counted.
 
     Args:
-        questions: Counted questions, at least.
+        questions: Minimum number of counted questions.
         seed: Seed of scenes and questions.
         model: As VideoQA takes it.
 
     Returns:
-        Way → "right" (exact answers), "asked", "first_token" (seconds to the first token, summed).
+        Option → "right" (exact answers), "asked", "first_token" (seconds to the first token, summed).
     """
     qa = VideoQA(model, device="cpu")
     rng = np.random.default_rng([seed, 55])
@@ -64,7 +64,7 @@ def _ask_all(qa: VideoQA, path: Path, way: str, pairs: list[tuple[str, str]], ro
     type=click.IntRange(1, 10**6),
     default=1000,
     show_default=True,
-    help="Counted questions, in each way.",
+    help="Counted questions per option.",
 )
 @click.option("--seed", type=int, default=12345, show_default=True, help="Seed of clips and questions.")
 @click.option("--model", metavar="BUNDLE", help="A bundle of nano's instead of the packed one.")

@@ -55,7 +55,7 @@ def soak(
             if pace:
                 time.sleep(max(started + i / pace - time.perf_counter(), 0))
             elif i % 250 == 249:
-                time.sleep(0.001)  # lets other threads of this process run, as a camera's pauses would
+                time.sleep(0.001)  # lets other threads of this process run, as the pauses of a camera do
             if i % ask_every == ask_every - 1:
                 right += live.ask("What color is the circle?", last=2.0, wait=30).text == "red"
                 asked += 1

@@ -1,9 +1,9 @@
-"""32 frames of an hour: the runtime's seeking beside OpenCV, decord, torchcodec and decoding everything.
+"""Read 32 frames of an hour: the runtime's seeking against OpenCV, decord, torchcodec and full decoding.
 
     python -m ppllava_edge.bench.long_video FOLDER
 
-Makes FOLDER/60-minutes.mp4 unless it is there: one minute of 1080p H.264, encoded once and copied packet by
-packet 60 times. Every reader runs in a process of its own; those that aren't installed are left out (extra
+Creates FOLDER/60-minutes.mp4 unless it exists: one minute of 1080p H.264, encoded once and copied packet by
+packet 60 times. Every reader runs in a process of its own; readers that aren't installed are left out (extra
 `peers`).
 """
 
@@ -85,7 +85,7 @@ def repeat(minute: Path, target: Path, seconds: float) -> None:
 
 
 def run_reader(name: str, path: Path, indices: list[int], output: Path) -> dict[str, Any] | str:
-    """Measure one reader in a process of its own: as video_readers.measure, or why it failed."""
+    """Run video_readers.measure in a separate process. Returns its result, or the reason of a failure."""
     module = "ppllava_edge.bench.peers.video_readers"
     try:
         return run_json([sys.executable, "-m", module, name, str(path), json.dumps(indices), str(output)])
@@ -99,14 +99,14 @@ def run_readers(
     """Measure all readers in turns, and compare their frames with those of a full decode.
 
     Args:
-        folder: Where frames are kept.
+        folder: Folder for the frames that were read.
         video: The long video.
         indices: Frames to read.
-        rounds: For the readers that seek; the others run once. The fastest round counts.
+        rounds: Runs of each reader that seeks; the others run once. The fastest run counts.
 
     Returns:
-        Reader → as video_readers.measure, with "same" (frames that are those of a full decode) and "equal"
-        (whether all are bit for bit); or why it failed.
+        Reader → the result of video_readers.measure, with "same" (count of frames that match a full decode)
+        and "equal" (whether all match bit for bit); or the reason of a failure.
     """
     report: dict[str, dict[str, Any] | str] = {}
     for round_number in range(rounds):
@@ -128,7 +128,7 @@ def run_readers(
 
 
 def peak_of_length(folder: Path, minute: Path, seconds: int, frames: int) -> float:
-    """Peak memory (bytes) of the runtime's reader over a video of so many seconds.
+    """Peak memory (bytes) of the runtime's reader over a video of this length.
 
     Raises:
         PPLLaVAError: If the reader fails.

@@ -1,9 +1,9 @@
-"""Prompt lookup: how many drafted tokens are right, and what that is worth on this CPU.
+"""Prompt lookup: the share of drafted tokens that are right, and the speed-up on this CPU.
 
     python -m ppllava_edge.bench.look_ahead [--model BUNDLE] [--questions 300] [--kind describe]
 
 Answers questions about drawn clips (nano's world) with and without drafts, in turns, and compares answers.
-Then it measures passes over 1 to 8 positions, which says when drafts pay.
+Then it measures passes over 1 to 8 positions, which shows when drafts pay off.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def compare(bundle: str, questions: int, seed: int, kinds: tuple[str, ...]) -> d
 
     Args:
         bundle: A bundle of nano's with an engine for the CPU.
-        questions: How many to ask, at least.
+        questions: Minimum number of questions.
         seed: Seed of scenes and questions.
         kinds: Kinds of questions.
 
@@ -69,7 +69,7 @@ def compare(bundle: str, questions: int, seed: int, kinds: tuple[str, ...]) -> d
 
 
 def _count(row: dict[str, float], plain: Answer, ahead: Answer) -> None:
-    """Add one question, answered in both ways, to a row of the report."""
+    """Add the two answers to one question to a row of the report."""
     assert ahead.lookup is not None
     row["asked"] += 1
     row["equal"] += plain.text == ahead.text

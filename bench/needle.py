@@ -2,7 +2,7 @@
 
     python -m ppllava_edge.bench.needle --clips 100
 
-One to three objects rest in view all the time; another one, the needle, is shown for about 1 % of it. Clips
+One to three objects are visible all the time; another one, the needle, for about 1 % of it. Clips
 are drawn, encoded to H.264 and answered by the real runtime.
 """
 
@@ -91,7 +91,7 @@ def write_needle(path: Path, scene: Scene, needle: int, rng: np.random.Generator
 def questions(scene: Scene, needle: int, rng: np.random.Generator) -> list[tuple[str, str, str]]:
     """(kind, question, answer) about the needle.
 
-    "absence" asks for an object that never appears, but shares the needle's colour or its shape.
+    "absence" asks about an object that never appears, but has the needle's colour or its shape.
     """
     color, shape = COLOR_NAMES[scene.colors[needle]], SHAPE_NAMES[scene.shapes[needle]]
     other_colors = [name for i, name in enumerate(COLOR_NAMES) if i not in scene.colors]

@@ -25,5 +25,5 @@ def main(path: str, *questions: str) -> None:
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
-    except PPLLaVAError as error:  # every error of the package, in one clear line
+    except PPLLaVAError as error:  # the base class of all errors: the message is one clear line
         sys.exit(f"error: {error}")

@@ -2,7 +2,7 @@
 
 python examples/batch_folder.py videos/ answers.jsonl "What color is the circle?" "How many objects?"
 
-Run it again after an interruption: it skips what is in the output already.
+Run it again after an interruption: it skips questions that the output already answers.
 """
 
 import json

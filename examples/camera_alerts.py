@@ -28,7 +28,9 @@ def main(source: str, question: str, word: str) -> None:
         watch = live.watch(question, every=0.5, on_answer=on_answer, last=10, changes_only=True)
         ended.wait()  # a camera never ends: stop with Ctrl-C
         watch.stop()
-        if live.wait_for(1, timeout=5):  # a file's last frames came after the last question: ask once more
+        if live.wait_for(
+            1, timeout=5
+        ):  # a file's last frames arrive after the last question, so ask once more
             on_answer(live.ask(question, last=10))
 
 

@@ -2,8 +2,8 @@
 
     python examples/robot_loop.py
 
-Pushing a frame takes microseconds: the newest frame replaces one that isn't encoded yet. Questions run in
-asyncio and end after a timeout. The program measures how late the loop was.
+Pushing a frame takes microseconds: a new frame replaces one that isn't encoded yet. Questions run in asyncio
+and end after a timeout. The program measures how late the loop was.
 """
 
 import asyncio

@@ -13,15 +13,15 @@ from ppllava_edge.nano.clips import spoken, write_clip
 from ppllava_edge.nano.world import KINDS, ask, sample_scene
 
 CLIPS = 24
-SEED = 8_128  # of calibration only
+SEED = 8_128  # used for calibration only
 
 
 def drawn(manifest: Manifest, folder: Path, count: int = CLIPS) -> Data:
-    """Draw clips and write them as H.264 files, with questions that the scenes allow and their answers.
+    """Draw clips and write them as H.264 files, with questions that fit the scenes, and their answers.
 
     Args:
-        manifest: Of the float model.
-        folder: Where the files go.
+        manifest: Manifest of the float model.
+        folder: Folder for the files.
         count: How many clips.
     """
     rng = np.random.default_rng(SEED)

@@ -1,4 +1,4 @@
-"""Write nano's parameters in upstream's layout, so that the ordinary exporter can make its bundle.
+"""Write nano's parameters in upstream's layout, so that the ordinary exporter can read them.
 
 python -m ppllava_edge.nano.checkpoint STATE.pt FOLDER writes the checkpoint of a training run in progress.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from ppllava_edge.nano.model import Shape
 from ppllava_edge.nano.vocabulary import ASK, END, PAD, SPOKEN, UNKNOWN, WORD_ID, WORDS
 
-POSITIONS = 248  # of the question tower, as Long-CLIP has
+POSITIONS = 248  # positions of the question tower, as in Long-CLIP
 VISION, PROJECTOR, LANGUAGE = "vision_tower.vision_model.", "multi_modal_projector.", "language_model."
 
 
@@ -36,12 +36,13 @@ SPELLINGS = (
 def write_checkpoint(weights: dict[str, Tensor], shape: Shape, folder: Path, guided: bool = True) -> None:
     """Write a checkpoint in upstream's layout.
 
-    config.json, model.safetensors (float16) and the tokenizer; in clip/ the question tower's.
+    The directory gets config.json, model.safetensors (float16) and the tokenizer, and in clip/ the
+    configuration and tokenizer of the question tower.
 
     Args:
         weights: Parameters by name.
         shape: The model's sizes.
-        folder: Where to.
+        folder: The checkpoint's directory.
         guided: Whether the question guides the pooling.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +197,7 @@ def _vision_config(s: Shape) -> dict[str, Any]:
         "model_type": "clip_vision_model",
         "hidden_size": s.vision,
         "intermediate_size": 4 * s.vision,
-        "num_hidden_layers": s.vision_layers + 1,  # the features are the last layer's but one
+        "num_hidden_layers": s.vision_layers + 1,  # the features are the output of the second-to-last layer
         "num_attention_heads": s.heads,
         "image_size": s.image,
         "patch_size": s.patch,

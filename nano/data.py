@@ -18,7 +18,7 @@ COVERED = 0.12  # a patch shows an object if it covers this share of it
 QUESTIONS = ["color", "shape", "direction", "direction", "count", "presence", "order", "position", "brief"]
 # In the last stage the hardest kind replaces the easiest.
 LATE_QUESTIONS = ["order", *QUESTIONS[1:]]
-INSTEAD = ["shape", "color", "presence"]  # asked where a scene doesn't allow a kind
+INSTEAD = ["shape", "color", "presence"]  # kinds to ask about if a scene doesn't allow the wanted one
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Batch:
     Attributes:
         pixels: (B, T, 3, H, W) float32, normalised.
         colors, shapes, motions: (B, O), indices into the name lists; -1 for padding.
-        hit: (B, O, T*P) bool, whether the object shows in that patch.
+        hit: (B, O, T*P) bool, whether the patch shows the object.
         owner: (B, T*P), the object that covers most of the patch; -1 for none.
         row, column: (B, O, T), the bin of the object's centre.
         first, last: (B), the objects that enter first and last; -1 unless the scene is staggered.
@@ -62,11 +62,11 @@ def make_batch(
     """Draw a batch.
 
     Args:
-        rng: Where all randomness comes from.
+        rng: Source of all randomness.
         clips: How many scenes.
         patch: Side of a patch, pixels.
         single: Draw one frame of each scene instead of a clip.
-        questions: Kinds to ask about each clip; a description is asked for too. Empty: none at all.
+        questions: Kinds of questions for each clip, besides a description. Empty: no questions at all.
     """
     canvas = _Canvas(clips, 1 if single else STEPS, patch)
     for b in range(clips):

@@ -38,8 +38,8 @@ def evaluate(
 
     Args:
         model: A bundle; None: the packed one.
-        questions: How many to ask.
-        seed: Of the clips.
+        questions: Number of questions.
+        seed: Seed of the clips.
         uniform: Replace the question's pooling weights by equal ones, to see what guidance does.
         progress: Called with the number of answers so far.
         opening: Arguments of VideoQA.open.
@@ -94,13 +94,13 @@ def summary(answers: list[dict[str, str]]) -> dict[str, dict[str, float]]:
 
 
 def bundle_at(precision: str, folder: Path) -> Path:
-    """Make nano at another precision from its packed float16 weights.
+    """Build nano at another precision from its packed float16 weights.
 
     INT8 and INT4 are calibrated on drawn clips with a seed of their own.
 
     Args:
         precision: As ppllava-export --precision takes it.
-        folder: Where the bundle is written.
+        folder: Folder for the bundle.
 
     Returns:
         The bundle's directory; the packed one for "fp16".
@@ -123,10 +123,10 @@ def bundle_at(precision: str, folder: Path) -> Path:
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--questions", type=click.IntRange(1, 10**7), default=2000, show_default=True, help="How many to ask."
+    "--questions", type=click.IntRange(1, 10**7), default=2000, show_default=True, help="Number of questions."
 )
 @click.option(
-    "--seed", type=int, default=12345, show_default=True, help="Of the clips; training used other seeds."
+    "--seed", type=int, default=12345, show_default=True, help="Seed of the clips; training used other seeds."
 )
 @click.option("--model", metavar="BUNDLE", help="A bundle instead of the packed one.")
 @click.option(

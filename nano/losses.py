@@ -17,7 +17,7 @@ TEXT_IDS = torch.zeros(len(TEXTS), int(TEXT_ENDS.max()) + 1, dtype=torch.long)
 for _row, _ids in enumerate(_ENCODED):
     TEXT_IDS[_row, : len(_ids) + 1] = torch.tensor([*_ids, WORD_ID[END]])
 
-# What each text refers to: (texts, 3) colour, shape, motion; -1 where it says nothing.
+# The referent of each text: (texts, 3) colour, shape, motion; -1 where the text says nothing.
 _REFERENT = torch.tensor([(t.color, t.shape, t.motion) for t in TEXTS])
 _NAMES_MOTION = _REFERENT[:, 2] >= 0
 _IS_POSITION = torch.zeros(len(TEXTS), dtype=torch.bool)
@@ -80,7 +80,7 @@ def contrastive_loss(
 
 
 def _text_to_patch(logits: Tensor, batch: Batch, single: bool) -> Tensor:
-    """For each text, the softmax over all patches (which also guides the pooling) against its referent."""
+    """For each text, the softmax over all patches (it also guides the pooling) against its referent."""
     shown = referents(batch)
     count = shown.sum(-1)
     counted = (count > 0) & ~_IS_POSITION
@@ -95,7 +95,7 @@ def _text_to_patch(logits: Tensor, batch: Batch, single: bool) -> Tensor:
 def _patch_to_text(
     logits: Tensor, batch: Batch, single: bool, motion_weight: float
 ) -> tuple[list[Tensor], dict[str, float]]:
-    """For each patch that shows an object, and within each group of texts, the text that is right."""
+    """For each patch that shows an object, score the choice of the right text within each group of texts."""
     owned = batch.owner >= 0
     owner = batch.owner.clamp(min=0)
     color, shape, motion = (

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ppllava_edge.nano.vocabulary import WORDS
 
 # The trunk's states have a size of about 8 where the branch begins. A much smaller time embedding is lost in
-# the norm that follows: the model then learns along which axis objects move, but not which way.
+# the norm that follows: the model then learns the axis along which objects move, but not the direction.
 TIME_SCALE = 4.0
 
 
@@ -30,16 +30,16 @@ class Shape:
     """Sizes of the model. Frames and grid must be multiples of the pooling kernel.
 
     Attributes:
-        image, patch: Pixels.
-        frames: Of a clip.
+        image, patch: Side of a frame and of a patch, pixels.
+        frames: Frames of a clip.
         vision, vision_layers: Width and depth of the vision tower's trunk.
         branch_layers: Pairs of the temporal branch, beside the trunk's last layers.
-        heads: Of every attention.
+        heads: Heads of every attention.
         question, question_layers, question_length: Width, depth and longest text of the question tower.
         projection: Width of the space where patches and questions are compared.
         decoder, decoder_layers, decoder_mlp: Width, depth and hidden width of the decoder.
-        kernel: Of the pooling: frames, rows, columns.
-        temperature: Of the softmax within a pooling window.
+        kernel: Pooling kernel: frames, rows, columns.
+        temperature: Temperature of the softmax within a pooling window.
     """
 
     image: int = 108
@@ -163,7 +163,7 @@ class NanoPPLLaVA(nn.Module):
     """The whole model.
 
     Args:
-        shape: Its sizes.
+        shape: Sizes of the model.
         guided: Whether the question weighs the patches of a pooling window; otherwise all weigh the same.
     """
 
@@ -238,7 +238,7 @@ class NanoPPLLaVA(nn.Module):
         """Run one branch pair over all frames.
 
         Args:
-            pair: Its number.
+            pair: Number of the pair.
             x: (B, T, 1+P, D), the trunk's state.
             state: The branch's patches (B, T, P, D) and class token (B, D); None before the first pair.
 

@@ -24,8 +24,8 @@ class FlatMuon:
     Args:
         module: The model.
         muon_rate: Muon's learning rate where AdamW's is 1e-3.
-        decay: AdamW's weight decay, of matrices.
-        dtype: Of the buffers that the model computes with.
+        decay: AdamW's weight decay for matrices.
+        dtype: Type of the buffers that the model computes with.
 
     Attributes:
         gradient: (n), what backward accumulates into.
@@ -86,8 +86,8 @@ class FlatMuon:
         Args:
             rate: AdamW's learning rate; Muon's scales with it.
             gradient: (n) float32, averaged over processes.
-            clip: The largest norm of the gradient, for AdamW.
-            betas: AdamW's.
+            clip: Maximum norm of the gradient, for AdamW.
+            betas: AdamW's decay rates of the moments.
 
         Returns:
             The norm of the gradient.
@@ -130,7 +130,7 @@ class FlatMuon:
         }
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """The optimizer's state, from which a run can resume."""
         return {"steps": self.steps, **{key: getattr(self, key) for key in STATE}}
 
     def restore(self, state: dict[str, Any]) -> None:

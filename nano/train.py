@@ -49,7 +49,7 @@ def step_loss(
 
     Args:
         model: The model.
-        args: The command line's: clips and processes.
+        args: Arguments of the command line: clips and processes.
         stage: One of STAGES.
         rng: Draws the batch.
 
@@ -96,7 +96,7 @@ def worker(rank: int, args: argparse.Namespace, shared: torch.Tensor, barrier: A
 
     Args:
         rank: Number of the process.
-        args: The command line's.
+        args: Arguments of the command line.
         shared: (2, processes, parameters) bfloat16, gradients of all processes for even and odd steps.
         barrier: Waits until every process has written its gradient.
         started: When training started, seconds since the epoch.
@@ -134,7 +134,7 @@ class _Run:
         self.ends = np.cumsum([args.frame_steps, args.clip_steps, args.joint_steps, args.late_steps])
         self.total = int(self.ends[-1])
         self.first = 0
-        self.earlier_seconds = 0.0  # of the runs that this one continues
+        self.earlier_seconds = 0.0  # seconds of the runs that this one continues
         self.recent: dict[str, list[float]] = {}
         if args.resume and (self.out / "state.pt").exists():
             state = torch.load(self.out / "state.pt", weights_only=True)

@@ -9,7 +9,7 @@ import numpy as np
 from ppllava_edge.nano.world import BRIEF, COLOR_NAMES, MOTION_NAMES, NUMBER_NAMES, SHAPE_NAMES, motion_words
 
 PAD, UNKNOWN, BEGIN, ASK, END = "<pad>", "<unk>", "<s>", "<a>", "</s>"
-# Pretraining texts name rows and columns a third of a patch wide: the position in a patch shows the motion.
+# Pretraining texts name rows and columns a third of a patch wide: motion shows as positions within a patch.
 POSITION_BINS = 27
 
 # The end token must not have id 2: in CLIP's configuration 2 selects the legacy pooling rule.

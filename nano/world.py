@@ -173,7 +173,7 @@ def draw(
     Args:
         scene: What to draw.
         times: (frames), in steps.
-        rng: For the noise.
+        rng: Source of the noise.
         size: Side of a frame, pixels.
         noise: Standard deviation, grey levels.
 

@@ -1,4 +1,4 @@
-"""A whole answer at a full shape with random weights, at fp16 and int4, beside torch on the same GPU."""
+"""Time a whole answer at a full shape, with random weights at fp16 and int4, and in torch on the same GPU."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def answer_report(
     """Export a random checkpoint, build engines/cuda and time every stage.
 
     Args:
-        folder: Keeps the checkpoint and the bundles.
+        folder: Folder that keeps the checkpoint and the bundles.
         shape: One of SHAPES.
         frames: Frames of the clip.
         text_tokens: Tokens of the prompt beside the visual ones.

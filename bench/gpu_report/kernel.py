@@ -1,4 +1,4 @@
-"""The CUDA kernels: right on random input, and how fast against a copy and torch."""
+"""The CUDA kernels: correctness on random input, and speed against a copy and torch."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def kernel_checks(torch: Any, launcher: Any, device: str = "cuda", stream: Any =
     Args:
         torch: The module.
         launcher: The kernel's Launcher.
-        device: Where torch makes its tensors.
-        stream: Where the launcher runs.
+        device: Device on which torch creates its tensors.
+        stream: Stream on which the launcher runs.
 
     Returns:
         "cases" (count), "worst_share_of_allowed_error" (below 1).
@@ -113,7 +113,7 @@ def kernel_checks(torch: Any, launcher: Any, device: str = "cuda", stream: Any =
     for number in range(CASES):
         case = _Case.sample(rng)
         error = _share_of_allowed_error(torch, launcher, case, generator, stream)
-        if not error < 1:  # also NaN: an element that was not written
+        if not error < 1:  # catches NaN too: an element that was not written
             sys.exit(f"error: case {number}: {case}: {error:.2f} times what rounding allows")
         worst = max(worst, error)
     return {"cases": CASES, "worst_share_of_allowed_error": worst}
@@ -203,7 +203,7 @@ def _pooling_seconds(
 
 
 def frame_checks(to_device: Callable[[Any], Any], gpu: Any = None, runs: int = 100) -> dict[str, Any]:
-    """Compare frames that are prepared on the GPU with Pillow (which resizes along rows first), and time one.
+    """Compare frames that are prepared on the GPU with Pillow (resizing rows first), and time one.
 
     Args:
         to_device: Moves an RGB uint8 frame (H, W, 3) to the GPU.

@@ -1,4 +1,4 @@
-"""Measurements in a process of their own, so that one's memory and caches don't change another's figures."""
+"""Measurements in separate processes, so that memory and caches of one don't change another's figures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_json(command: list[str], show_errors: bool = False) -> dict[str, Any]:
         The JSON object.
 
     Raises:
-        ChildError: In one line, if it fails.
+        ChildError: If the command fails.
     """
     stderr = None if show_errors else subprocess.PIPE
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True)

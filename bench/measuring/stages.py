@@ -19,7 +19,7 @@ from ppllava_edge.engines.machine.memory import peak_memory
 from ppllava_edge.runtime.pipeline.base import BasePipeline
 from ppllava_edge.runtime.pipeline.factory import Pipeline
 
-ASK_STAGES = ("question", "similarity", "pooling", "prefill")  # of every question, in order
+ASK_STAGES = ("question", "similarity", "pooling", "prefill")  # run for every question, in this order
 OPEN_AND_LOAD = (
     "import sys, ppllava_edge.runtime as r; r.Pipeline.open(sys.argv[1], device=sys.argv[2]).load()"
 )
@@ -50,7 +50,7 @@ def measure(
     Returns:
         Figures by name. "stages": stage → percentiles in seconds; "tokens_per_second",
         "decode_gb_per_second" (decoder weights read), "copy_gb_per_second", "cold_start_seconds",
-        "peak_memory_bytes", and what was measured.
+        "peak_memory_bytes", and the parameters of the measurement.
 
     Raises:
         PPLLaVAError: If the bundle can't be opened or doesn't take so many frames.

@@ -2,7 +2,8 @@
 
     python -m ppllava_edge.bench.models.random_checkpoint FOLDER --shape vit-l-336
 
-Weights are noise, and so are answers: for measuring time and memory where the real weights can't be had.
+Weights are noise, and so are answers. Use them to measure time and memory where the real weights aren't
+available.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ class Shape:
         image, patch: Pixels a side.
         vision, vision_mlp, vision_layers, vision_heads: Widths, layers and heads of the vision tower.
         adapter: Layers of the temporal adapter; 0: none.
-        max_frames: Frames that the adapter knows.
-        question, question_mlp, question_layers, question_heads: The question tower's.
+        max_frames: Maximum frames of the adapter.
+        question, question_mlp, question_layers, question_heads: The same for the question tower.
         projection: Size of the space in which patches and question are compared.
-        decoder, decoder_mlp, decoder_layers, decoder_heads: The language model's.
-        vocab, context: Tokens.
+        decoder, decoder_mlp, decoder_layers, decoder_heads: The same for the language model.
+        vocab, context: Vocabulary size and longest sequence, tokens.
         kernel: Windows of pooling (frames, rows, columns); the stride is the same.
     """
 
@@ -181,7 +182,7 @@ def write_random_checkpoint(folder: Path, shape: Shape, seed: int = 0) -> None:
     Needs memory for one shard.
 
     Args:
-        folder: Made if it isn't there.
+        folder: The directory, created if missing.
         shape: Sizes of the model.
         seed: Seed of the weights.
     """

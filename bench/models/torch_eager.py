@@ -1,6 +1,6 @@
 """The original algorithm in torch, eager: a baseline for benchmarks, and an independent check of the runtime.
 
-Written from upstream's order of operations: every layer is computed, linear_2 stands before the pooling,
+Written from upstream's order of operations: every layer is computed, linear_2 comes before the pooling,
 windows are unfolded and multiplied, and prefill returns the logits of all positions. CLIP + LLaMA, with or
 without the temporal adapter.
 
@@ -35,12 +35,12 @@ class TorchModel:
     Args:
         folder: The checkpoint.
         prefix: Load only tensors whose names begin with it.
-        dtype: Of all weights.
-        device: Where they go.
+        dtype: Type of all weights.
+        device: Device of the weights.
 
     Attributes:
         config: config.json.
-        question_config: Sizes of the question tower.
+        question_config: Text part of the question tower's config.json.
         w: Name → tensor.
     """
 
@@ -189,7 +189,7 @@ class TorchModel:
         return self.linear(last, PROJECTOR + "clip_text_projection")
 
     def visual_tokens(self, features: Tensor, q: Tensor) -> Tensor:
-        """Features (T, P, C), q (1, E) → visual tokens (N, D), by upstream's own steps."""
+        """Features (T, P, C), q (1, E) → visual tokens (N, D), by upstream's steps."""
         frames, (rows, columns) = len(features), self.config["frame_shape"]
         projected = self.linear(
             self.norm(features, PROJECTOR + "clip_visual_ln"), PROJECTOR + "clip_visual_projection"
@@ -214,7 +214,7 @@ class TorchModel:
         """One pass of the decoder.
 
         Args:
-            x: Embeddings (1, S, D), after what the cache holds.
+            x: Embeddings (1, S, D) of the positions after the cached ones.
             cache: None at the start.
 
         Returns:

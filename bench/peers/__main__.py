@@ -2,9 +2,9 @@
 
     python -m ppllava_edge.bench.peers FOLDER --openvino-python ov/bin/python --llama-python lc/bin/python
 
-FOLDER holds the random checkpoint of bench.full_shape (made if it isn't there) and keeps what is converted
-from it. Every measurement runs in a process of its own; rounds go through all of them in turn, and the best
-of each counts. Peers without a Python are left out.
+FOLDER holds the random checkpoint of bench.full_shape (created if missing) and the files converted from it.
+Every measurement runs in a process of its own; rounds go through all of them in turn, and the best of each
+counts. Peers without a Python are left out.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def torch_vision(checkpoint: str, dtype: str) -> dict[str, Any]:
 
 
 def pooling(bundle: str) -> dict[str, Any]:
-    """Our projector and pooling over 32 frames of features: seconds, bytes of memory on top.
+    """Our projector and pooling over 32 frames of features: seconds, and bytes of additional memory.
 
     The weights of the patches are given: the similarity is measured elsewhere.
     """
@@ -58,7 +58,7 @@ def pooling(bundle: str) -> dict[str, Any]:
 
 
 def torch_pooling(checkpoint: str) -> dict[str, Any]:
-    """The original order in torch eager: seconds, bytes of memory on top.
+    """The original order in torch eager: seconds, and bytes of additional memory.
 
     linear_1, GELU and linear_2 on every patch, then windows unfolded, weighted and summed.
     """

@@ -19,7 +19,7 @@ def main(path: str, frames: int, precision: str) -> None:
     Args:
         path: The graph (plain_vision.py).
         frames: Frames in a run.
-        precision: Of the layers that aren't INT8 in the graph: f32 or bf16.
+        precision: Precision of the layers that aren't INT8 in the graph: f32 or bf16.
     """
     import numpy as np
     import openvino

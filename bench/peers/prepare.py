@@ -40,7 +40,7 @@ def check_packages(python: str, packages: dict[str, str]) -> None:
         packages: Module → the package that it comes with.
 
     Raises:
-        PPLLaVAError: In one line, if a package is missing or the interpreter doesn't run.
+        PPLLaVAError: If a package is missing or the interpreter doesn't run.
     """
     try:
         missing = run_json([python, "-c", FIND_MISSING, *packages])["missing"]
@@ -54,10 +54,10 @@ def check_packages(python: str, packages: dict[str, str]) -> None:
 
 
 def prepare(folder: Path, llama_python: str | None) -> tuple[Path, dict[str, Path]]:
-    """Make what isn't in the folder yet.
+    """Create every input that the folder lacks.
 
     Args:
-        folder: Keeps everything; a checkpoint in it, of any shape, is used.
+        folder: Folder for all inputs. An existing checkpoint in it, of any shape, is used.
         llama_python: A Python with llama.cpp; None: nothing is converted for it.
 
     Returns:
