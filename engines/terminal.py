@@ -139,7 +139,7 @@ def _is_number(cell: object) -> bool:
 
 
 def human_bytes(count: float) -> str:
-    """A size for people: 12300000 → "12.3 MB"."""
+    """A human-readable size: 12300000 → "12.3 MB"."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

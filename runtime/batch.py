@@ -66,7 +66,8 @@ def read_questions(source: str) -> list[str]:
     """Read a file of questions.
 
     Args:
-        source: A file with one question a line ("#" begins a comment); if there is no such file, a question.
+        source: A file with one question per line ("#" begins a comment); if there is no such file, a
+            question.
 
     Returns:
         The questions, cleaned, without duplicates.
@@ -120,7 +121,7 @@ def run_batch(
         questions: The questions to ask.
         output: The JSON Lines file to append to.
         opening, asking: Arguments of VideoQA.open and Video.ask.
-        progress: Called with (video, pairs done, pairs).
+        progress: Called with (video, pairs done, pairs in all).
 
     Returns:
         How many pairs were answered, failed and skipped.

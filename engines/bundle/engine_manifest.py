@@ -24,7 +24,7 @@ KV_DTYPES = ("float32", "float16", "int8")
 LARGEST_MANIFEST = 1 << 20  # bytes
 
 # Builders and the runtime agree on these. They are here because the runtime imports no builder.
-CAPACITY_STEP = 256  # KV caches are rounded up to this: the cost of attention follows the capacity
+CAPACITY_STEP = 256  # KV caches are rounded up to this: the cost of attention grows with the capacity
 LAST_POSITIONS = 8  # positions whose logits one pass returns; speculation verifies that many at once
 PLUGIN_STAGE = "pooling-plugin"  # pooling by the TensorRT plugin, whose windows are fixed
 
@@ -111,7 +111,7 @@ def find_engine(bundle: Bundle, target: str, verify: bool = False) -> tuple[Engi
     try:
         engine = read_engine(folder)
         if engine.bundle != fingerprint(bundle.manifest):
-            return None, f"{folder} was made from another version of this bundle; {rebuild}"
+            return None, f"{folder} was built from another version of this bundle; {rebuild}"
         problem = _version_problem(engine, rebuild) or _file_problem(engine, verify, rebuild)
     except BundleError as error:
         return None, f"{error}; {rebuild}"
@@ -187,7 +187,7 @@ def _version_problem(engine: Engine, rebuild: str) -> str:
         if not installed:
             return f"{engine.folder} needs {library} {version}, which is not installed"
         if installed != version and not installed.startswith(f"{version}."):
-            return f"{engine.folder} was made with {library} {version}, here is {installed}; {rebuild}"
+            return f"{engine.folder} was built with {library} {version}, not {installed}; {rebuild}"
     return ""
 
 

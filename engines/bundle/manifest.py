@@ -44,7 +44,7 @@ class VisionInfo:
         grid: Patches of a frame, (rows, columns).
         hidden_size: Width C of the features.
         class_token: Whether the trunk's states hold a class token before the patches.
-        states: Hidden states S that leave the trunk; more than 1 feeds the temporal adapter.
+        states: Number S of hidden states that the trunk outputs; above 1 they feed the temporal adapter.
         max_frames: Maximum frames of a clip in the temporal adapter; None without one.
         default_frames: Frames of a clip unless the user asks for another number.
     """

@@ -44,7 +44,7 @@ class Verdict:
 
     @property
     def missing(self) -> str:
-        """What to do about everything that is missing, in one line; "" if nothing is."""
+        """How to get everything that is missing, in one line; "" if nothing is."""
         return "; ".join(need.remedy for need in self.needs)
 
 

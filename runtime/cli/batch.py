@@ -28,7 +28,7 @@ def answer_folder(
     Args:
         qa: The model.
         folder: The folder of videos.
-        questions: A file with one question a line, or a question.
+        questions: A file with one question per line, or a question.
         options: The command line's options.
         opening, asking: Arguments of VideoQA.open and Video.ask.
     """

@@ -164,7 +164,7 @@ class FrameCount(click.ParamType):
     default="features",
     show_default=True,
     help="What later questions reuse. features: the encoded frames. tokens: also the first question's "
-    "visual tokens and the KV cache with all turns. prefix: as tokens, without the turns.",
+    "visual tokens and the KV cache with all turns. prefix: as tokens, without earlier turns.",
 )
 @option(
     "--live",
@@ -210,7 +210,7 @@ class FrameCount(click.ParamType):
     "--batch",
     group="Batch (with --batch)",
     is_flag=True,
-    help="VIDEO is a folder, QUESTION a file with one question a line: ask every question about every video.",
+    help="Ask every question in the file QUESTION (one per line) about every video in the folder VIDEO.",
 )
 @option(
     "-o",
@@ -224,7 +224,7 @@ class FrameCount(click.ParamType):
     "--save-attention",
     group="Output",
     metavar="FILE",
-    help="Draw what the question attends to: .png, or a film as .mp4, .mkv, .webm, .gif.",
+    help="Draw what the question attends to: .png, or a video as .mp4, .mkv, .webm, .gif.",
 )
 @option("-v", "--verbose", group="Output", is_flag=True, help="Log to stderr.")
 def main(video: str, question: str | None, **options: Any) -> None:

@@ -42,7 +42,7 @@ def check_forget(length: int, count: int) -> None:
 
 
 def masked_value(dtype: np.dtype | type) -> float:
-    """What an attention mask adds for a masked position: -inf, or -1e4 in float16 (-1e9 overflows there)."""
+    """The value that masks a position in attention: -inf, or -1e4 in float16 (-1e9 overflows there)."""
     return -1e4 if dtype == np.float16 else -np.inf
 
 

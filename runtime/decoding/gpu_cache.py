@@ -211,7 +211,7 @@ class GpuSequence(Sequence):
             values |= outputs
 
     def _buffer_between(self, name: str, count: int, stage: Any) -> Buffer:
-        """What one piece of the decoder passes to the next: hidden states, or the mask."""
+        """The value that one piece of the decoder passes to the next: hidden states, or the mask."""
         key = (name, count)
         if key not in self._between:
             shape = (1, 1, count, self.capacity) if name == "mask" else (1, count, self.info.hidden_size)

@@ -20,7 +20,7 @@ from ppllava_edge.runtime.language.sampling import Sampling
 
 
 class _EngineDecoder(Decoder):
-    """What decoders over an engine in device memory share.
+    """The common base of decoders over an engine in device memory.
 
     Args:
         stages: The opened decoder engine, whole or in pieces that follow one another.

@@ -182,7 +182,7 @@ class _BoundPass:
         self.positions[0] = np.arange(at, at + self.count)
         self.write_index[0] = at
         if self.count == 1:
-            self.mask[..., : at + 1] = 0  # a sequence only grows, so nothing has to be hidden again
+            self.mask[..., : at + 1] = 0  # a sequence only grows, so no position has to be masked again
         else:
             visible = np.arange(self.cache.capacity) <= self.positions[0][:, None]
             self.mask[0, 0] = np.where(visible, np.array(0, self.mask.dtype), self.hidden_value)
@@ -192,6 +192,6 @@ class _BoundPass:
             self.bindings[0].bind_output("logits", "cpu")
 
     def hide_from(self, length: int) -> None:
-        """Positions were taken back: a mask that only uncovers must cover them again."""
+        """Mask positions that were taken back: otherwise a pass only unmasks positions."""
         if self.count == 1:
             self.mask[..., length:] = self.hidden_value

@@ -15,7 +15,7 @@ from ppllava_edge.runtime.language.sampling import Sampler
 class Sequence(ABC):
     """A KV cache and the decoder passes that fill it.
 
-    A pass reads one or more positions after those that the cache holds. Greedy answers and drafts need no
+    A pass processes one or more positions after those that the cache holds. Greedy answers and drafts need no
     more than these four: feed, verify, chosen, forget (runtime/decoding/generate.py).
 
     Attributes:
@@ -38,7 +38,7 @@ class Sequence(ABC):
 
     @abstractmethod
     def verify(self, tokens: list[int]) -> None:
-        """Read token ids in one pass: the last one chosen, then a draft (if any)."""
+        """Run one pass over token ids: the last one chosen, then a draft (if any)."""
 
     @abstractmethod
     def logits(self) -> np.ndarray:

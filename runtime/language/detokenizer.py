@@ -10,7 +10,7 @@ INCOMPLETE = "\ufffd"  # decoders put it in place of bytes that aren't a whole c
 class Detokenizer:
     """Decodes ids one by one. Text is returned once later ids can't change it.
 
-    Many tokenizers decide on spaces by the id before, so new ids are decoded together with the last ones.
+    Many tokenizers decide on spaces by the previous id, so new ids are decoded together with the last ones.
 
     Args:
         decode: Token ids → text.

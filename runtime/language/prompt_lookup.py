@@ -6,7 +6,7 @@ the one that would have been chosen without it.
 
 This holds if a pass over several positions computes the same logits as single steps. Where activations are
 rounded to INT8, kernels differ too much (measured: by 2 to 7 % of the logits' spread, in INT4 decoders 4096
-wide), so nothing is drafted there. Other engines are measured first, see `disagreement`.
+wide), so drafting is skipped there. Other engines are measured first, see `disagreement`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class PromptLookup:
         passes: Decoder passes after prefill.
         proposed: Tokens drafted.
         accepted: Drafted tokens that were right.
-        note: Why drafting was left out, if it was.
+        note: Why drafting was skipped, if it was.
     """
 
     prompt: Sequence[int] = ()

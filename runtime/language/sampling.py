@@ -14,9 +14,9 @@ class Sampling:
     """How tokens are chosen. The default is greedy.
 
     Attributes:
-        temperature: 0 takes the likeliest token; higher values spread the choice.
+        temperature: 0 takes the most likely token; higher values spread the choice.
         top_p: Choose among the smallest set of tokens that holds this share of the probability; 1: all.
-        top_k: Choose among this many of the likeliest tokens; 0: all.
+        top_k: Choose among this many of the most likely tokens; 0: all.
         repetition_penalty: Above 1, tokens that occurred become less likely; 1: no change.
         seed: Seed of the random numbers; None: a new one for every answer.
 
@@ -42,7 +42,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is chosen, regardless of earlier ones."""
+        """Whether the most likely token is chosen, regardless of earlier ones."""
         return self.temperature == 0 and self.repetition_penalty == 1
 
     def sampler(self) -> Sampler:
@@ -94,7 +94,7 @@ def probabilities(logits: np.ndarray, temperature: float, top_k: int = 0, top_p:
     Args:
         logits: (V,).
         temperature: Above 0.
-        top_k: Keep this many of the likeliest tokens; 0: all.
+        top_k: Keep this many of the most likely tokens; 0: all.
         top_p: Of those, keep the smallest set that holds this share of the probability.
 
     Returns:

@@ -21,7 +21,7 @@ TOLERANCE = 1e-6  # seconds that a frame may be early
 
 
 class FramePacer:
-    """Picks `fps` frames a second out of a faster stream. Thread-safe; fps may be changed at any time."""
+    """Picks `fps` frames per second out of a faster stream. Thread-safe; fps may be changed at any time."""
 
     def __init__(self, fps: float):
         self.fps = fps

@@ -47,7 +47,7 @@ class Live(LiveQuestions):
         qa: The model.
         source: A file (played in real time), a device (/dev/video0), an RTSP, HTTP, UDP or SRT address;
             None: the app pushes frames.
-        fps: Frames to encode a second.
+        fps: Frames to encode per second.
         window: Encoded frames to keep, dense now and sparser with age.
         history: Seconds after which a frame is evicted; None: never.
         realtime: Play a file at its own pace; otherwise as fast as it is encoded, without dropping frames.
@@ -107,7 +107,7 @@ class Live(LiveQuestions):
 
     @property
     def fps(self) -> float:
-        """Frames to encode a second; may be changed at any time."""
+        """Frames to encode per second; may be changed at any time."""
         return self._pacer.fps
 
     @fps.setter

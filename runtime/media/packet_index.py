@@ -44,7 +44,7 @@ class PacketIndex:
     Attributes:
         count: Frames in the file.
         promised: Frames that the file's header announces, or `count` if that is more.
-        fps: Frames a second, on average.
+        fps: Frames per second, on average.
         origin: Presentation time of the first frame, in units of time_base.
         time_base: The unit of timestamps, in seconds.
         broken: Reading ended early or met an error.

@@ -71,7 +71,7 @@ class FrameReader(ABC):
     Args:
         what: The source's name, for error messages.
         count: Frames of the whole source.
-        fps: Frames a second.
+        fps: Frames per second.
         duration: Seconds of the whole source.
 
     Attributes:

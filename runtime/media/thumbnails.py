@@ -1,4 +1,4 @@
-"""Small copies of frames, for people to look at: attention maps, alerts, saved pictures."""
+"""Small copies of frames for display: attention maps, alerts, saved pictures."""
 
 from __future__ import annotations
 

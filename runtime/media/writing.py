@@ -26,7 +26,7 @@ def write_video(
     Args:
         path: The file; its suffix sets the container format.
         frames: RGB uint8 (H, W, 3), at least one, all of one size.
-        fps: Frames a second.
+        fps: Frames per second.
         codec: FFmpeg's name of the encoder.
         options: The encoder's options; by default H.264 at quality 20, none for another codec.
 

@@ -78,7 +78,7 @@ class BasePipeline(ABC):
 
         Args:
             pixels: (T, 3, size, size) float32, preprocessed.
-            more: Whether further frames follow soon.
+            more: Whether more frames follow soon.
 
         Returns:
             States (T, S, P+1, C): what the temporal branch needs; S is 1 without one.

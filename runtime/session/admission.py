@@ -1,7 +1,7 @@
 """Scheduling: several questions, videos and live views share one engine, first come, first served.
 
-Two semaphores (session/context.py). Admission limits how many answers are active, since each holds a KV
-cache; a limited number of questions may queue, and any more are refused. The engine lock is held for one
+There are two semaphores (session/context.py). Admission limits how many answers are active, since each holds
+a KV cache; a limited number of questions may queue, and any more are refused. The engine lock is held for one
 engine call (a batch of frames, a pooling, one token), so active answers take turns, round robin.
 """
 

@@ -188,12 +188,12 @@ def save_attention(video: Video, question: str, path: str | os.PathLike[str], an
 
     Args:
         video: The video.
-        question: What is asked.
-        path: Ends in .png (or nothing) for a picture, in .mp4, .mkv, .webm or .gif for a film.
+        question: The question.
+        path: Suffix .png (or none) for a picture; .mp4, .mkv, .webm or .gif for a film.
         answer: Shown in a film.
 
     Raises:
-        PPLLaVAError: If it can't be written, or for another ending.
+        PPLLaVAError: If it can't be written, or the suffix isn't supported.
         EngineError: If the model pools without the question.
     """
     from PIL import Image

@@ -1,7 +1,7 @@
 """A chat about one video: it keeps the first question's visual tokens and the KV cache.
 
-Only new tokens are read, and the model sees the turns before. The cost: the video stays pooled for the first
-question (docs/runtime.md).
+Only new tokens are prefilled, and the model sees the earlier turns. The cost: the video stays pooled for the
+first question (docs/runtime.md).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ HEADROOM = 512  # positions that a new cache reserves for later turns
 
 
 class Chat:
-    """One video's visual tokens, the token ids around them, and a KV cache with as much of it as was read.
+    """One video's visual tokens, the token ids around them, and a KV cache over the prefilled part.
 
     Args:
         pipeline: The model.
         text: Its tokenizers and prompt template.
-        history: Whether the model sees the turns before.
+        history: Whether the model sees the earlier turns.
 
     Attributes:
         before: Token ids before the visual tokens.
@@ -58,10 +58,10 @@ class Chat:
         """Wait for the last answer's end, then take a turn.
 
         Args:
-            question: What is asked.
-            options: How it is answered.
+            question: The question.
+            options: How to answer it.
             timings: Records seconds of question tower and pooling: 0 from the second turn on.
-            patience: How long to wait.
+            patience: The deadline and the cancel check.
             pool: Pools the video, for the first turn.
 
         Returns:

@@ -22,7 +22,7 @@ def sample_indices(
 
     Args:
         count: Frames of the video.
-        fps: Frames a second.
+        fps: Frames per second.
         frames: How many to take; short videos repeat some.
         bound: Start and end in seconds; None: the whole video. If there is no frame between them, the result
             is outside the bound, as upstream's is; `check_range` refuses such bounds.
@@ -72,7 +72,7 @@ def check_range(count: int, fps: float, bound: tuple[float, float] | None, what:
 
     Args:
         count: Frames of the video.
-        fps: Frames a second.
+        fps: Frames per second.
         bound: Start and end in seconds; None: the whole video.
         what: The video, for the message.
 

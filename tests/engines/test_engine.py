@@ -124,7 +124,7 @@ def test_an_engine_that_does_not_fit_is_not_used(nano: Path, tmp_path: Path) -> 
     good = json.loads(description.read_text())
     for change, words in (
         ({"bundle": "0" * 64}, "another version of this bundle"),
-        ({"made_by": {"onnxruntime": "1.2"}}, "made with onnxruntime 1.2"),
+        ({"made_by": {"onnxruntime": "1.2"}}, "built with onnxruntime 1.2"),
         ({"format": "something"}, "not an engine"),
         ({"stages": {"trunk": ["../../x.onnx"]}}, "leaves the bundle"),
         ({"kv_dtype": "complex"}, "kv_dtype"),

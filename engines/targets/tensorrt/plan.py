@@ -132,7 +132,7 @@ def check_possible(m: Manifest, target: str, library: str, version: str) -> None
         raise EngineError(f"{m.name} has an INT8 KV cache, which TensorRT refuses; export it without kv=int8")
     if target == "orin" and _version_tuple(version) < NEWEST_OPERATORS:
         raise EngineError(
-            f"--target orin needs TensorRT 10.15 or later, here is {version}; use --target orin-jp6"
+            f"--target orin needs TensorRT 10.15 or later, not {version}; use --target orin-jp6"
         )
 
 

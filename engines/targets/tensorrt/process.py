@@ -52,7 +52,7 @@ def run_job(job: Job, staging: Path, name: str, key: str, predicted: int, larges
         staging: The folder to write the engine into.
         name: The engine's name.
         key: A hash of everything that the engine depends on.
-        predicted: Bytes of resident memory that are expected.
+        predicted: Expected peak of resident memory, bytes.
         largest: Bytes of the largest weight.
 
     Raises:

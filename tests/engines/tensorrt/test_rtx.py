@@ -226,7 +226,7 @@ def test_bad_options_and_bundles(tmp_path: Path, tiny_bundle: Path) -> None:
 
 def test_versions_that_are_too_old() -> None:
     manifest = Bundle.open(packed_bundle()).manifest
-    with pytest.raises(EngineError, match=r"10\.15 or later, here is 10\.3\.0; use --target orin-jp6"):
+    with pytest.raises(EngineError, match=r"10\.15 or later, not 10\.3\.0; use --target orin-jp6"):
         check_possible(manifest, "orin", "tensorrt", "10.3.0")
     check_possible(manifest, "orin", "tensorrt", "10.15.1")
     check_possible(manifest, "orin-jp6", "tensorrt", "10.3.0")
@@ -299,7 +299,7 @@ def test_a_stale_engine(tmp_path: Path) -> None:
     fields = json.loads(description.read_text())
     description.write_text(json.dumps({**fields, "made_by": {"tensorrt_rtx": "1.0.0"}}))
     _, reason = find_engine(bundle, "rtx")
-    assert "was made with tensorrt_rtx 1.0.0" in reason
+    assert "was built with tensorrt_rtx 1.0.0" in reason
     assert "--target rtx --force" in reason
     description.write_text(json.dumps(fields))
     file = engine.folder / "trunk.engine"
