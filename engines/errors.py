@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class PPLLaVAError(Exception):
-    """Something that the user gave can't be used.
+    """An input or option from the user can't be used.
 
     The message is one line: what is wrong, where, and what to do. Commands print it without a traceback.
 

@@ -95,7 +95,7 @@ def _create_locked(target: Path) -> tuple[Path, int | None]:
             lock = _lock(folder, wait=True)
         except FileNotFoundError:  # another command swept it before it was locked
             continue
-        except OSError:  # this file system has no locks for folders: nobody can sweep it
+        except OSError:  # this file system can't lock folders, so no command may sweep it
             return folder, None
         if folder.exists():
             return folder, lock

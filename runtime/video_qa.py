@@ -96,7 +96,7 @@ class VideoQA(Session):
             tokens: Maximum number of visual tokens; None: what the model's windows give.
             select: "uniform", or "guided": the question chooses the frames to pool out of `candidates`.
             candidates: Frames to choose among.
-            keep: "features": every question pools anew. "tokens": a chat; later questions reuse the
+            keep: "features": every question pools again. "tokens": a chat; later questions reuse the
                 first one's visual tokens and KV cache. "prefix": the same, but the model doesn't see the
                 earlier turns.
 

@@ -13,7 +13,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 FAMILIES = ("clip-llama", "clip-qwen2", "siglip-llama", "siglip-qwen2")
 POOLINGS = ("ppllava", "pllava", "pllava_npu", "avp", "none")
-KEYS = (  # of manifest.json after "format" and "schema", in the order in which they are written
+KEYS = (  # sections of manifest.json after "format" and "schema", in writing order
     "created_by",
     "name",
     "family",

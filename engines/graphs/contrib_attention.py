@@ -96,7 +96,7 @@ class _CachedAttention:
     node: onnx.NodeProto
     key_scatter: onnx.NodeProto
     value_scatter: onnx.NodeProto
-    rotary: onnx.NodeProto  # of the query
+    rotary: onnx.NodeProto  # rotates the query
     merged: onnx.NodeProto  # the Reshape that concatenates the heads
     query: _SplitHeads
     key: _SplitHeads

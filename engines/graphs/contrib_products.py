@@ -15,7 +15,7 @@ from ppllava_edge.engines.graphs.tensors import Tensor, Weight
 
 CONTRIB = "com.microsoft"
 ZERO_POINT = "u8.zero_point"
-BLOCKS = (256, 128, 64, 32, 16)  # that MatMulNBits takes, largest first
+BLOCKS = (256, 128, 64, 32, 16)  # block sizes of MatMulNBits, largest first
 
 # Node id → its replacements.
 Replacements = dict[int, list[onnx.NodeProto]]

@@ -13,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 from ppllava_edge.engines.graphs.tensors import ONNX_TYPE, TYPE_NAME, Tensor, Weight, stored_bytes
 
 INLINE_BYTES = 1024  # smaller weights stay inside the .onnx file
-ALIGNMENT = 4096  # of weights in the data file, so that they can be memory-mapped
+ALIGNMENT = 4096  # bytes; weights in the data file are aligned so that they can be memory-mapped
 
 
 def write_weight(name: str, weight: Weight, file: BinaryIO, location: str) -> onnx.TensorProto:

@@ -23,7 +23,7 @@ from ppllava_edge.engines.graphs.tensors import ONNX_TYPE, Tensor, Weight
 
 LOWERED_OPSET = 20
 LOWERED_IR = 9
-MIN_HEAD_SIZE = 16  # of TensorRT's attention kernels
+MIN_HEAD_SIZE = 16  # smallest head size of TensorRT's attention kernels
 
 
 def lower(g: Graph) -> Graph:

@@ -11,9 +11,9 @@ from ppllava_edge.engines.machine.model_shape import Shape
 from ppllava_edge.engines.terminal import human_bytes
 
 RUNTIME_BASE = 110e6  # bytes resident before a model is opened: Python, numpy, PyAV, tokenizers, ONNX Runtime
-EXPORT_BASE = 150e6  # the same for an export, with onnx and graphs without weights
+EXPORT_BASE = 150e6  # resident bytes of an export, with onnx and graphs without weights
 FEWER_FRAMES = (16, 8, 4)  # what suggest() tries
-SHOWN = 5  # suggestions, at most
+SHOWN = 5  # maximum number of suggestions
 
 
 @dataclass(frozen=True)

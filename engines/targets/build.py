@@ -18,7 +18,7 @@ from ppllava_edge.engines.libraries import import_onnxruntime, minor
 from ppllava_edge.engines.staging import staging_folder
 from ppllava_edge.engines.targets.progress import Progress, no_progress
 
-if TYPE_CHECKING:  # these need onnx, which machines that build nothing don't have
+if TYPE_CHECKING:  # these need onnx, which is only installed where engines are built
     from ppllava_edge.engines.graphs.graph import Graph
     from ppllava_edge.engines.targets.tensorrt.plan import Options
 

@@ -1,4 +1,4 @@
-"""How many positions a KV cache holds, and which of them a pass may see."""
+"""How many positions a KV cache holds, and which of them a pass may attend to."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from ppllava_edge.runtime.decoding.sequence import Sequence
 from ppllava_edge.runtime.language.sampling import Sampler
 
 PREFILL, DECODE = 0, 1  # the engine's profiles
-TOP = ("top_values", "top_ids")  # for runtimes that sample from a few candidates; this one takes all logits
+TOP = ("top_values", "top_ids")  # candidates for runtimes that sample from a few; this one uses all logits
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,8 @@ class Candidates:
             window: Frames of a pooling window; neighbours that share one are chosen together.
 
         Returns:
-            Features (count, P, C), the temporal branch run over the chosen frames anew, and which of the
-            candidates they are, ascending.
+            Features (count, P, C), from running the temporal branch over the chosen frames again, and their
+            ascending positions among the candidates.
         """
         chosen = choose_moments(self.scores(q), count, window)
         return self.pipeline.branch(np.ascontiguousarray(self.states[chosen])), chosen

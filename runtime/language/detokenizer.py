@@ -24,7 +24,7 @@ class Detokenizer:
         self._decode = decode
         self._ids: list[int] = []
         self._context = 0  # ids before this one no longer influence the text
-        self._returned = 0  # the text of ids before this one was returned, or held
+        self._returned = 0  # the text of ids before this one was returned or is held back
         self._held = ""  # text that may be the beginning of a stop string
         self._stops = [s for s in stop_strings if s]
         self.stopped = False

@@ -2,7 +2,7 @@
 
 Answers repeat words of the question and of themselves. The last tokens are searched for in the prompt and
 the answer; the tokens that followed them there are the draft. A wrong draft only costs time: every token is
-the one that would have been chosen without it.
+the same as without lookup.
 
 This holds if a pass over several positions computes the same logits as single steps. Where activations are
 rounded to INT8, kernels differ too much (measured: by 2 to 7 % of the logits' spread, in INT4 decoders 4096
@@ -21,7 +21,7 @@ from ppllava_edge.engines.bundle.engine_manifest import LAST_POSITIONS
 LONGEST_MATCH = 3  # tokens
 SHORTEST_MATCH = 2  # tokens; a single token has too many different successors
 MAX_DRAFT = LAST_POSITIONS - 1  # tokens; the one before them is verified in the same pass
-MAX_DISAGREEMENT = 1e-3  # of the logits' standard deviation
+MAX_DISAGREEMENT = 1e-3  # as a share of the logits' standard deviation
 LOOKUP_SKIPPED = (
     "looking ahead was left out: on this engine one pass over several positions and single steps give "
     "different logits, so the answer could change"
@@ -75,7 +75,7 @@ class PromptLookup:
     note: str = ""
 
     def draft(self, ids: Sequence[int], limit: int) -> list[int]:
-        """Guess how the answer goes on.
+        """Guess how the answer continues.
 
         Args:
             ids: The answer so far.

@@ -1,4 +1,4 @@
-"""Questions to a live view: asked once, or again and again."""
+"""Questions to a live view: asked once or periodically."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class LiveQuestions(ABC):
             on_answer: Called with each answer, in the watch's thread.
             last: Seconds to look back from the newest frame; None: the whole window.
             changes_only: Call on_answer only when the text differs from the last answer's.
-            on_error: Called with errors (no frame yet, engine busy); the watch goes on.
+            on_error: Called with errors (no frame yet, engine busy); the watch continues.
             asking: As for `ask`.
 
         Returns:

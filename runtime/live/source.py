@@ -23,7 +23,7 @@ from ppllava_edge.runtime.media.container import (
 MAX_ERRORS = 200  # consecutive packets that can't be decoded before a stream counts as lost
 LIVE_OPTIONS = {"fflags": "nobuffer", "flags": "low_delay"}
 SCHEME_OPTIONS = {"rtsp": {"rtsp_transport": "tcp"}, "rtsps": {"rtsp_transport": "tcp"}}
-FALLBACK_FPS = 25.0  # of files without timestamps
+FALLBACK_FPS = 25.0  # for files without timestamps
 
 IsDue = Callable[[float], bool]  # whether the frame of that time (seconds) is to be encoded
 Deliver = Callable[[np.ndarray, float], None]  # RGB uint8 (H, W, 3), seconds
@@ -128,7 +128,7 @@ class LiveSource:
             if closed.is_set():
                 return
             if not self.is_file and time.monotonic() - last_frame > self.timeout:
-                raise MediaError(f"{self.name} gave no frame for {self.timeout:g} s")
+                raise MediaError(f"{self.name} delivered no frame for {self.timeout:g} s")
 
     def _decode(self, container: Any, stream: Any) -> Iterator[list[Any]]:
         """The frames of each packet; an empty list for a packet that can't be decoded."""

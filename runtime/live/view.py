@@ -201,14 +201,14 @@ class Live(LiveQuestions):
         return encoder.encoded >= frames
 
     def video(self, last: float | None = None, frames: int | None = None) -> Video:
-        """The window's frames as a Video, which can be asked again and again.
+        """The window's frames as a Video, which can be asked any number of questions.
 
         Args:
             last: Seconds to look back from the newest frame; None: the whole window.
             frames: How many the model sees, evenly spaced; None: its default.
 
         Returns:
-            A Video; it stays as it is when the view goes on or is closed.
+            A Video; it doesn't change when the view continues or is closed.
 
         Raises:
             MediaError: If no frame was encoded yet (the message gives the state), or `frames` exceeds the

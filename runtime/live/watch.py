@@ -25,7 +25,7 @@ class Watch:
         every: Seconds between questions. An answer that takes longer delays the next; none pile up.
         on_answer: Called with each answer, in the watch's thread.
         changes_only: Call on_answer only when the text differs from the last answer's.
-        on_error: Called with errors (no frame yet, engine busy); the watch goes on.
+        on_error: Called with errors (no frame yet, engine busy); the watch continues.
 
     Attributes:
         question, every: As given.

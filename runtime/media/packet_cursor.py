@@ -72,7 +72,7 @@ class PacketCursor:
         raise CannotSeek
 
     def _seek(self, target: int) -> int | None:
-        """Seek to a group's timestamp. Returns the group the cursor is at now; None if that can't be told."""
+        """Seek to a group's timestamp. Returns the group the cursor is at now; None if that is unknown."""
         import av
 
         self.position = None

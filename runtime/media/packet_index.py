@@ -28,7 +28,7 @@ from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.media.container import FALLBACK_FPS, open_container, read_packets
 
 CONTAINERS_WITH_TABLE = {"mov", "mp4"}  # their header lists every packet, with decoding times
-MAX_PACKETS = 50_000_000  # 230 hours at 60 frames a second; more is a damaged file
+MAX_PACKETS = 50_000_000  # 230 hours at 60 frames per second; more means a damaged file
 MIN_FPS = 0.001  # header values outside these limits are wrong
 MAX_FPS = 100_000
 
@@ -108,7 +108,7 @@ def index_packets(path: Path, table: bool = True) -> PacketIndex:
             index = _index_from_table(container, stream, path)
             if index is not None:
                 return index
-    with open_container(path) as (container, stream):  # again: the table's check has consumed packets
+    with open_container(path) as (container, stream):  # reopened: checking the table consumed packets
         return _index_from_packets(container, stream, path)
 
 

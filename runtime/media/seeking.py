@@ -35,8 +35,8 @@ from ppllava_edge.runtime.media.packet_index import PacketIndex
 SKIPPABLE = {"h264", "mpeg2video"}  # codecs that mark frames which no other frame refers to
 SKIPPING_COST = 0.6  # decoding time with such frames skipped, relative to decoding all
 WORTHWHILE_COST = 0.7  # share of a sequential decode's cost; seeking must cost less
-ALWAYS_SEQUENTIAL = 100  # frames; up to there a sequential decode is fast enough
-RETRY_GROUPS_BACK = (0, 1, 2, 8)  # where to begin, in groups before the frame's own, until it comes out whole
+ALWAYS_SEQUENTIAL = 100  # frames; below this a sequential decode is fast enough
+RETRY_GROUPS_BACK = (0, 1, 2, 8)  # groups before the frame's own to begin at, until it is undamaged
 DECODER_DELAY = 64  # packets after a group that a decoder may need before it gives the group's last frame
 MAX_ERRORS = 50  # packets that may fail on the way to a group's frames
 
@@ -101,7 +101,7 @@ class _GroupDecoder:
         """Decode frames of one group, from earlier key frames if they come out damaged."""
         times = self._times_of(group)
         missing = self._frames_by_time(group, frames, times)
-        # A frame shown before its key frame refers to the group before.
+        # A frame shown before its key frame refers to the previous group.
         refers_back = group > 0 and len(times) > 0 and min(missing) < times[0]
         damaged_images: dict[int, np.ndarray] = {}  # by presentation time
         for groups_back in RETRY_GROUPS_BACK:

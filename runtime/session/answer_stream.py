@@ -119,8 +119,8 @@ class AnswerStream:
         finally:
             if partial.finish == "length" and partial.tokens < options.max_new_tokens:
                 partial.finish = self._ended_early() or partial.finish
-            # Gives the cache back. Takes no lock: an abandoned stream is collected anywhere, also by the
-            # thread that holds the engine.
+            # Returns the cache without taking a lock: an abandoned stream may be garbage-collected in any
+            # thread, even in the one that holds the engine lock.
             new_ids.close()
             self._answer = self._finished(prepared, partial, lookup)
             prepared.finished(self._answer)

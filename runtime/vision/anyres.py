@@ -8,7 +8,7 @@ import numpy as np
 
 
 def best_resolution(size: tuple[int, int], grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Choose the grid that keeps most of an image's pixels, and of those the one that wastes least.
+    """Choose the grid that keeps most of an image's pixels, and among equals the one that wastes least.
 
     Args:
         size: Height and width of the image.

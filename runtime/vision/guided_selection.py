@@ -2,14 +2,14 @@
 
 A question about a long video is often about a few seconds of it, which a handful of evenly spaced frames
 misses. With guided selection hundreds of frames are encoded at full detail. Their similarity to the
-question, which also guides the pooling, tells which of them it is about.
+question, which also guides the pooling, shows which frames it is about.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-BEST_PATCHES = 0.02  # of a frame's patches; the mean of their similarities is the frame's score
+BEST_PATCHES = 0.02  # share of a frame's patches whose mean similarity is the frame's score
 
 
 def frame_scores(cosine: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 
 PRECISION = 22  # fraction bits of the weights, as in Pillow
-SUPPORT = 2.0  # of the bicubic filter, in input pixels when enlarging
+SUPPORT = 2.0  # radius of the bicubic filter, in input pixels when enlarging
 
 
 def bicubic(x: np.ndarray) -> np.ndarray:
