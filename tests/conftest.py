@@ -15,14 +15,14 @@ from hypothesis import settings
 
 from helpers.commands import GOLDEN, SAMPLE, run_command
 
-# A check must say the same twice; at home every run tries new examples.
+# In CI two runs must give the same result; elsewhere every run tries new examples.
 settings.register_profile("repeatable", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("repeatable")
 
 
 def pytest_configure() -> None:
-    """Give each worker cores of its own: threads that spin on a shared core slow every worker down."""
+    """Pin each worker to its own cores: threads that spin on a shared core slow every worker down."""
     worker, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if worker and count > 1 and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
@@ -30,7 +30,7 @@ def pytest_configure() -> None:
 
 
 def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]) -> Path:
-    """A folder that the first worker to need it fills, and all others use as it is."""
+    """A folder that is filled by the first worker that needs it, and reused by all others."""
     shared = factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         shared = shared.parent
@@ -80,7 +80,7 @@ def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def moving_frames() -> np.ndarray:
-    """(24, 96, 128, 3) uint8: each frame has a grey level of its own, so that it can be told apart."""
+    """(24, 96, 128, 3) uint8: each frame has a different grey level, which identifies it."""
     frames = np.zeros((24, 96, 128, 3), np.uint8)
     for i, frame in enumerate(frames):
         frame[:] = 20 + 9 * i
@@ -117,7 +117,7 @@ def nano(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def opened(nano: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Builds that copy's engine for a GPU target and opens it over doubles: (pipeline, driver, library)."""
+    """Builds that nano copy's engine for a GPU target, opens it on doubles: (pipeline, driver, library)."""
     from helpers.gpu_engine import open_double
 
     return lambda target, **options: open_double(nano, target, monkeypatch, **options)
@@ -125,7 +125,7 @@ def opened(nano: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def want() -> list[str]:
-    """What nano answers on the CPU to helpers.gpu_engine.QUESTIONS about the sample."""
+    """Nano's answers on the CPU to helpers.gpu_engine.QUESTIONS about the sample."""
     from helpers.gpu_engine import QUESTIONS
     from ppllava_edge import VideoQA
 

@@ -25,7 +25,7 @@ def test_bench(tmp_path: Path) -> None:
     assert run.returncode == 0 and os.listdir(tmp_path) == ["bench.png"] and "tokens/s" in run.stdout
 
 
-def test_nano_by_its_name_where_a_folder_has_it_too() -> None:
+def test_nano_names_the_packed_bundle_despite_a_folder_of_that_name() -> None:
     run = run_command(
         "ppllava-bench", "nano", "--runs", "1", "--warmup", "0", "--new-tokens", "2", "--json", cwd=ROOT
     )

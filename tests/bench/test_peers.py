@@ -1,4 +1,4 @@
-"""Other engines' environments: what is missing there is said in one line, before anything is prepared."""
+"""Other engines' environments: missing packages are reported in one line before anything is prepared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ppllava_edge.bench.peers.prepare import check_packages
 from ppllava_edge.engines.errors import PPLLaVAError
 
 
-def test_a_python_that_has_everything() -> None:
+def test_a_python_with_all_packages_is_accepted() -> None:
     check_packages(sys.executable, {"numpy": "numpy", "json": "json"})
 
 
@@ -24,7 +24,7 @@ def test_a_missing_package_is_named() -> None:
 
 
 @pytest.mark.parametrize("option", ["--openvino-python", "--llama-python"])
-def test_a_python_that_is_not_there(option: str, tmp_path: Path) -> None:
+def test_a_missing_python_is_reported(option: str, tmp_path: Path) -> None:
     run = CliRunner().invoke(main, [str(tmp_path / "work"), option, "/no/such/python"])
     assert run.exit_code == 2
     assert run.stderr == "error: /no/such/python doesn't run: No such file or directory\n"

@@ -84,7 +84,9 @@ def test_only_the_kv_cache_can_be_int8(tiny_checkpoint: Path, clips: Path, tmp_p
     assert outcome.scores is not None and outcome.scores.feature_cosine > 0.999
 
 
-def test_unusable_folders_and_questions(tiny_checkpoint: Path, clips: Path, tmp_path: Path) -> None:
+def test_unusable_folders_and_questions_are_refused(
+    tiny_checkpoint: Path, clips: Path, tmp_path: Path
+) -> None:
     empty, useless = tmp_path / "empty", tmp_path / "useless"
     empty.mkdir()
     useless.mkdir()

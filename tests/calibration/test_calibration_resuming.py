@@ -67,7 +67,7 @@ def test_after_a_full_disk_the_run_continues(
 def test_a_model_in_pieces_gives_the_same_choices(
     tiny_checkpoint: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Streaming layer by layer, as at 7B, decides what running whole stages decides."""
+    """Streaming layer by layer, as for 7B models, gives the same decisions as running whole stages."""
     quantize_with_data(export_options(tiny_checkpoint, tmp_path / "whole"), small_job(clips, keep_float=0))
     monkeypatch.setattr(streamed_model, "SMALL_BYTES", 0)
     monkeypatch.setattr(streamed_model, "SEGMENT_BYTES", 1)

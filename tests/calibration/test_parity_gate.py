@@ -1,4 +1,4 @@
-"""The parity gate: its scores, what it refuses, and which layers are kept in float for it."""
+"""The parity gate: its scores, the bundles it refuses, and the layers kept in float so that it holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opening bundles: whatever is on the disk, it opens or is refused in one line."""
+"""Opening bundles: any content on disk either opens or is refused in one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def edit(folder: Path, change: dict[str, Any]) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
-def test_it_opens_and_round_trips(tiny_bundle: Path) -> None:
+def test_a_bundle_opens_and_its_manifest_round_trips(tiny_bundle: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
     assert manifest.as_json() == json.loads((tiny_bundle / "manifest.json").read_text())
 
@@ -41,41 +41,41 @@ def test_it_opens_and_round_trips(tiny_bundle: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["decoder.onnx", "embed_tokens.safetensors", "tokenizer.json", "manifest.json", "trunk.onnx.data"]
 )
-def test_a_missing_file(copied: Path, name: str) -> None:
+def test_a_missing_file_is_refused(copied: Path, name: str) -> None:
     (copied / name).unlink()
     with pytest.raises(BundleError, match=r"missing|no manifest"):
         Bundle.open(copied)
 
 
 @pytest.mark.parametrize("name", ["decoder.onnx", "decoder.onnx.data", "tokenizer.json"])
-def test_a_flipped_byte(copied: Path, name: str) -> None:
+def test_a_flipped_byte_is_refused(copied: Path, name: str) -> None:
     data = bytearray((copied / name).read_bytes())
     data[len(data) // 2] ^= 1
     (copied / name).write_bytes(data)
     assert_one_line_error(run_command("ppllava-info", copied), name, "hash")
 
 
-def test_a_cut_file(copied: Path) -> None:
+def test_a_truncated_file_is_refused(copied: Path) -> None:
     os.truncate(copied / "decoder.onnx.data", 100)
     with pytest.raises(BundleError, match="has 100 bytes"):
         Bundle.open(copied)
 
 
-def test_a_newer_schema(copied: Path) -> None:
+def test_a_newer_schema_is_refused(copied: Path) -> None:
     edit(copied, {"schema": 99})
     with pytest.raises(BundleError, match=r"schema 99, newer .* upgrade"):
         Bundle.open(copied)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", ".hidden", "x\x00y", "a\\b"])
-def test_a_path_that_leaves_the_bundle(copied: Path, name: str) -> None:
+def test_a_path_that_leaves_the_bundle_is_refused(copied: Path, name: str) -> None:
     files = json.loads((copied / "manifest.json").read_text())["files"]
     edit(copied, {"files": {**files, name: {"bytes": 1, "sha256": "0" * 64}}})
     with pytest.raises(BundleError, match="leaves the bundle"):
         Bundle.open(copied)
 
 
-def test_a_link_that_leaves_the_bundle(copied: Path, tmp_path: Path) -> None:
+def test_a_link_that_leaves_the_bundle_is_refused(copied: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     shutil.move(copied / "tokenizer.json", outside)
     (copied / "tokenizer.json").symlink_to(outside)
@@ -83,7 +83,7 @@ def test_a_link_that_leaves_the_bundle(copied: Path, tmp_path: Path) -> None:
         Bundle.open(copied)
 
 
-def test_folders_and_files_that_are_no_bundles(tmp_path: Path) -> None:
+def test_other_folders_and_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path, words in (
         (tmp_path / "nothing", "no such directory"),
@@ -160,7 +160,7 @@ def rehash(folder: Path) -> None:
     edit(folder, {"files": files})
 
 
-def test_a_graph_that_reads_weights_from_outside_the_bundle(copied: Path) -> None:
+def test_a_graph_with_weights_outside_the_bundle_is_refused(copied: Path) -> None:
     import onnx
 
     model = onnx.load(copied / "trunk.onnx", load_external_data=False)

@@ -1,4 +1,4 @@
-"""engines/cpu: gives the standard graphs' answers; is used if it fits the bundle and this machine."""
+"""engines/cpu answers like the standard graphs, and is used only if it fits the bundle and this machine."""
 
 from __future__ import annotations
 

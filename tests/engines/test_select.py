@@ -1,4 +1,4 @@
-"""Which engine of a bundle runs on which machine."""
+"""The choice of a bundle's engine for a machine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_fastest_engine_that_fits_is_chosen(
         select.select(bundle, "cpu", "fast")
 
 
-def test_a_gpu_engine_is_found_by_itself(
+def test_a_gpu_engine_is_chosen_without_options(
     opened: Callable[..., Opened], nano: Path, monkeypatch: pytest.MonkeyPatch, want: list[str]
 ) -> None:
     """VideoQA(bundle) on a machine with a GPU; no ONNX Runtime with CUDA is needed for TensorRT."""

@@ -110,7 +110,7 @@ def test_folders_of_other_hosts_and_other_programs_stay(
     assert {path.name for path in tmp_path.iterdir()} == there - {name}
 
 
-def test_a_folder_that_cant_be_removed_is_left_without_a_word(
+def test_a_folder_that_cant_be_removed_is_left_without_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process, name = start_holder(tmp_path / "a")

@@ -1,4 +1,4 @@
-"""The pooling kernel: its arithmetic, from the header that GPU and host share, and its launcher."""
+"""The pooling kernel: its arithmetic, in the header that GPU and host share, and its launcher."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def check(host: Any, call: Call, seed: int) -> None:
     np.testing.assert_array_less(np.abs(got - want), absolute + 1.1 * rounding * np.abs(want))
 
 
-# As in test_functions: without the cases that are refused or have nothing to compare.
+# As in test_functions, without the cases that are refused or have no array to compare.
 CASES = [case for case in POOLING if "error" not in case and case["case"] not in (23, 26)]
 
 
@@ -93,12 +93,12 @@ def test_any_window_and_type(host: Any, data: st.DataObject) -> None:
     check(host, call, data.draw(st.integers(0, 2**32 - 1)))
 
 
-def test_a_window_of_thousands(host: Any) -> None:
+def test_a_window_of_thousands_of_patches(host: Any) -> None:
     check(host, Call((9, 24, 24), 8, (8, 24, 24), (1, 24, 24), 0.1, "float16"), 0)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_every_16_bit_value_is_read_and_written_as_it_is(host: Any, dtype: str) -> None:
+def test_every_16_bit_value_is_read_and_written_unchanged(host: Any, dtype: str) -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     values = from_bfloat(bits) if dtype == "bfloat16" else bits.view(np.float16).astype(np.float32)
     bits = bits[np.isfinite(values)]
@@ -121,7 +121,7 @@ def test_gelu_of_every_half(host: Any) -> None:
     assert (np.abs(got - want) <= 1.7e-4 + 2**-11 * np.abs(want)).all()
 
 
-def test_nan_is_not_hidden(host: Any) -> None:
+def test_nan_propagates(host: Any) -> None:
     call = Call((1, 2, 2), 1, (1, 2, 2), (1, 2, 2), 1.0, "float32")
     hidden, weights = np.ones((1, 2, 2, 1), np.float32), np.zeros((1, 2, 2), np.float32)
     hidden[0, 1, 1] = np.nan
@@ -199,7 +199,7 @@ def test_old_cards_are_refused(host: Any, monkeypatch: pytest.MonkeyPatch) -> No
         Launcher().pool(hidden, weights, np.zeros((1, 8), np.float16), (1, 1, 1), (1, 1, 1))
 
 
-def test_without_a_gpu() -> None:
+def test_a_launcher_without_a_gpu_is_one_line() -> None:
     """One line, whether cuda-core or a device is missing."""
     try:
         Launcher()

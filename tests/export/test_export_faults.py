@@ -1,4 +1,4 @@
-"""Faults while a bundle is written leave nothing behind and are one clear line."""
+"""Faults while a bundle is written leave nothing behind and give one clear error line."""
 
 from __future__ import annotations
 

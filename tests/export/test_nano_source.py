@@ -24,7 +24,7 @@ from ppllava_edge.nano.calibration_clips import drawn
 
 @pytest.mark.parametrize("at_root", [True, False], ids=["repository root", "elsewhere"])
 def test_nano_is_the_packed_bundle(tmp_path: Path, at_root: bool) -> None:
-    """Also where a folder is called nano and holds no bundle, as in the repository's root."""
+    """Even if a folder named nano exists and holds no bundle, as in the repository's root."""
     output = tmp_path / "quantised"
     flags = ("--precision", "int8", "--weight-only", "--no-engine")
     run = run_command("ppllava-export", "nano", "-o", output, *flags, cwd=ROOT if at_root else tmp_path)
@@ -61,7 +61,7 @@ def test_a_checkpoint_in_a_folder_called_nano_is_exported(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["main_graph", "../../escaped"])
 def test_a_graph_inside_a_bundle_may_have_any_name(tmp_path: Path, name: str) -> None:
-    """Files are named after stages: a graph's own name, which other tools change, is no file name."""
+    """Files are named after stages, not after the graph's own name, which other tools change."""
     source, output = tmp_path / "source", tmp_path / "a" / "b" / "output"
     shutil.copytree(packed_bundle(), source)
     output.parent.mkdir(parents=True)

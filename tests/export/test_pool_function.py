@@ -20,7 +20,7 @@ from ppllava_edge.export.stages.pool_function import INPUTS, POOL, pool_function
 
 CASES = json.loads((GOLDEN / "functions" / "pooling.json").read_text())
 ARRAYS = np.load(GOLDEN / "functions" / "pooling.npz")
-DIVIDES_BY_ZERO = 26  # upstream divides by zero; one window is one window
+DIVIDES_BY_ZERO = 26  # upstream divides by zero; here it is one window
 SCRAMBLED = 23  # upstream returns values in a wrong order
 
 

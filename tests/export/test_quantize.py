@@ -124,7 +124,7 @@ def test_a_quantised_golden_model_stays_close(
 
 
 def test_a_bundle_is_a_source_too(golden_bundle: Path, tmp_path: Path) -> None:
-    """fp32 → int8 gives what the checkpoint gives, stage by stage, and integers are not quantised again."""
+    """Quantising the fp32 bundle equals quantising the checkpoint, and integers are not quantised again."""
     precision = "decoder=int8,vision=fp32,question=fp32,projector=fp32,embeddings=fp32"
     run = run_command("ppllava-export", golden_bundle, "-o", tmp_path / "a", "--precision", precision)
     assert run.returncode == 0, run.stderr

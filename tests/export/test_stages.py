@@ -102,7 +102,9 @@ def test_unguided_projectors(mode: str, case: dict[str, Any], tmp_path: Path) ->
     arrays = np.load(folder / f"projector_direct_{mode}.npz")
     overrides = Overrides(pooling=mode, output_size=tuple(case["pooling_shape"]))
     config = json.loads((folder / "config.json").read_text())
-    if f"x_{i}" not in arrays:  # more outputs than inputs: upstream fails on these windows, and so do we
+    if (
+        f"x_{i}" not in arrays
+    ):  # more outputs than inputs: upstream fails on these windows, and so does the export
         with pytest.raises(PPLLaVAError):
             read_model(config, None, overrides).video_windows.resolve((case["num_frames"], 6, 6))
         return

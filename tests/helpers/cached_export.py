@@ -1,4 +1,4 @@
-"""ppllava-export, once for the same checkpoint and options.
+"""ppllava-export, run only once for equal checkpoints and options.
 
 python cached_export.py CACHE CHECKPOINT -o BUNDLE [OPTION]…
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def main(cache: Path, checkpoint: Path, options: list[str]) -> int:
-    """Export into the cache unless it is there, then copy it to the place that -o names."""
+    """Export into the cache unless it has the bundle, then copy the bundle to the path after -o."""
     place = options.index("-o") + 1
     output, options = Path(options[place]), [*options[: place - 1], *options[place + 1 :]]
     digest = hashlib.sha256(repr(options).encode())

@@ -40,5 +40,5 @@ def assert_one_line_error(run: subprocess.CompletedProcess[str], *words: str) ->
 
 
 def frame_number(image: np.ndarray) -> int:
-    """Which of moving_frames this decoded image is, by its grey level in a corner."""
+    """The index in moving_frames of a decoded image, by the grey level in a corner."""
     return round((float(image[-20:, -20:].mean()) - 20) / 9)

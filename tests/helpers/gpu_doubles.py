@@ -1,7 +1,6 @@
 """Doubles of a GPU: a CUDA driver over host memory, and a TensorRT whose engines run on ONNX Runtime's CPU.
 
-Addresses, shapes, profiles, aliased caches, captured graphs: everything that the runtime binds is really read
-and written.
+Addresses, shapes, profiles, aliased caches and captured graphs are real: every binding is read and written.
 """
 
 from __future__ import annotations
@@ -35,7 +34,8 @@ def at(address: int, size: int) -> np.ndarray:
 class FakeDriver:
     """cuda.bindings.driver over host memory.
 
-    While a stream is being captured, work is recorded and not done. New memory is full of 0xFF: NaN.
+    While a stream is being captured, work is recorded, not executed. New memory is filled with 0xFF, which is
+    NaN.
     """
 
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
@@ -143,7 +143,7 @@ class FakeDriver:
 
 
 class FakeTensorRT:
-    """As much of TensorRT's runtime as TensorRTStage uses. An "engine" names a graph and its profiles."""
+    """The part of TensorRT's runtime that TensorRTStage uses. An "engine" names a graph and its profiles."""
 
     TensorIOMode = SimpleNamespace(INPUT=0, OUTPUT=1)
 
@@ -268,7 +268,7 @@ def write_fake_engine(
     capacity: int | None = None,
     decoder_profiles: int = 2,
 ) -> Engine:
-    """engines/<target> as build_tensorrt lays it out, with graphs in the place of engines."""
+    """Write engines/<target> in the layout of build_tensorrt, with graphs instead of engines."""
     place = engine_folder(bundle.path, target)
     place.parent.mkdir(exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=place.parent))
@@ -313,7 +313,7 @@ def write_fake_engine(
 
 
 class OnGpu:
-    """What torch, CuPy and pycuda show of an array on the GPU."""
+    """An array on the GPU, as torch, CuPy and pycuda present it."""
 
     def __init__(self, array: np.ndarray):
         self.in_device_memory, self.shape = array, array.shape

@@ -21,7 +21,7 @@ class _Server(ThreadingHTTPServer):
     allow_reuse_address = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no error."""
+        """Ignore clients that disconnect."""
 
 
 class StreamServer:
@@ -128,7 +128,7 @@ class StreamServer:
         for sent, image in enumerate(self.frames(), 1):
             if (
                 stream is None or (stream.height, stream.width) != image.shape[:2] or codec != self.codec
-            ):  # a camera that is set anew starts its encoder anew
+            ):  # a reconfigured camera restarts its encoder
                 codec = self.codec
                 container = av.open(
                     Writer(), "w", format="mpegts", options={"flush_packets": "1", "muxdelay": "0"}
@@ -160,7 +160,7 @@ def forever(frames: np.ndarray) -> Callable[[], Iterator[np.ndarray]]:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> bool:
-    """Whether it came true in time."""
+    """Whether the condition became true within the given seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():

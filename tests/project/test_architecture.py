@@ -1,4 +1,4 @@
-"""docs/architecture.md's picture is what the code does."""
+"""The picture in docs/architecture.md matches the code."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ def test_a_step_that_is_not_in_the_code_is_noticed() -> None:
 
 
 def test_the_picture_is_up_to_date() -> None:
-    """python docs/scripts/draw_architecture.py draws it again."""
+    """If this fails, run python docs/scripts/draw_architecture.py."""
     assert drawing.PICTURE.read_text(encoding="utf-8") == drawing.draw()

@@ -29,7 +29,7 @@ IN_A_BUNDLE = re.compile(rf"engines/(?:<target>|\.<target>|{'|'.join(TARGETS)})(
 
 
 def code(text: str) -> str:
-    """What stands in backticks or in a code block, a piece a line."""
+    """The text in backticks and code blocks, one piece per line."""
     fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M)
     text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
     indented = re.findall(r"^ {4,}\S.*$", text, re.M)
@@ -54,7 +54,7 @@ def file_names() -> frozenset[str]:
 
 
 def module_file(name: str) -> Path | None:
-    """The source of a module or package; None if there is none of that name."""
+    """The source of a module or package; None if no module has that name."""
     try:
         spec = importlib.util.find_spec(name)
     except ModuleNotFoundError:
@@ -103,7 +103,7 @@ def missing_modules(page: Path) -> list[str]:
 
 
 def runs(name: str) -> bool:
-    """Whether `python -m name` does something."""
+    """Whether `python -m name` runs a program."""
     source = module_file(name)
     if source is not None and source.name == "__init__.py":
         source = module_file(f"{name}.__main__")
@@ -134,7 +134,7 @@ def test_commands_exist(page: Path) -> None:
     assert missing_commands(page) == []
 
 
-def test_what_is_gone_is_noticed(tmp_path: Path) -> None:
+def test_missing_paths_and_names_are_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
         "`engines/pooling.py` [x](nowhere.md) `gone.py` `engines/{bundle,rooms}` `engines/cpu/`\n"

@@ -1,4 +1,4 @@
-"""The house stays in order: files, functions and folders stay small, rooms and names are documented."""
+"""House rules: files, functions and folders stay small, rooms and public names are documented."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_no_folder_is_too_full() -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES[1:])
-def test_every_room_says_what_lives_in_it(package: str) -> None:
+def test_every_room_describes_its_contents(package: str) -> None:
     rooms = [path for path in folders() if path.relative_to(ROOT).parts[0] == package]
     for room in rooms:
         if any(room.glob("*.py")):
@@ -82,7 +82,7 @@ def test_public_names_are_documented() -> None:
     assert bare == []
 
 
-MIRRORED = {  # a room of the package → where its tests lie
+MIRRORED = {  # room of the package → folder of its tests
     "engines": "tests/engines",
     "export": "tests/export",
     "calibration": "tests/calibration",

@@ -1,4 +1,4 @@
-"""The lean runtime stays lean: what it imports, and how long that takes."""
+"""The runtime stays lean: the modules that it imports, and the time that this takes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ qa.open({str(video_file)!r}, frames=4).ask("What is it?", max_new_tokens=3)
     ]
 
 
-def test_what_runs_engines_and_judges_a_machine_needs_no_onnx() -> None:
+def test_running_engines_and_the_doctor_need_no_onnx() -> None:
     """A Jetson has TensorRT and numpy; graphs are rewritten elsewhere."""
     modules = (
         "runtime.pipeline.gpu",

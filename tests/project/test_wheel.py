@@ -25,7 +25,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def test_its_contents(wheel: Path) -> None:
+def test_the_wheels_contents(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for name in (
         "__init__.py",
@@ -53,7 +53,7 @@ def test_its_contents(wheel: Path) -> None:
     assert modules <= sources, modules - sources
 
 
-def test_it_answers_away_from_the_source(wheel: Path, tmp_path: Path) -> None:
+def test_the_installed_wheel_answers_outside_the_source_tree(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
         "import sys, ppllava_edge; from ppllava_edge.nano import sample_path;"

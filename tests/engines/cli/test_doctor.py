@@ -83,7 +83,7 @@ def test_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(v.runs for v in none.values()) and "ppllava-edge[cpu]" in none["cpu"].missing
 
 
-def test_a_desktop_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_on_a_desktop_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     packages = {"onnx": "1.23", "onnxruntime-gpu": "1.31.1", "cuda-core": "1.2"}
     machine = replace(BARE, gpus=[DESKTOP], cuda="13.0", packages=packages)
     found = verdicts(machine, monkeypatch, tensorrt_rtx="1.7.1")
@@ -124,7 +124,9 @@ def test_one_command_installs_what_several_targets_lack(monkeypatch: pytest.Monk
     )
 
 
-def test_a_card_with_nothing_installed_gets_one_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_suggests_one_onnxruntime_for_a_gpu_with_nothing_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     machine = replace(BARE, gpus=[DESKTOP], cuda="13.0", packages={})
     (only,) = install(machine, monkeypatch)
     assert only.after == "" and only.commands == ("pip install 'ppllava-edge[cuda,export,rtx,tensorrt]'",)

@@ -1,4 +1,4 @@
-"""ppllava-info: what it prints, and bundles whose parts do not belong together."""
+"""ppllava-info: its output, and bundles whose parts do not belong together."""
 
 from __future__ import annotations
 

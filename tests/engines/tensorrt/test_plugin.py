@@ -152,7 +152,7 @@ def test_the_python_plugin_runs(fake: Any, monkeypatch: pytest.MonkeyPatch) -> N
         creator.create_plugin("pool", two_axes, None)
 
 
-def test_a_plugin_name_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_name_that_is_already_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     double = SimpleNamespace(
         **{name: getattr(trt, name) for name in dir(trt) if not name.startswith("__")},

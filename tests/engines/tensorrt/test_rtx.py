@@ -1,6 +1,6 @@
 """`ppllava-build --target rtx`: TensorRT-RTX, ahead of time and without a GPU.
 
-Built are all of nano, and one full-width layer of each stage.
+The tests build all of nano, and one full-width layer of each stage.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def test_the_same_bundle_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupted_build_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_build_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(shutil.copytree(packed_bundle(), tmp_path / "b"))
     options = Options(capabilities=("8.9",))
     run_job = tensorrt_target.run_job
@@ -232,7 +232,7 @@ def test_versions_that_are_too_old() -> None:
     check_possible(manifest, "orin-jp6", "tensorrt", "10.3.0")
 
 
-def test_a_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_build_process_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(shutil.copytree(packed_bundle(), tmp_path / "b"))
 
     class Killed:
@@ -292,7 +292,7 @@ def test_export_builds_engines_too(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
-def test_a_stale_engine(tmp_path: Path) -> None:
+def test_a_stale_engine_is_not_used(tmp_path: Path) -> None:
     bundle = Bundle.open(shutil.copytree(packed_bundle(), tmp_path / "b"))
     engine, _ = build_tensorrt(bundle, "rtx", Options(capabilities=("8.9",)))
     description = engine.folder / "engine.json"

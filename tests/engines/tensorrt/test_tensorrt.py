@@ -110,8 +110,8 @@ def test_form_of_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
         plugin_form("aot", "rtx", "tensorrt_rtx")
 
 
-def test_a_library_that_gives_up(tmp_path: Path) -> None:
-    """The error has TensorRT's last message; a build that ends without a plan is no engine."""
+def test_a_failed_tensorrt_build_shows_the_last_message(tmp_path: Path) -> None:
+    """The error has TensorRT's last message; a build that returns no plan writes no engine."""
     import tensorrt_rtx as real
 
     class Builder:

@@ -69,7 +69,7 @@ def test_a_folder(folder: Path, questions: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [1, 40, 10**9])
 def test_a_line_that_was_cut_off_is_written_again(folder: Path, tmp_path: Path, cut: int) -> None:
-    """cut: bytes of the third line that a crash left; a huge number: all but the newline."""
+    """cut: bytes of the third line that a crash left; a huge number means all but the newline."""
     qa, output = VideoQA(device="cpu"), tmp_path / "answers.jsonl"
     run_batch(qa, folder, QUESTIONS, output)
     lines = output.read_bytes().splitlines(keepends=True)
@@ -79,7 +79,7 @@ def test_a_line_that_was_cut_off_is_written_again(folder: Path, tmp_path: Path, 
 
 
 def test_killed_in_the_middle_again_and_again(tmp_path: Path, questions: Path) -> None:
-    """No line twice, none lost."""
+    """No line is written twice and none is lost."""
     folder = tmp_path / "many"
     folder.mkdir()
     for i in range(12):
@@ -105,7 +105,7 @@ def test_killed_in_the_middle_again_and_again(tmp_path: Path, questions: Path) -
     assert pairs(output) == [(f"{i:02}.mp4", question) for i in range(12) for question in QUESTIONS]
 
 
-def test_two_runs_never_write_to_one_file(folder: Path, tmp_path: Path) -> None:
+def test_two_runs_never_write_to_the_same_file(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
     with batch._open_output(output), pytest.raises(PPLLaVAError, match="another run is writing"):
         run_batch(VideoQA(device="cpu"), folder, QUESTIONS, output)

@@ -22,7 +22,7 @@ def test_the_demonstration_answers() -> None:
     assert "tiny demonstration model" in run.stderr and "ppllava-export" in run.stderr
 
 
-def test_nano_means_the_packed_bundle_where_there_is_a_folder_of_that_name() -> None:
+def test_nano_names_the_packed_bundle_despite_a_folder_of_that_name() -> None:
     run = run_command("ppllava-run", SAMPLE, QUESTION, "--model", "nano", cwd=ROOT)
     assert (ROOT / "nano").is_dir() and run.returncode == 0 and run.stdout == f"{ANSWER}\n", run.stderr
 
@@ -141,7 +141,7 @@ def test_sampling_and_stop_strings() -> None:
 
 
 def test_a_bundle_with_tokenizers_made_by_the_exporter(tiny_bundle: Path, video_file: Path) -> None:
-    """Random weights talk nonsense; the same nonsense every time, in whole characters."""
+    """Random weights give nonsense, but the same nonsense every time, in whole characters."""
     options = ("--model", tiny_bundle, "--max-new-tokens", "24", "--json")
     runs = [run_command("ppllava-run", video_file, "Was ist das? 東京", *options) for _ in range(2)]
     first, second = (json.loads(run.stdout) for run in runs)

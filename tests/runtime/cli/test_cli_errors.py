@@ -40,7 +40,7 @@ QUESTION, ANSWER = "What color is the circle?", "red"
     ],
     ids=lambda value: " ".join(map(str, value))[-40:] if isinstance(value, list) else value,
 )
-def test_bad_input_gets_one_line(arguments: list[str], words: str) -> None:
+def test_bad_input_gives_a_one_line_error(arguments: list[str], words: str) -> None:
     run = run_command("ppllava-run", *arguments)
     if "--save-attention" in arguments:  # the answer was given before the picture failed
         assert run.returncode == 2 and words in run.stderr and "Traceback" not in run.stderr
@@ -48,7 +48,7 @@ def test_bad_input_gets_one_line(arguments: list[str], words: str) -> None:
         assert_one_line_error(run, words)
 
 
-def test_cuda_without_a_card_says_so() -> None:
+def test_cuda_without_a_gpu_is_an_error() -> None:
     run = run_command("ppllava-run", SAMPLE, QUESTION, "--device", "cuda")
     if run.returncode == 0:
         pytest.skip("this machine has a working CUDA card")
@@ -61,7 +61,7 @@ def test_an_ids_only_bundle_says_what_it_is(golden_bundle: Path) -> None:
     )
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     """ppllava-run … | head -c 1"""
     command = f"{Path(sys.executable).with_name('ppllava-run')} {SAMPLE} 'Describe the video.' | head -c 1"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
@@ -76,7 +76,7 @@ def test_an_interrupt_is_quiet() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Of a test run in the background, children inherit that SIGINT is ignored.
+        # Children of a test run in the background inherit that SIGINT is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdin is not None and process.stdout is not None

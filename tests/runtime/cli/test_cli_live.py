@@ -44,7 +44,7 @@ def test_a_stream_with_one_question_and_with_typed_ones(frames: np.ndarray) -> N
         assert len(lines) == 2 and lines[0].endswith(f"] {ANSWER}"), run.stderr
 
 
-def test_sources_that_cannot_be_watched(tmp_path: Path) -> None:
+def test_sources_that_cannot_be_opened_live(tmp_path: Path) -> None:
     refused = run_live("http://127.0.0.1:9/stream", QUESTION, "--no-reconnect")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert "nothing was seen" in refused.stderr and "refused" in refused.stderr

@@ -1,4 +1,4 @@
-"""The decoder's loop and its cache: invariants that hold whatever the model says."""
+"""The decoder's loop and its cache: invariants that hold for any model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stays on the GPU while an answer is generated, what comes back, and what is allocated."""
+"""Data that stays on the GPU while an answer is generated, copies to the host, and allocations."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ppllava_edge.runtime.language.prompt_lookup import PromptLookup
 from ppllava_edge.runtime.language.sampling import Sampling
 
 
-def test_only_token_ids_come_back(opened: Callable[..., Opened], want: list[str]) -> None:
-    """And, after the last of them, the weights of 8 frames of 9x9 patches, for the moments."""
+def test_only_token_ids_are_copied_to_the_host(opened: Callable[..., Opened], want: list[str]) -> None:
+    """The one further copy, after the last token: the weights of 8 frames of 9x9 patches, for the moments."""
     pipeline, driver, _ = opened("orin")
     video = asking(pipeline).open(SAMPLE)
     answer = video.ask(QUESTIONS[1])
@@ -53,7 +53,7 @@ def test_a_step_is_captured_once_and_launched_again(opened: Callable[..., Opened
     )
 
 
-def test_memory_is_given_back(opened: Callable[..., Opened]) -> None:
+def test_gpu_memory_is_freed(opened: Callable[..., Opened]) -> None:
     pipeline, driver, _ = opened("orin")
     qa = asking(pipeline)
     used = []
@@ -65,7 +65,7 @@ def test_memory_is_given_back(opened: Callable[..., Opened]) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_answers_from_several_threads(opened: Callable[..., Opened], target: str, want: list[str]) -> None:
-    """Also while one of them captures a step: nobody else's work gets into its graph."""
+    """Even while one thread captures a step, the work of other threads stays out of its graph."""
     pipeline, *_ = opened(target)
     qa, found, lock = asking(pipeline), dict[int, str](), threading.Lock()
     video = qa.open(SAMPLE)
@@ -101,7 +101,7 @@ def test_sampling_and_penalties_agree_with_the_cpu(
 
 
 class Drafts(PromptLookup):
-    """The right tokens, made wrong at a place of choice in every other draft."""
+    """The right tokens, with one wrong token at a given position of every other draft."""
 
     def __init__(self, truth: list[int], length: int, wrong: int):
         super().__init__()

@@ -82,7 +82,7 @@ def test_an_entry_of_another_version_is_encoded_anew(tmp_path: Path) -> None:
     assert qa.open(SAMPLE).ask(QUESTION).timings["vision"] > 0
 
 
-def test_the_key_stays_what_it_was(tmp_path: Path) -> None:
+def test_the_cache_key_never_changes(tmp_path: Path) -> None:
     """An entry's key holds the options as text: a renamed class would orphan what users have cached."""
     qa = VideoQA(device="cpu", cache=tmp_path)
     entry = CachedFeatures(qa.cache, qa.pipeline, SAMPLE, FrameOptions(8))

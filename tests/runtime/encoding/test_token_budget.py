@@ -38,7 +38,7 @@ def test_the_released_models_budget_is_its_own_windows() -> None:
 
 
 @given(st.floats(0, 1e5), st.integers(1, 64), st.one_of(st.none(), st.integers(1, 64)), st.integers(1, 4))
-def test_frames_grow_with_the_length_within_what_the_model_knows(
+def test_frames_grow_with_the_length_up_to_the_models_limit(
     duration: float, default: int, limit: int | None, step: int
 ) -> None:
     count = frames_for_length(duration, default, limit, step)

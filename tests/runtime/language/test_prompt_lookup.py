@@ -43,7 +43,7 @@ def qa(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VideoQA]:
 # -- drafts --------------------------------------------------------------------------------------------------
 
 
-def test_drafts_are_what_followed_before() -> None:
+def test_drafts_are_the_tokens_that_followed_the_same_tokens_earlier() -> None:
     lookup = PromptLookup([1, 2, 3, 4, 5, 6])
     assert lookup.draft([9, 2, 3], 10) == [4, 5, 6, 9, 2, 3]
     assert lookup.draft([9, 2, 3], 2) == [4, 5]
@@ -73,7 +73,7 @@ def test_drafts_are_always_a_piece_of_the_history(prompt: list[int], ids: list[i
 # -- answers -------------------------------------------------------------------------------------------------
 
 
-def test_answers_are_the_same_with_and_without(qa: VideoQA, tmp_path: Path) -> None:
+def test_answers_are_the_same_with_and_without_looking_ahead(qa: VideoQA, tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     passes = tokens = 0
     for _ in range(12):
@@ -106,7 +106,7 @@ def test_at_the_command_line(qa: VideoQA) -> None:
     assert_one_line_error(run, "doesn't run on the cpu")
 
 
-def test_it_needs_greedy_answers_and_an_engine_that_verifies(qa: VideoQA) -> None:
+def test_looking_ahead_needs_greedy_answers_and_an_engine(qa: VideoQA) -> None:
     with pytest.raises(PromptError, match="greedy"):
         qa.open(SAMPLE).ask(COLOR, sampling=Sampling(temperature=0.5), look_ahead=True)
     with pytest.raises(EngineError, match="ppllava-build"):
@@ -119,7 +119,9 @@ def test_it_needs_greedy_answers_and_an_engine_that_verifies(qa: VideoQA) -> Non
 # -- engines whose passes give other logits than single steps ------------------------------------------------
 
 
-def test_it_is_left_out_where_passes_disagree(qa: VideoQA, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_ahead_is_left_out_if_passes_disagree_with_single_steps(
+    qa: VideoQA, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """INT4 decoders of a real width round activations differently in a pass over several positions."""
     video, decoder = qa.open(SAMPLE), qa.pipeline.decoder
     expected = video.ask(DESCRIBE)
@@ -130,7 +132,7 @@ def test_it_is_left_out_where_passes_disagree(qa: VideoQA, monkeypatch: pytest.M
     assert "looking ahead was left out" in answer.notes[-1]
 
 
-def test_it_is_left_out_where_activations_are_rounded(tmp_path: Path) -> None:
+def test_looking_ahead_is_left_out_if_activations_are_rounded(tmp_path: Path) -> None:
     bundle = tmp_path / "int4"
     run = run_command("ppllava-export", packed_bundle(), "-o", bundle, "--precision", "int4", "--weight-only")
     assert run.returncode == 0, run.stderr
@@ -140,7 +142,7 @@ def test_it_is_left_out_where_activations_are_rounded(tmp_path: Path) -> None:
     assert "note: looking ahead was left out" in run.stderr
 
 
-def test_which_decoders_round_activations() -> None:
+def test_rounds_activations_names_the_right_decoders() -> None:
     assert rounds_activations("int8", "orin") and rounds_activations("int4", "cpu")
     assert not rounds_activations("int4", "orin") and not rounds_activations("fp16", "cpu")
 

@@ -44,7 +44,7 @@ def test_probabilities(logits: np.ndarray, temperature: float, top_k: int, top_p
 
 
 @given(logits_arrays, st.floats(1.01, 3), st.data())
-def test_repetition_penalty_lowers_what_was_said_and_nothing_else(
+def test_repetition_penalty_lowers_only_earlier_tokens(
     logits: np.ndarray, penalty: float, data: st.DataObject
 ) -> None:
     said = data.draw(st.lists(st.integers(0, len(logits) - 1), min_size=1, max_size=5))

@@ -1,4 +1,4 @@
-"""What the tests of live views share: the demonstration model, its sample's frames, short pauses."""
+"""Fixtures of the live tests: the demonstration model, its sample's frames, short pauses."""
 
 from __future__ import annotations
 

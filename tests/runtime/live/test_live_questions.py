@@ -15,7 +15,7 @@ from ppllava_edge import MediaError, VideoQA
 QUESTION, ANSWER = "What color is the circle?", "red"
 
 
-def test_only_what_a_question_needs_runs(qa: VideoQA, pushed: Any) -> None:
+def test_a_question_runs_only_the_stages_it_needs(qa: VideoQA, pushed: Any) -> None:
     first, second = pushed.ask(QUESTION), pushed.ask("How many objects are there?")
     assert first.text == ANSWER and second.text == "three"
     assert first.timings["vision"] > 0 and first.timings["video_decode"] == 0
@@ -25,7 +25,7 @@ def test_only_what_a_question_needs_runs(qa: VideoQA, pushed: Any) -> None:
     assert again.features is pushed.video().features, "without a new frame, features are reused"
 
 
-def test_watching(pushed: Any) -> None:
+def test_a_watch_asks_periodically(pushed: Any) -> None:
     answers: list[str] = []
     watch = pushed.watch(QUESTION, every=0.05, on_answer=lambda a: answers.append(a.text))
     assert wait_until(lambda: len(answers) >= 3)

@@ -35,7 +35,7 @@ def test_file_live_and_pushed_frames_give_the_same_features(qa: VideoQA, frames:
 
 def test_frames_from_other_libraries(qa: VideoQA, frames: np.ndarray) -> None:
     class Tensor:
-        """What torch and CuPy offer."""
+        """The DLPack interface of torch and CuPy."""
 
         def __init__(self, array: np.ndarray):
             self.array, self.shape = array, array.shape
@@ -134,7 +134,7 @@ def test_fps_may_be_changed(qa: VideoQA, frames: np.ndarray) -> None:
 
 
 def test_closing_ends_the_reader_at_once(qa: VideoQA, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not only when the frame that is being encoded is done: a file without pace would be read to its end."""
+    """Closing must not wait for the encoder: an unpaced file would be read to its end."""
     encode = qa.pipeline.encode_trunk
 
     def encode_slowly(pixels: Any, more: bool = False) -> Any:

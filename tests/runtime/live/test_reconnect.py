@@ -102,7 +102,7 @@ def test_a_stream_that_changes_its_codec(qa: VideoQA, frames: np.ndarray) -> Non
 
 @pytest.mark.slow
 def test_a_codec_that_changes_in_the_middle(qa: VideoQA, frames: np.ndarray) -> None:
-    """One connection, another codec: what can't be decoded any more is opened again."""
+    """The codec changes within one connection: a stream that can't be decoded any more is reopened."""
     with StreamServer(forever(frames), "mpegts") as server, qa.live(server.url, fps=10, timeout=1.5) as live:
         assert live.wait_for(5, 20)
         server.codec = "mpeg2video"

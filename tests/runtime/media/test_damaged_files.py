@@ -1,4 +1,4 @@
-"""Damaged and wrong files: the frames that can be decoded and a note, or one clear line."""
+"""Damaged and wrong files give the decodable frames and a note, or one clear error line."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_all_frames_of_fragmented_files_are_counted(flags: str, tmp_path: Path) 
     assert index.from_table == (flags == "faststart")
 
 
-def test_every_frame_lies_in_the_group_that_holds_it(clips: Clips) -> None:
+def test_every_frame_is_in_its_group_of_pictures(clips: Clips) -> None:
     index = index_packets(clips.path("h264 with B-frames"))
     groups = [index.group_of(frame) for frame in range(index.count)]
     assert groups == sorted(groups) and set(groups) == set(range(len(index.key_positions)))

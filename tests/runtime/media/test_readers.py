@@ -1,4 +1,4 @@
-"""Read encoded files: the sampled frames are the right ones, at the right times, the right way up."""
+"""Encoded files: the right frames are sampled, with the right times and orientation."""
 
 from __future__ import annotations
 

@@ -49,10 +49,10 @@ def test_every_frame_found_by_seeking_is_that_of_a_full_decode(
 
 
 @pytest.mark.parametrize("kind", SEEKABLE)
-def test_these_are_found_without_a_sequential_decode(
+def test_seekable_clips_need_no_sequential_decode(
     kind: str, clips: Clips, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise the test above would hold for a reader that never seeks."""
+    """Otherwise the test above would pass for a reader that never seeks."""
     reader = VideoReader(clips.path(kind))
     monkeypatch.setattr(reader, "_decode", lambda wanted: pytest.fail("decoded from the beginning"))
     numbers = [60, 100, 101, 140]

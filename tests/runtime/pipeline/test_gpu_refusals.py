@@ -1,4 +1,4 @@
-"""What the GPU pipeline refuses, in one line."""
+"""Engines and inputs that the GPU pipeline refuses, each in one line."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault, words", FAULTS)
-def test_what_the_library_refuses(opened: Callable[..., Opened], fault: str, words: str) -> None:
+def test_engines_that_the_library_refuses(opened: Callable[..., Opened], fault: str, words: str) -> None:
     pipeline, _, trt = opened("orin")
     trt.fail = fault
     with pytest.raises(EngineError, match=words):
@@ -72,7 +72,7 @@ def test_no_gpu_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         CudaDevice()
 
 
-def test_blocks_are_used_again_and_given_back_when_memory_is_short() -> None:
+def test_blocks_are_reused_and_freed_when_memory_is_short() -> None:
     device = CudaDevice(FakeDriver(memory=1000))
     first = device.empty((400,), np.uint8)
     address = first.address

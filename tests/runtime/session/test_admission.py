@@ -32,7 +32,7 @@ def test_slots_are_assigned_in_the_order_of_asking() -> None:
     assert order == list(range(20)) and semaphore.held == semaphore.waiting == 0
 
 
-def test_no_more_than_count_hold_it_at_once() -> None:
+def test_at_most_count_threads_hold_the_semaphore() -> None:
     semaphore, lock = FairSemaphore(3), threading.Lock()
     inside = peak = 0
 
@@ -55,7 +55,7 @@ def test_no_more_than_count_hold_it_at_once() -> None:
     assert peak <= 3 and semaphore.held == semaphore.waiting == 0
 
 
-def test_a_full_queue_a_deadline_and_cancelling() -> None:
+def test_waiting_ends_by_a_full_queue_a_deadline_or_cancelling() -> None:
     semaphore, cancelled = FairSemaphore(1, 1, "questions"), threading.Event()
     semaphore.acquire()
     thread = threading.Thread(target=lambda: semaphore.acquire(given_up=cancelled.is_set))
@@ -85,7 +85,7 @@ def test_an_interrupt_while_waiting_leaves_no_trace() -> None:
     assert semaphore.acquire(deadline=time.monotonic() + 1)
 
 
-def test_a_thread_never_waits_for_itself() -> None:
+def test_a_thread_never_waits_for_its_own_slots() -> None:
     semaphore = FairSemaphore(1, 0, own_first=True)
     assert semaphore.acquire() and semaphore.acquire() and semaphore.held == 2
     semaphore.release()

@@ -1,4 +1,4 @@
-"""What an answer says beside its text."""
+"""The moments of an answer."""
 
 from __future__ import annotations
 

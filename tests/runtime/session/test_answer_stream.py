@@ -126,7 +126,7 @@ def test_closing_while_waiting_for_admission() -> None:
     held.close()
 
 
-def test_a_full_queue_and_a_timeout_in_it() -> None:
+def test_a_full_queue_and_a_timeout_while_waiting() -> None:
     qa = VideoQA(device="cpu", parallel=1, queue=1)
     video = qa.open(SAMPLE)
     held = video.stream("Describe the video.")
@@ -151,7 +151,7 @@ def test_a_full_queue_and_a_timeout_in_it() -> None:
     assert video.ask("What color is the circle?").text == "red"
 
 
-def test_a_timeout_ends_an_answer_as_it_is(qa: VideoQA) -> None:
+def test_a_timeout_returns_the_partial_answer(qa: VideoQA) -> None:
     video = qa.open(SAMPLE)
     stream = video.stream("Describe the video.", timeout=0.3)
     pieces = [next(stream), next(stream)]

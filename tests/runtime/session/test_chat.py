@@ -24,7 +24,7 @@ def qa() -> VideoQA:
 def test_a_chat_prefills_only_new_tokens_and_answers_as_a_full_prompt_would(
     tiny_bundle: Path, video_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every turn: the kept cache gives the answer that the whole conversation, prefilled at once, gives."""
+    """In every turn the kept cache gives the same answer as prefilling the whole conversation."""
     qa = VideoQA(tiny_bundle, device="cpu")
     lengths: list[int] = []
     generate = qa.pipeline.generate
@@ -58,7 +58,7 @@ def test_prefix_answers_as_if_nothing_had_been_asked_before(qa: VideoQA) -> None
     assert other.timings["pooling"] == 0 and other.moments == []
 
 
-def test_a_chat_goes_on_after_a_closed_answer_and_ends_at_the_context(qa: VideoQA) -> None:
+def test_a_chat_continues_after_a_closed_answer_and_ends_at_the_context(qa: VideoQA) -> None:
     video = qa.open(SAMPLE, keep="tokens")
     stream = video.stream(DESCRIBE)
     next(stream)

@@ -45,7 +45,7 @@ def entry(size: int, seed: int = 0) -> CachedVideo:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "a fact", "empty", "text", "facts", "folder"])
-def test_a_damaged_entry_is_as_if_it_were_not_there(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_entry_is_ignored(tmp_path: Path, damage: str) -> None:
     cache = FeatureCache(tmp_path)
     assert cache.store(entry(5000), "key") and cache.load("key") is not None
     path = cache.path("key")
@@ -92,7 +92,7 @@ def test_parts_of_crashed_processes_are_cleaned_up(tmp_path: Path) -> None:
     )
 
 
-def test_a_full_or_read_only_disk_costs_time_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_or_read_only_disk_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     qa = VideoQA(device="cpu", cache=tmp_path / "file" / "below")
     assert qa.open(SAMPLE).ask(QUESTION).text == ANSWER

@@ -1,4 +1,4 @@
-"""Which frames are sampled: those that upstream samples, in order, and within the range asked for."""
+"""The sampled frames equal those of upstream, in order, and are within the requested range."""
 
 from __future__ import annotations
 
