@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ppllava_edge.calibration.choose import Choice
+from ppllava_edge.calibration.layer_choice import Choice
 from ppllava_edge.export.quantisation.plan import Plan, Scheme
 
 MAX_TRIES = 6  # runs of the gate, for models that fit in memory

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ppllava_edge.calibration.choose import Choice, choose_group
 from ppllava_edge.calibration.data import Data
-from ppllava_edge.calibration.decisions import GroupDecision, read_decisions, save_decisions, write_json
+from ppllava_edge.calibration.layer_choice import Choice, choose_group
 from ppllava_edge.calibration.model.prompt import ClipQuestion
 from ppllava_edge.calibration.model.stage_stream import Observe
 from ppllava_edge.calibration.model.streamed_model import (
@@ -19,6 +18,7 @@ from ppllava_edge.calibration.model.streamed_model import (
     StreamedModel,
     bundle_without_graphs,
 )
+from ppllava_edge.calibration.saved_decisions import GroupDecision, read_decisions, save_decisions, write_json
 from ppllava_edge.calibration.statistics import StageStatistics
 from ppllava_edge.export.options import Options
 from ppllava_edge.export.progress import Progress

@@ -329,6 +329,8 @@ def _calibration_job(options: Options, settings: dict[str, Any]) -> Job | None:
             raise PPLLaVAError(
                 "--questions are asked about calibration videos; name their folder with --calibrate"
             )
+        if settings["weight_only"]:
+            return None
         click.echo(
             "note: no calibration videos, so weights alone are quantised and nothing is compared with the "
             "float model; for INT8 activations, AWQ and the parity gate: --calibrate FOLDER",

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ppllava_edge.calibration.choose import Choice
 from ppllava_edge.calibration.data import Data
 from ppllava_edge.calibration.gate.parity import Scores, limits
 from ppllava_edge.calibration.gate.report_page import page
+from ppllava_edge.calibration.layer_choice import Choice
 from ppllava_edge.engines.bundle.manifest import Manifest
 from ppllava_edge.export.quantisation.plan import LayerRecord
 

@@ -67,10 +67,11 @@ def describe(bundle: Bundle) -> dict[str, str]:
     if m.question:
         facts["question tower"] = f"up to {m.question.length} tokens, embedding {m.question.embedding_size}"
     kv_bytes = 2 * d.layers * d.kv_heads * d.head_size * np.dtype(d.kv_dtype).itemsize
-    cache = f"{human_bytes(kv_bytes)} a token, {human_bytes(kv_bytes * USUAL_CAPACITY)} at {USUAL_CAPACITY}"
+    usual = min(USUAL_CAPACITY, d.context)
+    cache = f"{human_bytes(kv_bytes)} a token, {human_bytes(kv_bytes * usual)} at {usual}"
     name, sha256 = m.checkpoint.get("name", "?"), str(m.checkpoint.get("sha256", "?"))
     return facts | {
-        "decoder": f"{d.layers} layers x {d.hidden_size}, {d.vocab} tokens, context {d.context}",
+        "decoder": f"{d.layers} layers x {d.hidden_size}, vocabulary {d.vocab}, context {d.context}",
         "KV cache": cache,
         "precision": ", ".join(f"{part} {kind}" for part, kind in m.precision.items()),
         "tokenizers": "yes" if m.tokenizer else "no (token ids only)",

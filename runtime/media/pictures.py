@@ -92,7 +92,7 @@ def folder_pictures(folder: Path) -> list[Picture]:
     """
     paths = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
     if not paths:
-        raise MediaError(f"the folder {folder} holds no images")
+        raise MediaError(f"the folder {folder} holds no images; for a folder of videos: --batch")
     paths.sort(key=_natural_order)
     return [Picture(partial(_load_file, path), FOLDER_SECONDS) for path in paths]
 

@@ -121,7 +121,8 @@ def open_reader(source: str | os.PathLike[str]) -> FrameReader:
     if path.is_dir():
         return PictureReader(folder_pictures(path), f"the folder {path}")
     if not path.exists():
-        raise MediaError(f"no such file: {source}")
+        hint = "; for a stream or a camera: --live" if "://" in str(source) else ""
+        raise MediaError(f"no such file: {source}{hint}")
     if not path.is_file():
         raise MediaError(f"{source} is not a regular file")
     if path.stat().st_size == 0:

@@ -81,10 +81,12 @@ class Answer:
 
         Returns:
             first_ask: With decoding and encoding the video; None if this wasn't its first question.
-            next_ask: Without them.
+            next_ask: Without them. Both are None for an answer that ended before its first token.
         """
         encoding = self.timings["video_decode"] + self.timings["vision"]
         first = self.timings["first_token"]
+        if not first:
+            return {"first_ask": None, "next_ask": None}
         return {"first_ask": first if encoding else None, "next_ask": first - encoding}
 
     def as_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ppllava_edge.calibration.choose import Choice
+from ppllava_edge.calibration.layer_choice import Choice
 from ppllava_edge.export.quantisation.plan import Scheme
 
 
