@@ -103,7 +103,7 @@ def draw_plot(report: dict[str, Any], path: Path) -> None:
     """Draw bars of p50 with whiskers to p99, one per stage.
 
     Args:
-        report: Of `measure`.
+        report: The report of `measure`.
         path: Where the PNG goes.
 
     Raises:

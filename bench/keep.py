@@ -70,7 +70,7 @@ def _ask_all(qa: VideoQA, path: Path, way: str, pairs: list[tuple[str, str]], ro
 @click.option("--model", metavar="BUNDLE", help="A bundle of nano's instead of the packed one.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def main(questions: int, seed: int, model: str | None, as_json: bool) -> None:
-    """Count exact answers to further questions, by what is kept between questions."""
+    """Count exact answers to further questions, for each `keep` option."""
     started = time.perf_counter()
     report: Any = evaluate(questions, seed, model)
     if as_json:

@@ -83,7 +83,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """Plot memory and lag over the frames pushed.
 
     Args:
-        report: Of `soak`.
+        report: The report of `soak`.
         path: Where the PNG goes.
 
     Raises:

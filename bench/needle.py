@@ -64,11 +64,11 @@ def needle_scene(rng: np.random.Generator, seconds: float, length: float) -> tup
 def write_needle(path: Path, scene: Scene, needle: int, rng: np.random.Generator, seconds: float) -> None:
     """Encode a scene to H.264.
 
-    Only two pictures are drawn, with and without the needle; every frame gets noise of its own.
+    Only two pictures are drawn, with and without the needle; every frame gets its own noise.
 
     Args:
         path: The video file to write.
-        scene, needle: Of needle_scene.
+        scene, needle: Results of needle_scene.
         rng: Source of the noise.
         seconds: Length of the clip.
     """

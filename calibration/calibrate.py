@@ -73,8 +73,8 @@ def quantize_with_data(
     An interrupted run leaves its state beside the output (".NAME.calibration"); the next call continues it.
 
     Args:
-        options: What to export and where to.
-        job: What to calibrate on.
+        options: Options of the export.
+        job: The calibration data and limits.
         progress: Receives every step.
         source: The float model; None: open options.checkpoint.
 

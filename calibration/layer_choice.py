@@ -25,7 +25,7 @@ MIN_DECODER_SQNR = 20.0  # decibels: a decoder layer below it keeps its activati
 
 @dataclass
 class Choice:
-    """What was decided for one layer. An interrupted run stores the fields by name.
+    """The decision for one layer. An interrupted run stores the fields by name.
 
     Attributes:
         weight: Name of the layer's weight.

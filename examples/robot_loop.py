@@ -1,4 +1,4 @@
-"""A control loop that must never block: it pushes camera frames and asks questions while it goes on steering.
+"""A control loop that must never block: it pushes camera frames and asks questions while steering.
 
     python examples/robot_loop.py
 
@@ -30,7 +30,7 @@ def print_answer(task: asyncio.Task) -> bool:
     try:
         print(f"answer: {task.result().text}")
         return True
-    except (MediaError, BusyError) as error:  # no frame encoded yet, or too many questions: go on
+    except (MediaError, BusyError) as error:  # no frame encoded yet, or too many questions: continue
         print(f"no answer: {error}")
         return False
 

@@ -57,7 +57,7 @@ def convert(
     nothing behind.
 
     Args:
-        options: What to export.
+        options: Options of the export.
         progress: Callbacks.
         source: The model, closed at the end; None: open options.checkpoint.
         plans: How each stage is quantised. None: weight-only where the precision asks for integers.

@@ -11,7 +11,7 @@ from ppllava_edge.export.quantisation.precision import Precision
 
 @dataclass
 class Options:
-    """What ppllava-export is asked to do.
+    """The options of one export.
 
     Attributes:
         checkpoint: A directory, or a hub id like "owner/name"; or a bundle in fp16 or fp32.

@@ -18,7 +18,7 @@ def predict(options: Options, frames: int | None = None) -> tuple[Shape, Shape |
     """Predict the shape of the bundle that convert() would write; nothing is loaded or written.
 
     Args:
-        options: What to export.
+        options: Options of the export.
         frames: Frames of the video; None: the model's default.
 
     Returns:

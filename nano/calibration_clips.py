@@ -1,4 +1,4 @@
-"""Calibration data for nano: clips of its own world."""
+"""Calibration data for nano: clips of nano's world."""
 
 from __future__ import annotations
 

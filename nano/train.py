@@ -211,7 +211,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--save", type=int, default=100, help="steps between saved states")
     add("--unguided", action="store_true", help="uniform window weights, for comparison")
     add("--init", help="start from the weights in another run's state.pt")
-    add("--resume", action="store_true", help="continue from state.pt in --out, if it is there")
+    add("--resume", action="store_true", help="continue from state.pt in --out, if it exists")
     return parser.parse_args()
 
 

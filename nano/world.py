@@ -171,7 +171,7 @@ def draw(
     """Draw a scene.
 
     Args:
-        scene: What to draw.
+        scene: The scene to draw.
         times: (frames), in steps.
         rng: Source of the noise.
         size: Side of a frame, pixels.
@@ -305,5 +305,5 @@ def describe(scene: Scene) -> str:
 
 
 def motion_words(motion: int) -> str:
-    """What an object does, like "moves left"."""
+    """The motion of an object in words, like "moves left"."""
     return {STILL: "stays still", BRIEF: "appears briefly"}.get(motion, f"moves {MOTION_NAMES[motion]}")

@@ -53,7 +53,7 @@ def measure(
         "peak_memory_bytes", and the parameters of the measurement.
 
     Raises:
-        PPLLaVAError: If the bundle can't be opened or doesn't take so many frames.
+        PPLLaVAError: If the bundle can't be opened or doesn't accept this number of frames.
     """
     pipeline = Pipeline.open(bundle, device, threads, engine)
     cold = cold_start(bundle, pipeline.device)

@@ -1,1 +1,1 @@
-"""What tests of several rooms share: commands, doubles, servers, host builds of kernels."""
+"""Helpers that tests of several rooms share: commands, doubles, servers, host builds of kernels."""

@@ -150,7 +150,7 @@ def full_decode(path: Path) -> list[np.ndarray]:
 
 
 def remux(path: Path, target: Path, change: Callable[[int, Any], bool]) -> Path:
-    """Copy a file's packets without encoding them anew.
+    """Copy a file's packets without re-encoding them.
 
     Args:
         path: The source.

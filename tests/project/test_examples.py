@@ -20,7 +20,7 @@ QUESTION = "What color is the circle?"
 
 
 def run(name: str, *arguments: object, home: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run an example. home: instead of the user's, for what it keeps on disk."""
+    """Run an example. home: replaces the user's home, for files that the example keeps."""
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(home), "XDG_CACHE_HOME": str(home)} if home else None
     command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)

@@ -82,7 +82,7 @@ def test_a_truncated_video_gives_the_frames_it_holds(
 
 
 def test_joined_transport_streams_give_the_first_one(tmp_path: Path) -> None:
-    """The second file brings a stream of its own, which PyAV can't handle."""
+    """The second file adds a second stream, which PyAV can't handle."""
     options = {"g": "24", "bf": "2"}
     other_stream = {"mpegts_start_pid": "0x200", "mpegts_pmt_start_pid": "0x1100"}
     first = encode_clip(tmp_path / "first.ts", "libx264", options)
