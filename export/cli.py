@@ -326,9 +326,7 @@ def _calibration_job(options: Options, settings: dict[str, Any]) -> Job | None:
     generates_clips = folder is None and not settings["weight_only"] and _is_nano(options)
     if settings["weight_only"] or (folder is None and not generates_clips):
         if questions:
-            raise PPLLaVAError(
-                "--questions are asked about calibration videos; name their folder with --calibrate"
-            )
+            raise PPLLaVAError("--questions needs calibration videos; name their folder with --calibrate")
         if settings["weight_only"]:
             return None
         click.echo(
