@@ -239,9 +239,7 @@ def test_a_killed_build_process_is_reported(tmp_path: Path, monkeypatch: pytest.
         returncode, stdout = -9, b""
 
     monkeypatch.setattr(tensorrt_process.subprocess, "run", lambda *_, **__: Killed)
-    message = (
-        r"building trunk ran out of memory \(it was killed\); it was expected to need \d+\.\d MB: try --piece"
-    )
+    message = r"building trunk ran out of memory \(it was killed\); it was expected to need \d+\.\d MB: try a"
     with pytest.raises(EngineError, match=message):
         build_tensorrt(bundle, "rtx", Options())
     Killed.returncode, Killed.stdout = 0, b"not json"
