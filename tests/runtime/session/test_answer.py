@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ppllava_edge.runtime.session.answer import attended_moments
+from ppllava_edge.runtime.session.answer import Answer, attended_moments
 
 
 def test_moments_are_the_frames_with_more_than_their_share() -> None:
@@ -14,3 +14,12 @@ def test_moments_are_the_frames_with_more_than_their_share() -> None:
     for nothing in (np.zeros((2, 1, 1)), np.full((2, 1, 1), np.nan)):
         assert attended_moments(nothing, [0, 1]) == []
     assert len(attended_moments(np.eye(20).sum(0).cumsum().reshape(20, 1, 1), list(range(20)))) == 5
+
+
+def test_an_answer_without_a_token_has_no_time_to_the_first() -> None:
+    """A timeout during prefill: no negative seconds."""
+    timings = {"video_decode": 0.1, "vision": 0.03, "first_token": 0.0, "generate": 0.2}
+    answer = Answer("What?", "", "nano", "timeout", [], [], 36, 9, 0, timings)
+    assert answer.time_to_first_token == {"first_ask": None, "next_ask": None}
+    timings["first_token"] = 0.25
+    assert answer.time_to_first_token == {"first_ask": 0.25, "next_ask": pytest.approx(0.12)}
