@@ -236,7 +236,7 @@ def test_the_embedded_kernel_is_launched_like_the_direct_one(
 
 def test_one_form_of_the_plugin_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aot, "registered", {"x": object()})
-    with pytest.raises(EngineError, match="another one"):
+    with pytest.raises(EngineError, match="in another process"):
         aot.register_aot(SimpleNamespace(__name__="x"), SimpleNamespace(), (8, 9))
 
 
