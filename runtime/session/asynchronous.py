@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -20,6 +19,8 @@ def _executor() -> ThreadPoolExecutor:
 
 async def finished(stream: AnswerStream) -> Answer:
     """Exhaust a stream in a thread and return its answer. Cancelling the task closes the stream."""
+    import asyncio  # on first use: it takes 10 ms to import, and most apps have none
+
     try:
         await asyncio.get_running_loop().run_in_executor(_executor(), stream.exhaust)
     except asyncio.CancelledError:
