@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers.commands import SAMPLE
+from helpers.gpu_engine import QUESTIONS, asking
 from ppllava_edge import BusyError, MediaError, PromptError, VideoQA
 from ppllava_edge.runtime.session.chat import Chat
 
@@ -112,3 +114,12 @@ def test_a_chat_keeps_one_cache_while_it_has_room(qa: VideoQA) -> None:
         filled = chat.prefix + len(chat.after)
         assert filled - 1 <= chat.sequence.length <= filled
     assert len(caches) == 1
+
+
+def test_prefix_over_a_cache_that_cannot_forget(opened: Callable[..., Any]) -> None:
+    """Lowered graphs on a GPU: the cache is dropped and the prompt read anew, no question token is lost."""
+    on_cpu = VideoQA(device="cpu").open(SAMPLE, keep="prefix")
+    want = [on_cpu.ask(question).text for question in QUESTIONS]
+    pipeline, *_ = opened("orin-jp6")
+    chat = asking(pipeline).open(SAMPLE, keep="prefix")
+    assert [chat.ask(question).text for question in QUESTIONS] == want
