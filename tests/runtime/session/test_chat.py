@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from helpers.commands import SAMPLE
-from helpers.gpu_engine import QUESTIONS, asking
+from helpers.gpu_engine import asking
 from ppllava_edge import BusyError, MediaError, PromptError, VideoQA
 from ppllava_edge.runtime.session.chat import Chat
 
@@ -116,10 +116,23 @@ def test_a_chat_keeps_one_cache_while_it_has_room(qa: VideoQA) -> None:
     assert len(caches) == 1
 
 
-def test_prefix_over_a_cache_that_cannot_forget(opened: Callable[..., Any]) -> None:
-    """Lowered graphs on a GPU: the cache is dropped and the prompt read anew, no question token is lost."""
-    on_cpu = VideoQA(device="cpu").open(SAMPLE, keep="prefix")
-    want = [on_cpu.ask(question).text for question in QUESTIONS]
+def test_prefix_over_a_cache_that_cannot_forget(
+    opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lowered graphs on a GPU: the cache is dropped and the prompt read anew, no question token is lost.
+
+    The second question is longer than the first one with its answer: it would be read from behind those.
+    """
+    longer = "Is there a red circle, and where is the blue square, and what color is the circle?"
     pipeline, *_ = opened("orin-jp6")
-    chat = asking(pipeline).open(SAMPLE, keep="prefix")
-    assert [chat.ask(question).text for question in QUESTIONS] == want
+    qa, prompts, make_prompt = asking(pipeline), list[tuple[int, list[int]]](), pipeline.prompt
+
+    def recorded(before: Any, visual: Any, after: Any) -> Any:
+        prompts.append((len(visual), list(after)))
+        return make_prompt(before, visual, after)
+
+    monkeypatch.setattr(pipeline, "prompt", recorded)
+    chat = qa.open(SAMPLE, keep="prefix")
+    answers = [chat.ask(question, max_new_tokens=8).text for question in ("Is there a red circle?", longer)]
+    assert prompts[1] == (36, qa.text.prompt_pieces(longer)[1])
+    assert answers[0] == "yes" and answers[1]
