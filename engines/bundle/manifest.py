@@ -128,6 +128,11 @@ class PoolingInfo:
         return self.method == "ppllava"
 
     @property
+    def min_frames(self) -> int:
+        """The fewest frames that a clip must have."""
+        return self.video.min_frames() if self.windowed else 1
+
+    @property
     def takes_images(self) -> bool:
         """Whether single images can be pooled as such; PLLaVA reads them as one-frame videos."""
         return self.method not in ("pllava", "pllava_npu")

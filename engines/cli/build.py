@@ -13,7 +13,6 @@ import click
 
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.engine_manifest import Engine, find_engine
-from ppllava_edge.engines.bundle.packed import find_bundle
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.engines.machine.estimate import parse_size
 from ppllava_edge.engines.targets.build import build
@@ -103,7 +102,7 @@ def main(bundle: str, target: str, force: bool, as_json: bool, **tensorrt_option
     except ImportError:
         fail("building needs the package onnx: pip install 'ppllava-edge[export]'")
     options = _tensorrt_options(**tensorrt_options)
-    opened = Bundle.open(find_bundle(bundle))
+    opened = Bundle.open(bundle)
     started = time.perf_counter()
     engine, _ = find_engine(opened, target)
     reports: list[dict[str, Any]] = []

@@ -114,7 +114,7 @@ def shape_of(
     """
     v, d, pooling = manifest.vision, manifest.decoder, manifest.pooling
     count = frames or v.default_frames
-    fewest = pooling.video.min_frames() if pooling.windowed else 1
+    fewest = pooling.min_frames
     return Shape(
         stages=tuple(_stage(name, g) for name, g in graphs.items()),
         embeddings=embeddings,

@@ -68,7 +68,7 @@ def limits(
 def usual_capacity(m: Manifest) -> int:
     """KV cache positions for the usual clip, a question and an answer, rounded up to whole steps."""
     v, p = m.vision, m.pooling
-    visual = p.tokens(max(v.default_frames, p.video.min_frames() if p.windowed else 1), v.grid)
+    visual = p.tokens(max(v.default_frames, p.min_frames), v.grid)
     steps = -(-(visual + SHORT_TEXT + ANSWER) // CAPACITY_STEP)
     return min(steps * CAPACITY_STEP, m.decoder.context)
 

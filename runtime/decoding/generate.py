@@ -40,7 +40,9 @@ def generate_ids(
         def ends(token: int, right: int, certain: int = certain) -> bool:
             return token in stops or len(ids) >= max_new_tokens or certain + right >= sequence.capacity
 
-        accepted, ended = yield from accept_draft(sequence.chosen(sampler, ids), draft, ids, ends)
+        accepted, ended = yield from accept_draft(
+            sequence.chosen(sampler, ids, 1 + len(draft)), draft, ids, ends
+        )
         if ended:
             return
         if lookup is not None:

@@ -93,7 +93,6 @@ class GpuSequence(Sequence):
         self._captured: Callable[[], None] | None = None
         self._steps = 0
         self._rows = 0  # positions of the last pass whose logits are available
-        self._verified = False  # whether the last pass verified drafts
         self._on_device: int | None = (
             None  # the next token, if the device chose it and will feed it to itself
         )
@@ -131,7 +130,6 @@ class GpuSequence(Sequence):
         rows = self.no_rows.reshape(LAST_POSITIONS, width).rows(0, count).reshape(1, count, width)
         is_text = self.is_text.reshape(LAST_POSITIONS).rows(0, count).reshape(1, count, 1)
         self._read(count, self.gpu.upload(np.array([tokens], np.int64)), is_text, rows)
-        self._verified = True
 
     def _step(self, token: int | None) -> None:
         """Run a decode step for one token; None: the one that the device chose."""
@@ -172,7 +170,7 @@ class GpuSequence(Sequence):
 
     def _passed(self, count: int) -> None:
         self.length += count
-        self._rows, self._verified, self._on_device = min(count, LAST_POSITIONS), False, None
+        self._rows, self._on_device = min(count, LAST_POSITIONS), None
 
     def _queue(
         self,
@@ -229,12 +227,12 @@ class GpuSequence(Sequence):
         row: np.ndarray = self.gpu.download(self._logits.rows(self._rows - 1, 1))[0]
         return row
 
-    def chosen(self, sampler: Sampler, ids: list[int]) -> Iterable[int]:
+    def chosen(self, sampler: Sampler, ids: list[int], count: int) -> Iterable[int]:
         """As Sequence says. A greedy step copies one token id to the host and nothing else."""
         if not sampler.greedy:
             return (sampler(self.last_logits(), ids) for _ in range(1))
-        if self._verified:
-            return [int(i) for i in self.gpu.download(self.best)[: self._rows, 0]]
+        if count > 1:
+            return [int(i) for i in self.gpu.download(self.best)[:count, 0]]
         self._on_device = int(self.gpu.download(self.next_token)[0, 0])
         return [self._on_device]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from ppllava_edge.engines.errors import EngineError
 from ppllava_edge.engines.libraries import import_onnxruntime
 from ppllava_edge.runtime.decoding.capacity import cache_full_error, check_forget, masked_value
 from ppllava_edge.runtime.decoding.sequence import Sequence
-from ppllava_edge.runtime.language.sampling import Sampler
 
 SMALL_PASS = 16  # positions; the buffers of such passes are kept
 
@@ -68,7 +67,6 @@ class InPlaceSequence(Sequence):
         self.stages, self.info, self.cache, self.embed = stages, info, cache, embed
         self._passes: dict[int, _BoundPass] = {}
         self._logits = np.zeros((0, info.vocab), np.float32)
-        self._choices = 1  # rows of the logits to choose from: a prompt's last one, all of a verified draft
 
     @property
     def length(self) -> int:  # type: ignore[override]
@@ -90,17 +88,11 @@ class InPlaceSequence(Sequence):
                 self._passes.clear()  # buffers of a long pass are large and not needed twice
             self._passes[count] = _BoundPass(self.stages, self.info, self.cache, count)
         self._logits = self._passes[count].run(prompt)
-        self._choices = 1
         self.cache.length += count
 
     def verify(self, tokens: list[int]) -> None:
         """As Sequence says."""
         self.feed(self.embed(tokens))
-        self._choices = len(tokens)
-
-    def chosen(self, sampler: Sampler, ids: list[int]) -> Iterable[int]:
-        """As Sequence says."""
-        return (sampler(row, ids) for row in self._logits[-self._choices :])
 
     def logits(self) -> np.ndarray:
         """As Sequence says."""

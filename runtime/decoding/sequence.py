@@ -44,14 +44,15 @@ class Sequence(ABC):
     def logits(self) -> np.ndarray:
         """Logits (n, V) float32 of the last pass: of its last position, or of its last min(count, 8)."""
 
-    def chosen(self, sampler: Sampler, ids: list[int]) -> Iterable[int]:
-        """The token that follows a prompt, or each position of a verified pass.
+    def chosen(self, sampler: Sampler, ids: list[int], count: int) -> Iterable[int]:
+        """The tokens that follow the last `count` positions of the last pass.
 
         Args:
             sampler: Chooses from logits (V,) and the ids so far.
             ids: The answer so far; it may grow while the result is consumed.
+            count: 1 after a prompt or a decode step; after a draft, the tokens of that pass.
         """
-        return (sampler(row, ids) for row in self.logits())
+        return (sampler(row, ids) for row in self.logits()[-count:])
 
     def forget(self, count: int) -> None:
         """Take the last `count` positions back: they will be written again.

@@ -119,8 +119,7 @@ class Live(LiveQuestions):
     @property
     def _min_frames(self) -> int:
         """The fewest frames that the model's pooling takes."""
-        pooling = self.qa.pipeline.manifest.pooling
-        return pooling.video.min_frames() if pooling.windowed else 1
+        return self.qa.pipeline.manifest.pooling.min_frames
 
     def _check(self, window: int, history: float | None, timeout: float) -> None:
         if not self._min_frames <= window <= MAX_WINDOW:
