@@ -1,4 +1,4 @@
-"""The picture in docs/architecture.md matches the code."""
+"""The picture in docs/development/architecture.md matches the code."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import pytest
 
 from helpers.commands import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_reference_is_made_from_todays_docstrings() -> None:

@@ -14,7 +14,7 @@ import pytest
 from helpers.commands import ROOT
 from ppllava_edge.engines.targets.select import TARGETS
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = ("api", "bench", "calibration", "docs", "engines", "examples", "export", "nano", "runtime", "tests")
 SOURCES = (".py", ".cu", ".cuh", ".cpp", ".md")  # a file name with one of these is a file of the repository
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
