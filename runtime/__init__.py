@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ppllava_edge.runtime.language.sampling import Sampling
     from ppllava_edge.runtime.live.view import Live
+    from ppllava_edge.runtime.media.limits import MediaLimits
     from ppllava_edge.runtime.pipeline.factory import Pipeline
     from ppllava_edge.runtime.session.answer import Answer, Moment
     from ppllava_edge.runtime.session.answer_stream import AnswerStream
@@ -24,6 +25,7 @@ _WHERE = {  # loaded on first use: importing this package loads no engine
     "AnswerStream": "session.answer_stream",
     "FeatureCache": "vision.feature_cache",
     "Live": "live.view",
+    "MediaLimits": "media.limits",
     "Moment": "session.answer",
     "Pipeline": "pipeline.factory",
     "Sampling": "language.sampling",
@@ -35,6 +37,7 @@ __all__ = [
     "AnswerStream",
     "FeatureCache",
     "Live",
+    "MediaLimits",
     "Moment",
     "Pipeline",
     "Sampling",

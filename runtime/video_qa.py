@@ -20,6 +20,7 @@ from ppllava_edge.runtime.encoding.cached_features import CachedFeatures
 from ppllava_edge.runtime.encoding.encode_source import encode_source, reader_of
 from ppllava_edge.runtime.encoding.frame_encoder import Progress
 from ppllava_edge.runtime.language.text_processor import TextProcessor
+from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits
 from ppllava_edge.runtime.pipeline.factory import Pipeline
 from ppllava_edge.runtime.session.context import Metrics, Session
 from ppllava_edge.runtime.session.video import KEEP, Video
@@ -45,6 +46,7 @@ class VideoQA(Session):
         queue: How many more may wait; the next raises BusyError.
         metrics: Called with ("open" | "answer" | "frame" | "live", figures) in the thread where the event
             happened, so it should return quickly. Figures are seconds unless stated otherwise.
+        limits: What opening and decoding a source may cost; None: MediaLimits().
 
     Raises:
         BundleError: If the bundle is damaged or isn't one; in one line.
@@ -62,11 +64,13 @@ class VideoQA(Session):
         parallel: int = 4,
         queue: int = 64,
         metrics: Metrics | None = None,
+        limits: MediaLimits | None = None,
     ):
         if parallel < 1 or queue < 0:
             raise EngineError(f"parallel must be 1 or more and queue 0 or more, not {parallel} and {queue}")
         pipeline = Pipeline.open(find_bundle(bundle), device, threads, engine)
         super().__init__(pipeline, TextProcessor(pipeline.bundle, template), parallel, queue, metrics)
+        self.limits = limits or DEFAULT_LIMITS
         if isinstance(cache, FeatureCache):
             self.cache: FeatureCache | None = cache
         else:
@@ -106,15 +110,16 @@ class VideoQA(Session):
         Raises:
             MediaError: If the source can't be decoded or doesn't suit the model; in one line.
         """
+        self.check_usable()
         options = FrameOptions(frames, start, end, tokens, select, candidates)
         if keep not in KEEP:
             raise MediaError(f"keep must be {', '.join(KEEP)}, not {keep!r}")
-        kept = CachedFeatures(self.cache, self.pipeline, source, options)
+        kept = CachedFeatures(self.cache, self.pipeline, source, options, self.limits)
         video = kept.load()
         cached = video is not None
         if video is None:
             started = time.perf_counter()
-            reader = reader_of(source, options)
+            reader = reader_of(source, options, self.limits)
             video = encode_source(self.pipeline, self.engine_lock, reader, options, progress)
             # The rest of the time was spent waiting for frames.
             video.video_decode = time.perf_counter() - started - video.vision
@@ -141,6 +146,7 @@ class VideoQA(Session):
 
         Questions can be asked at any moment. Arguments and errors: see Live.
         """
+        self.check_usable()
         from ppllava_edge.runtime.live.view import Live  # imported on first use: most apps have no live view
 
         return Live(
@@ -155,4 +161,5 @@ class VideoQA(Session):
             format=format,
             options=options,
             on_state=on_state,
+            limits=self.limits,
         )

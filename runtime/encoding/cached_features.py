@@ -12,6 +12,7 @@ import numpy as np
 from ppllava_edge.engines.bundle.windows import Windows
 from ppllava_edge.runtime.encoding.candidates import Candidates
 from ppllava_edge.runtime.encoding.encoded_video import EncodedVideo
+from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits
 from ppllava_edge.runtime.media.readers import open_reader
 from ppllava_edge.runtime.media.thumbnails import read_pictures
 from ppllava_edge.runtime.pipeline.base import BasePipeline
@@ -42,12 +43,18 @@ class CachedFeatures:
         pipeline: The model.
         source: A path; other sources aren't stored.
         options: How frames are chosen; another choice is another entry.
+        limits: What reading the source again for pictures may cost.
     """
 
     def __init__(
-        self, cache: FeatureCache | None, pipeline: BasePipeline, source: Any, options: FrameOptions
+        self,
+        cache: FeatureCache | None,
+        pipeline: BasePipeline,
+        source: Any,
+        options: FrameOptions,
+        limits: MediaLimits = DEFAULT_LIMITS,
     ):
-        self.pipeline, self.source = pipeline, source
+        self.pipeline, self.source, self.limits = pipeline, source, limits
         is_path = isinstance(source, (str, os.PathLike)) and (
             os.path.isfile(source) or os.path.isdir(source)
         )  # the reader reports sources that are missing or not files
@@ -75,7 +82,7 @@ class CachedFeatures:
             return None
         video.windows = Windows.from_json(found.facts["windows"]) if found.facts.get("windows") else None
         video.image_size = (video.image_size[0], video.image_size[1]) if video.image_size else None
-        video.read_again = lambda indices: read_pictures(open_reader(self.source), indices)
+        video.read_again = lambda indices: read_pictures(open_reader(self.source, self.limits), indices)
         log.info("features of %s came from the cache in %.3f s", self.source, time.perf_counter() - started)
         return video
 

@@ -12,13 +12,8 @@ from typing import Any
 import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
-from ppllava_edge.runtime.media.container import (
-    apply_rotation,
-    check_size,
-    read_packets,
-    reason,
-    video_stream,
-)
+from ppllava_edge.runtime.media.container import apply_rotation, read_packets, reason, video_stream
+from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits, check_size
 
 MAX_ERRORS = 200  # consecutive packets that can't be decoded before a stream counts as lost
 LIVE_OPTIONS = {"fflags": "nobuffer", "flags": "low_delay"}
@@ -40,6 +35,7 @@ class LiveSource:
         timeout: Seconds without data, or without a frame, after which a stream counts as lost.
         format: FFmpeg's input format, for devices and unusual streams.
         options: FFmpeg's input options.
+        limits: What the source may cost; decode_seconds and max_pixels don't hold, as streams have no end.
 
     Attributes:
         is_file: Whether it has an end and is not reconnected.
@@ -59,7 +55,9 @@ class LiveSource:
         timeout: float = 10.0,
         format: str | None = None,
         options: Mapping[str, str] | None = None,
+        limits: MediaLimits = DEFAULT_LIMITS,
     ):
+        self.limits = limits
         self.name = os.fspath(source)
         self.realtime, self.timeout = realtime, timeout
         self.is_file = "://" not in self.name and not self.name.startswith("/dev/") and format is None
@@ -97,7 +95,7 @@ class LiveSource:
         except (av.error.FFmpegError, ValueError, OSError) as error:
             raise MediaError(f"{self.name} can't be opened ({reason(error)})") from None
         with container:
-            stream = video_stream(container, self.name)
+            stream = video_stream(container, self.name, self.limits)
             # Frame threading delays frames by as many as there are threads.
             stream.thread_type = "AUTO" if self.is_file else "SLICE"
             try:
@@ -152,7 +150,7 @@ class LiveSource:
         self.seen += 1
         if self.size != (frame.width, frame.height):
             self.size = (frame.width, frame.height)
-            check_size(frame.width, frame.height, self.name)
+            check_size(frame.width, frame.height, self.name, self.limits)
 
     def _file_time(self, frame: Any) -> float:
         if frame.pts is None or not frame.time_base:

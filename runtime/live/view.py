@@ -31,6 +31,7 @@ from ppllava_edge.runtime.live.status import (
 )
 from ppllava_edge.runtime.live.window import LiveFrame, Window, evenly_spaced
 from ppllava_edge.runtime.media.arrays import rgb_frame
+from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits
 from ppllava_edge.runtime.session.context import Session
 from ppllava_edge.runtime.session.video import Video
 
@@ -56,6 +57,7 @@ class Live(LiveQuestions):
         format: FFmpeg's input format, for devices and unusual streams.
         options: FFmpeg's input options.
         on_state: Called with (state, why) at every change of state.
+        limits: What opening and decoding the source may cost.
 
     Attributes:
         qa, fps: As given.
@@ -80,6 +82,7 @@ class Live(LiveQuestions):
         format: str | None = None,
         options: Mapping[str, str] | None = None,
         on_state: OnState | None = None,
+        limits: MediaLimits = DEFAULT_LIMITS,
     ):
         super().__init__()
         self.qa = qa
@@ -99,7 +102,9 @@ class Live(LiveQuestions):
             def deliver(image: np.ndarray, t: float) -> None:
                 self._encoder.put(image, t, wait=not realtime)
 
-            live_source = LiveSource(source, self._pacer.is_due, deliver, realtime, timeout, format, options)
+            live_source = LiveSource(
+                source, self._pacer.is_due, deliver, realtime, timeout, format, options, limits
+            )
             self._reader = StreamReader(live_source, self._state.change, reconnect)
         self._encoder.start()
         if self._reader is not None:
@@ -146,6 +151,7 @@ class Live(LiveQuestions):
         Raises:
             MediaError: If the view is closed, or this isn't a frame.
         """
+        self.qa.check_usable()
         if self.closed:
             raise MediaError("the live view is closed; open another one")
         t = time.monotonic() - self._created if t is None else float(t)
@@ -213,6 +219,7 @@ class Live(LiveQuestions):
             MediaError: If no frame was encoded yet (the message gives the state), or `frames` exceeds the
                 model's maximum.
         """
+        self.qa.check_usable()
         if last is not None and last <= 0:
             raise MediaError(f"last must be above 0 seconds, not {last:g}")
         available = self.window.frames(last)

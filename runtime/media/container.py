@@ -10,16 +10,14 @@ from typing import Any
 import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
+from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits, check_size
 
-MIN_SIDE = 8  # pixels
-MAX_SIDE = 16384  # pixels
-MAX_AREA = 8192 * 8192  # pixels
 FALLBACK_FPS = 25.0  # for files with neither a frame rate nor timestamps
 COVER_ART = 0x400  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
 
 
 @contextlib.contextmanager
-def open_container(path: Path) -> Iterator[tuple[Any, Any]]:
+def open_container(path: Path, limits: MediaLimits = DEFAULT_LIMITS) -> Iterator[tuple[Any, Any]]:
     """Open a video file.
 
     PyAV's log level stays at its default. Any other level makes decoding threads take the GIL to log a
@@ -27,6 +25,7 @@ def open_container(path: Path) -> Iterator[tuple[Any, Any]]:
 
     Args:
         path: The file.
+        limits: What the file may cost.
 
     Yields:
         The PyAV container and its video stream, see `video_stream`.
@@ -41,15 +40,16 @@ def open_container(path: Path) -> Iterator[tuple[Any, Any]]:
     except (av.error.FFmpegError, ValueError) as error:
         raise MediaError(f"{path} is not a video that can be read ({reason(error)})") from None
     with container:
-        yield container, video_stream(container, str(path))
+        yield container, video_stream(container, str(path), limits)
 
 
-def video_stream(container: Any, what: str) -> Any:
+def video_stream(container: Any, what: str, limits: MediaLimits = DEFAULT_LIMITS) -> Any:
     """Return the container's first video stream, set up for multithreaded decoding.
 
     Args:
         container: An open PyAV container.
         what: The file or address, for error messages.
+        limits: What the file may cost.
 
     Raises:
         MediaError: If there is no video stream, its codec is unknown or its frames have an unusable size.
@@ -61,7 +61,7 @@ def video_stream(container: Any, what: str) -> Any:
     stream = streams[0]
     if stream.codec_context is None:
         raise MediaError(f"{what} uses a video codec that this FFmpeg doesn't know")
-    check_size(stream.codec_context.width, stream.codec_context.height, what, unknown_allowed=True)
+    check_size(stream.codec_context.width, stream.codec_context.height, what, limits, True)
     stream.thread_type = "AUTO"
     return stream
 
@@ -90,31 +90,6 @@ def apply_rotation(frame: Any) -> np.ndarray:
     image: np.ndarray = frame.to_ndarray(format="rgb24")
     quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4  # counter-clockwise
     return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
-
-
-def check_size(width: int, height: int, what: str, unknown_allowed: bool = False) -> None:
-    """Refuse frames that are too small to show anything or too large to allocate.
-
-    Args:
-        width: Pixels.
-        height: Pixels.
-        what: The file, for error messages.
-        unknown_allowed: Accept a size of 0, as in headers that leave the size to the frames.
-
-    Raises:
-        MediaError: If the size is out of bounds.
-    """
-    if unknown_allowed and not (width and height):
-        return
-    if min(width, height) < MIN_SIDE:
-        raise MediaError(
-            f"{what}: frames of {width}x{height} pixels are too small; the minimum is {MIN_SIDE}x{MIN_SIDE}"
-        )
-    if max(width, height) > MAX_SIDE or width * height > MAX_AREA:
-        raise MediaError(
-            f"{what}: frames of {width}x{height} pixels are too large; "
-            f"scale the video down below {MAX_AREA // 10**6} megapixels"
-        )
 
 
 def reason(error: Exception) -> str:

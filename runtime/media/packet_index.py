@@ -26,9 +26,9 @@ import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.media.container import FALLBACK_FPS, open_container, read_packets
+from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits
 
 CONTAINERS_WITH_TABLE = {"mov", "mp4"}  # their header lists every packet, with decoding times
-MAX_PACKETS = 50_000_000  # 230 hours at 60 frames per second; more means a damaged file
 MIN_FPS = 0.001  # header values outside these limits are wrong
 MAX_FPS = 100_000
 
@@ -93,23 +93,24 @@ class PacketIndex:
         return range(int(self.key_positions[group]), int(end))
 
 
-def index_packets(path: Path, table: bool = True) -> PacketIndex:
+def index_packets(path: Path, limits: MediaLimits = DEFAULT_LIMITS, table: bool = True) -> PacketIndex:
     """Index a file's first video stream.
 
     Args:
         path: The file.
+        limits: What the file may cost.
         table: Use the container's table, if it has a plausible one.
 
     Raises:
         MediaError: If the file can't be opened or holds no frame.
     """
-    with open_container(path) as (container, stream):
+    with open_container(path, limits) as (container, stream):
         if table and set(container.format.name.split(",")) & CONTAINERS_WITH_TABLE:
-            index = _index_from_table(container, stream, path)
+            index = _index_from_table(container, stream, path, limits)
             if index is not None:
                 return index
-    with open_container(path) as (container, stream):  # reopened: checking the table consumed packets
-        return _index_from_packets(container, stream, path)
+    with open_container(path, limits) as (container, stream):  # reopened: checking the table consumed packets
+        return _index_from_packets(container, stream, path, limits)
 
 
 # -- from the container's table --------------------------------------------------------------------------
@@ -125,12 +126,14 @@ class _KeyPackets:
     frames: int
 
 
-def _index_from_table(container: Any, stream: Any, path: Path) -> PacketIndex | None:
+def _index_from_table(container: Any, stream: Any, path: Path, limits: MediaLimits) -> PacketIndex | None:
     """Read the header's table. None if it can't be complete: fragmented files extend it as they are read."""
     entries = stream.index_entries
     packets = len(entries)
     fps = float(stream.average_rate or 0)
-    if not 0 < packets <= MAX_PACKETS or packets != int(stream.frames or 0) or not MIN_FPS < fps < MAX_FPS:
+    if packets > limits.max_packets:
+        raise _too_many_packets(path, limits)
+    if packets < 1 or packets != int(stream.frames or 0) or not MIN_FPS < fps < MAX_FPS:
         return None
     keys = _key_packets(entries, path.stat().st_size)
     if keys is None:
@@ -156,6 +159,13 @@ def _index_from_table(container: Any, stream: Any, path: Path) -> PacketIndex | 
         key_positions=np.array(keys.positions),
         group_starts=np.array(keys.group_starts),
         key_timestamps=np.array(keys.timestamps),
+    )
+
+
+def _too_many_packets(path: Path, limits: MediaLimits) -> MediaError:
+    return MediaError(
+        f"{path} has more than {limits.max_packets} compressed frames: it is damaged, or a part must be "
+        "cut out, or the limit max_packets raised"
     )
 
 
@@ -207,7 +217,7 @@ class _PacketList:
     broken: bool = False
 
 
-def _list_packets(container: Any, stream: Any, path: Path) -> _PacketList:
+def _list_packets(container: Any, stream: Any, path: Path, limits: MediaLimits) -> _PacketList:
     """Read the whole file without decoding anything."""
     import av
 
@@ -222,16 +232,16 @@ def _list_packets(container: Any, stream: Any, path: Path) -> _PacketList:
             read.pts.append(packet.pts if packet.pts is not None else 0)
             read.shown.append(not packet.is_discard)
             read.broken = read.broken or packet.is_corrupt
-            if len(read.pts) > MAX_PACKETS:
-                raise MediaError(f"{path} has more than {MAX_PACKETS} packets; it is damaged")
+            if len(read.pts) > limits.max_packets:
+                raise _too_many_packets(path, limits)
     except av.error.FFmpegError:
         read.broken = True
     return read
 
 
-def _index_from_packets(container: Any, stream: Any, path: Path) -> PacketIndex:
+def _index_from_packets(container: Any, stream: Any, path: Path, limits: MediaLimits) -> PacketIndex:
     """Build the index from one pass over the packets."""
-    read = _list_packets(container, stream, path)
+    read = _list_packets(container, stream, path, limits)
     pts = np.array(read.pts, np.int64)
     shown = np.array(read.shown, bool)
     keys = np.array(read.keys, np.int64)

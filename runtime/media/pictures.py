@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
-from ppllava_edge.runtime.media.container import check_size, reason
+from ppllava_edge.runtime.media.container import reason
+from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits, check_size
 
 # Pillow reads these by itself; for some others it starts another program. FFmpeg opens further formats.
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")
@@ -34,7 +35,7 @@ class Picture(NamedTuple):
     seconds: float
 
 
-def open_picture(path: Path) -> Any:
+def open_picture(path: Path, limits: MediaLimits = DEFAULT_LIMITS) -> Any:
     """Open an image file. Files are recognised by content, not by name.
 
     Returns:
@@ -52,7 +53,7 @@ def open_picture(path: Path) -> Any:
         return None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(f"{path} is a damaged image ({reason(error)})") from None
-    check_size(*picture.size, str(path))
+    check_size(*picture.size, str(path), limits)
     return picture
 
 
@@ -84,7 +85,7 @@ def _duration(picture: Any, number: int) -> float:
     return DEFAULT_SECONDS
 
 
-def folder_pictures(folder: Path) -> list[Picture]:
+def folder_pictures(folder: Path, limits: MediaLimits = DEFAULT_LIMITS) -> list[Picture]:
     """List a folder's images in natural order (frame2 before frame10), one second each.
 
     Raises:
@@ -94,7 +95,7 @@ def folder_pictures(folder: Path) -> list[Picture]:
     if not paths:
         raise MediaError(f"the folder {folder} holds no images; for a folder of videos: --batch")
     paths.sort(key=_natural_order)
-    return [Picture(partial(_load_file, path), FOLDER_SECONDS) for path in paths]
+    return [Picture(partial(_load_file, path, limits), FOLDER_SECONDS) for path in paths]
 
 
 def _natural_order(path: Path) -> list[int | str]:
@@ -102,9 +103,9 @@ def _natural_order(path: Path) -> list[int | str]:
     return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", path.name)]
 
 
-def _load_file(path: Path) -> np.ndarray:
+def _load_file(path: Path, limits: MediaLimits) -> np.ndarray:
     """Decode the first picture of an image file."""
-    picture = open_picture(path)
+    picture = open_picture(path, limits)
     if picture is None:
         raise MediaError(f"{path} is not an image that can be read")
     with picture:

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
-from ppllava_edge.runtime.media.container import apply_rotation, check_size, open_container, read_packets
+from ppllava_edge.runtime.media.container import apply_rotation, open_container, read_packets
+from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits, check_size
 from ppllava_edge.runtime.media.packet_cursor import CannotSeek
 from ppllava_edge.runtime.media.packet_index import index_packets
 from ppllava_edge.runtime.media.pictures import Picture, animation_pictures, folder_pictures, open_picture
@@ -111,15 +112,19 @@ class FrameReader(ABC):
         """
 
 
-def open_reader(source: str | os.PathLike[str]) -> FrameReader:
+def open_reader(source: str | os.PathLike[str], limits: MediaLimits = DEFAULT_LIMITS) -> FrameReader:
     """Open a video file, an image, an animation or a folder of images.
+
+    Args:
+        source: The path.
+        limits: What the source may cost.
 
     Raises:
         MediaError: If the source is unusable; in one line.
     """
     path = Path(source)
     if path.is_dir():
-        return PictureReader(folder_pictures(path), f"the folder {path}")
+        return PictureReader(folder_pictures(path, limits), f"the folder {path}")
     if not path.exists():
         hint = "; for a stream or a camera: --live" if "://" in str(source) else ""
         raise MediaError(f"no such file: {source}{hint}")
@@ -127,10 +132,10 @@ def open_reader(source: str | os.PathLike[str]) -> FrameReader:
         raise MediaError(f"{source} is not a regular file")
     if path.stat().st_size == 0:
         raise MediaError(f"{source} is empty (0 bytes)")
-    picture = open_picture(path)
+    picture = open_picture(path, limits)
     if picture is not None:
         return PictureReader(animation_pictures(picture), str(path))
-    return VideoReader(path)
+    return VideoReader(path, limits)
 
 
 class VideoReader(FrameReader):
@@ -138,16 +143,18 @@ class VideoReader(FrameReader):
 
     Args:
         path: The file.
+        limits: What the file may cost.
         seeking: Allow decoding from key frames, where it saves work. The frames are the same either way.
 
     Raises:
         MediaError: If the file can't be opened or holds no frame.
     """
 
-    def __init__(self, path: Path, seeking: bool = True):
+    def __init__(self, path: Path, limits: MediaLimits = DEFAULT_LIMITS, seeking: bool = True):
         self.path = path
+        self.limits = limits
         self.seeking = seeking
-        self.index = index_packets(path)
+        self.index = index_packets(path, limits)
         super().__init__(str(path), self.index.count, self.index.fps, self.index.duration)
         self._damaged = False
 
@@ -171,7 +178,7 @@ class VideoReader(FrameReader):
 
     def _seek(self, done: set[int]) -> Iterator[Frame]:
         """Yield the chosen frames by seeking, adding their numbers to `done`."""
-        for number, image, seconds, damaged in seek_frames(self.path, self.indices, self.index):
+        for number, image, seconds, damaged in seek_frames(self.path, self.indices, self.index, self.limits):
             self._damaged = self._damaged or damaged
             done.add(number)
             yield Frame(number, image, seconds)
@@ -181,7 +188,7 @@ class VideoReader(FrameReader):
         if not self.index.from_table:
             return False
         previous_count = self.index.count
-        self.index = index_packets(self.path, table=False)
+        self.index = index_packets(self.path, self.limits, table=False)
         self.count, self.fps, self.duration = self.index.count, self.index.fps, self.index.duration
         return previous_count != self.count
 
@@ -205,13 +212,13 @@ class VideoReader(FrameReader):
         last = max(wanted, default=-1)
         number = 0
         numbers = set[int]()
-        with open_container(self.path) as (container, stream):
+        with open_container(self.path, self.limits) as (container, stream):
             batches = self._decode_packets(read_packets(container, stream))
             while number <= last and (batch := next(batches, None)) is not None:
                 for frame in batch:
                     self._damaged = self._damaged or bool(frame.is_corrupt)
                     if number in wanted:
-                        check_size(frame.width, frame.height, self.what)
+                        check_size(frame.width, frame.height, self.what, self.limits)
                         numbers.add(number)
                         yield Frame(number, apply_rotation(frame), self._seconds(frame, number))
                     number += 1

@@ -28,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from ppllava_edge.runtime.media.container import apply_rotation, check_size, open_container
+from ppllava_edge.runtime.media.container import apply_rotation, open_container
+from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits, check_size
 from ppllava_edge.runtime.media.packet_cursor import CannotSeek, PacketCursor
 from ppllava_edge.runtime.media.packet_index import PacketIndex
 
@@ -43,13 +44,16 @@ MAX_ERRORS = 50  # packets that may fail on the way to a group's frames
 SoughtFrame = tuple[int, np.ndarray, float, bool]  # number, RGB uint8 (H, W, 3), seconds, damaged
 
 
-def seek_frames(path: Path, wanted: Sequence[int], index: PacketIndex) -> Iterator[SoughtFrame]:
+def seek_frames(
+    path: Path, wanted: Sequence[int], index: PacketIndex, limits: MediaLimits = DEFAULT_LIMITS
+) -> Iterator[SoughtFrame]:
     """Decode frames by seeking to the key frames before them.
 
     Args:
         path: The file.
         wanted: Frame numbers.
         index: The file's packet index; it must be seekable.
+        limits: What the file may cost.
 
     Yields:
         Every wanted frame once, ascending: its number, RGB uint8 (H, W, 3), seconds, whether it is damaged.
@@ -57,8 +61,8 @@ def seek_frames(path: Path, wanted: Sequence[int], index: PacketIndex) -> Iterat
     Raises:
         CannotSeek: If the file contradicts the index. The frames yielded before are right.
     """
-    with open_container(path) as (container, stream):
-        decoder = _GroupDecoder(container, stream, index, path)
+    with open_container(path, limits) as (container, stream):
+        decoder = _GroupDecoder(container, stream, index, path, limits)
         for group, frames in groupby(sorted(set(wanted)), index.group_of):
             yield from decoder.read(group, list(frames))
 
@@ -89,7 +93,8 @@ class _GroupDecoder:
         entry_pts: Presentation time of the key frame where decoding began, until that frame comes out.
     """
 
-    def __init__(self, container: Any, stream: Any, index: PacketIndex, path: Path):
+    def __init__(self, container: Any, stream: Any, index: PacketIndex, path: Path, limits: MediaLimits):
+        self.limits = limits
         self.index = index
         self.path = path
         self.cursor = PacketCursor(container, stream, index)
@@ -184,7 +189,7 @@ class _GroupDecoder:
             for frame in frames:
                 self._check_entry(frame, frame.pts in wanted)
                 if frame.pts in wanted:
-                    check_size(frame.width, frame.height, str(self.path))
+                    check_size(frame.width, frame.height, str(self.path), self.limits)
                     wanted.discard(frame.pts)
                     yield frame.pts, apply_rotation(frame), bool(frame.is_corrupt)
             if packet is None or errors > MAX_ERRORS:
