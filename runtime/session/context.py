@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
+from ppllava_edge.engines.errors import EngineError
 from ppllava_edge.runtime.language.text_processor import TextProcessor
 from ppllava_edge.runtime.pipeline.base import BasePipeline
 from ppllava_edge.runtime.session.admission import FairSemaphore
@@ -42,6 +44,28 @@ class Session:
         self.admission = FairSemaphore(parallel, queue, "questions", own_first=True)
         self.engine_lock = FairSemaphore()
         self._metrics = metrics
+        self._process = os.getpid()
+        self._closed = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether the model was closed: answers under way end, further use raises EngineError."""
+        return self._closed
+
+    def check_usable(self) -> None:
+        """Check that the model can be used. Every method that needs the engine calls this first.
+
+        Raises:
+            EngineError: If the model was closed, or loaded before this process was forked: a forked child
+                has the engine's memory, but not its threads, so it would wait for them for ever.
+        """
+        if self._closed:
+            raise EngineError("the VideoQA is closed; create another one")
+        if os.getpid() != self._process:
+            raise EngineError(
+                "the VideoQA was loaded before this process was forked, and an engine's threads don't survive "
+                "a fork: create the VideoQA in the child, or start children with spawn"
+            )
 
     @property
     def name(self) -> str:
