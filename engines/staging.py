@@ -84,6 +84,19 @@ def sweep(parent: Path) -> list[str]:
     return removed
 
 
+def sync_folder(folder: Path) -> None:
+    """Sync a folder to disk, so that its new, renamed and removed names survive a power cut.
+
+    File systems and systems that can't sync folders are left as they are.
+    """
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _create_locked(target: Path) -> tuple[Path, int | None]:
     """A new staging folder and its open, locked descriptor; None where folders can't be locked."""
     prefix = f".{target.name[:MAX_NAME]}.{_host_mark()}-"

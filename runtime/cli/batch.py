@@ -23,7 +23,7 @@ def answer_folder(
     opening: dict[str, Any],
     asking: dict[str, Any],
 ) -> None:
-    """Answer a file of questions about a folder of videos; exit with status 1 if any of them failed.
+    """Answer a file of questions about a folder of videos; exit with status 1 if any failed, now or before.
 
     Args:
         qa: The model.
@@ -34,12 +34,16 @@ def answer_folder(
     """
     output = options["output"]
     with progress_steps("answering") as progress:
-        result = run_batch(qa, folder, read_questions(questions), output, opening, asking, progress)
+        result = run_batch(
+            qa, folder, read_questions(questions), output, opening, asking, progress, options["retry"]
+        )
     if options["as_json"]:
         print(json.dumps(vars(result) | {"output": output}))
     else:
         failed = f", {result.failed} failed (their lines say why)" if result.failed else ""
         skipped = f", {result.skipped} already in the output" if result.skipped else ""
+        if result.failed_before:
+            skipped += f" ({result.failed_before} of them failed; --retry asks them again)"
         click.echo(f"{output}: {result.answered} answered{failed}{skipped}", err=True)
-    if result.failed:
+    if result.failed or result.failed_before:
         sys.exit(1)

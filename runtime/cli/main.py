@@ -219,6 +219,12 @@ class FrameCount(click.ParamType):
     metavar="JSONL",
     help="File to append answers to; pairs already in it are skipped.",
 )
+@option(
+    "--retry",
+    group="Batch (with --batch)",
+    is_flag=True,
+    help="Ask again where the output has an error. A pair's last line counts.",
+)
 @option("--json", "as_json", group="Output", is_flag=True, help="Print each answer as a line of JSON.")
 @option(
     "--save-attention",

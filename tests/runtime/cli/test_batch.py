@@ -15,6 +15,7 @@ import pytest
 
 from helpers.commands import SAMPLE, assert_one_line_error, run_command
 from ppllava_edge import MediaError, PPLLaVAError, VideoQA
+from ppllava_edge.engines.errors import PromptError
 from ppllava_edge.runtime import batch
 from ppllava_edge.runtime.batch import read_questions, run_batch, videos_below
 
@@ -58,10 +59,11 @@ def test_a_folder(folder: Path, questions: Path, tmp_path: Path) -> None:
     assert lines["c.mp4", QUESTIONS[1]]["text"] == "three"
     assert "not a video that can be read" in lines["b.mp4", QUESTIONS[0]]["error"]
     again = run_command("ppllava-run", "--batch", folder, questions, "-o", output, "--json")
-    assert again.returncode == 0 and json.loads(again.stdout) == {
+    assert again.returncode == 1 and json.loads(again.stdout) == {
         "answered": 0,
         "failed": 0,
         "skipped": 8,
+        "failed_before": 2,
         "output": str(output),
     }
     assert pairs(output) == ALL
@@ -120,7 +122,7 @@ def test_a_full_disk_leaves_whole_lines(
     def full(descriptor: int) -> None:
         nonlocal count
         count += 1
-        if count == 3:
+        if count == 4:  # the first syncs the new name of the file
             raise OSError(28, "No space left on device")
         sync(descriptor)
 
@@ -161,3 +163,143 @@ def test_bad_folders_options_and_outputs(folder: Path, questions: Path, tmp_path
 def _empty(tmp_path: Path) -> Path:
     (tmp_path / "empty").mkdir()
     return tmp_path / "empty"
+
+
+OURS = b'{"video": "a.mp4", "question": "What?", "text": "red"}'
+FOREIGN = [
+    b'{"name": "settings", "values": [1, 2, 3]}',
+    b"a note without a final newline",
+    b'{"video": "a.mp4", "label": 3}',
+    b'{"video": "a.mp4", "question": "What?", "answer": "red"}',
+    b'{"video": 3',
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("foreign", FOREIGN, ids=lambda data: data[:40].decode())
+@pytest.mark.parametrize("before", [b"", OURS + b"\n"], ids=["alone", "behind an answer"])
+def test_a_foreign_output_is_never_changed(
+    folder: Path, tmp_path: Path, before: bytes, foreign: bytes
+) -> None:
+    output = tmp_path / "file"
+    for end in (b"", b"\n"):
+        output.write_bytes(before + foreign + end)
+        with pytest.raises(PPLLaVAError, match=r"line \d is not a batch answer"), batch._open_output(output):
+            pass
+        assert output.read_bytes() == before + foreign + end
+
+
+@pytest.mark.parametrize("before", [b"", OURS + b"\n"], ids=["alone", "behind an answer"])
+def test_every_beginning_of_an_answer_is_removed(tmp_path: Path, before: bytes) -> None:
+    line = batch.json.dumps(
+        {"video": 'a "q" \\ é.mp4', "question": 'Why "so"?', "error": "é"}, ensure_ascii=False
+    )
+    output = tmp_path / "answers.jsonl"
+    for cut in range(len(line.encode())):
+        output.write_bytes(before + line.encode()[:cut])
+        with batch._open_output(output) as (_, written):
+            assert len(written) == bool(before)
+        assert output.read_bytes() == before
+
+
+def test_zeros_of_a_power_cut_are_removed_behind_answers_only(tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    for cut in (0, 20):
+        output.write_bytes(OURS + b"\n" + OURS[:cut] + b"\0" * 50)
+        with batch._open_output(output):
+            pass
+        assert output.read_bytes() == OURS + b"\n"
+    output.write_bytes(b"\0" * 50)
+    with pytest.raises(PPLLaVAError, match="line 1 is not"), batch._open_output(output):
+        pass
+    assert output.read_bytes() == b"\0" * 50
+
+
+def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "MAX_LINE_BYTES", 64)
+    output = tmp_path / "answers.jsonl"
+    output.write_bytes(OURS[:-2] + b"x" * 100 + b'"}\n' + OURS + b"\n")
+    with pytest.raises(PPLLaVAError, match="line 1 is not"), batch._open_output(output):
+        pass
+    assert output.read_bytes().endswith(OURS + b"\n")
+
+
+def test_only_regular_files_are_outputs(folder: Path, tmp_path: Path) -> None:
+    """A link to a file is followed; a FIFO would block, a device may act, a folder is none."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "answers.jsonl")
+    for name in ("pipe", "folder", "/dev/null", "/dev/zero"):
+        with pytest.raises(PPLLaVAError, match="not a regular file"), batch._open_output(tmp_path / name):
+            pass
+    with pytest.raises(PPLLaVAError, match="can't write"), batch._open_output(tmp_path / "no" / "folder"):
+        pass
+    with batch._open_output(tmp_path / "link"):
+        pass
+    assert (tmp_path / "folder" / "answers.jsonl").is_file()
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    """It is shown with escapes, kept in hex, and found again; a file of the same escaped name is another."""
+    root, output = tmp_path / "videos", tmp_path / "answers.jsonl"
+    root.mkdir()
+    names = [os.fsdecode(b"a\xff.mp4"), "a\\xff.mp4", os.fsdecode(b"b\xfe.mp4")]
+    for name in names[:2]:
+        shutil.copy(SAMPLE, root / name)
+    (root / names[2]).write_bytes(b"not a video")
+    qa = VideoQA(device="cpu")
+    result = run_batch(
+        qa, root, QUESTIONS[:1], output, progress=lambda name, done, total: name.encode() and None
+    )
+    assert (result.answered, result.failed) == (2, 1)
+    lines = [json.loads(line) for line in output.read_bytes().decode().splitlines()]
+    assert [line["video"] for line in lines] == ["a\\xff.mp4", "a\\xff.mp4", "b\\xfe.mp4"]
+    assert sorted(line.get("video_bytes", "") for line in lines) == [
+        "",
+        b"a\xff.mp4".hex(),
+        b"b\xfe.mp4".hex(),
+    ]
+    assert run_batch(qa, root, QUESTIONS[:1], output).skipped == 3
+
+
+def test_questions_of_the_api_are_cleaned(folder: Path, tmp_path: Path) -> None:
+    """An answer's line has the question as it was asked, so a resumed run must look for that."""
+    qa, output = VideoQA(device="cpu"), tmp_path / "answers.jsonl"
+    assert run_batch(qa, folder, [f" {QUESTIONS[0]}\n", QUESTIONS[0]], output).answered == 3
+    assert run_batch(qa, folder, f" {QUESTIONS[0]}\n", output).skipped == 4
+    with pytest.raises(PromptError):
+        run_batch(qa, folder, ["  "], output)
+
+
+def test_old_errors_are_counted_and_asked_again(folder: Path, questions: Path, tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    command = ("ppllava-run", "--batch", folder, questions, "-o", output)
+    assert run_command(*command).returncode == 1
+    again = run_command(*command)
+    assert again.returncode == 1 and "2 of them failed; --retry asks them again" in again.stderr
+    shutil.copy(SAMPLE, folder / "b.mp4")
+    retried = run_command(*command, "--retry", "--json")
+    want = {"answered": 2, "failed": 0, "skipped": 6, "failed_before": 0, "output": str(output)}
+    assert retried.returncode == 0 and json.loads(retried.stdout) == want
+    assert pairs(output) == [*ALL, *ALL[2:4]] and run_command(*command).returncode == 0
+
+
+def test_a_mistyped_file_of_questions(tmp_path: Path) -> None:
+    for name in ("question.txt", "my questions.jsonl", f"{tmp_path}/questions", "lists/objects"):
+        with pytest.raises(MediaError, match="no such file of questions"):
+            read_questions(name)
+    with pytest.raises(MediaError, match="can't be read: Is a directory"):
+        read_questions(str(tmp_path))
+    for question in ("Is it on the left/right?", "left / right", "Which number, 1/2 or 3/4?"):
+        assert read_questions(question) == [question]
+    run = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -c '{PIPED}' <(printf 'One?\nTwo?\n')"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout == "['One?', 'Two?']\n", run.stderr
+
+
+PIPED = (
+    "import sys; from ppllava_edge.runtime.batch import read_questions; print(read_questions(sys.argv[1]))"
+)
