@@ -8,6 +8,7 @@ import numpy as np
 
 from ppllava_edge.engines.backends.cuda_driver import CudaDevice
 from ppllava_edge.engines.backends.device_memory import Buffer, Values
+from ppllava_edge.engines.backends.forking import keep_in_children
 from ppllava_edge.engines.backends.onnxruntime_stage import NUMPY_TYPE, first_line
 from ppllava_edge.engines.errors import EngineError
 from ppllava_edge.engines.libraries import import_onnxruntime
@@ -50,6 +51,7 @@ class OrtDeviceStage:
                 "ONNX Runtime could not start its CUDA provider (driver, CUDA or cuDNN missing); "
                 "ppllava-doctor says what is missing; or use --device cpu"
             )
+        keep_in_children(self)
         self.path = path
         self.device = device
         self.dtypes = {i.name: np.dtype(NUMPY_TYPE[i.type]) for i in self.session.get_inputs()}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ppllava_edge.engines.backends.forking import keep_in_children
 from ppllava_edge.engines.errors import EngineError
 from ppllava_edge.engines.libraries import import_onnxruntime
 from ppllava_edge.engines.machine.gpu_facts import load_driver
@@ -106,6 +107,7 @@ class Stage:
                 "ONNX Runtime could not start its CUDA provider (driver, CUDA or cuDNN missing); "
                 "use --device cpu"
             )
+        keep_in_children(self)
         release_mapped_weights(path)
         self.path = path
         self.device = device

@@ -9,6 +9,7 @@ import numpy as np
 
 from ppllava_edge.engines.backends.cuda_driver import CudaDevice
 from ppllava_edge.engines.backends.device_memory import Buffer, Values
+from ppllava_edge.engines.backends.forking import keep_in_children
 from ppllava_edge.engines.errors import EngineError
 from ppllava_edge.engines.libraries import import_library
 
@@ -49,6 +50,7 @@ class TensorRTStage:
                 f"{library} can't open {path}: it was built by another version or for another GPU; "
                 f"rebuild it: ppllava-build {bundle} --target {target} --force"
             )
+        keep_in_children(self)
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         is_input = {name: self.engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT for name in names}
         dtypes = {name: np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(name))) for name in names}

@@ -120,6 +120,7 @@ class Video:
         timeout: float | None = None,
     ) -> AnswerStream:
         """`ask`, as an iterator of text pieces; `answer` is set once it is exhausted or closed."""
+        self.qa.check_usable()
         question = clean_question(question)
         options = GenerationOptions(max_new_tokens, sampling or Sampling(), tuple(stop), look_ahead, timeout)
         return AnswerStream(self.qa, self, question, options)
@@ -141,6 +142,7 @@ class Video:
         Raises:
             EngineError: If the model pools without the question.
         """
+        self.qa.check_usable()
         pipeline, pooling = self.qa.pipeline, self.qa.pipeline.manifest.pooling
         if not pooling.guided:
             raise EngineError(
