@@ -193,7 +193,7 @@ class StreamedModel(CpuPipeline):
     def answer_ids(self, answer: str) -> list[int]:
         """Token ids of a known answer; none for an unknown one."""
         assert self.text is not None
-        return self.text.tokenizer.encode(answer, add_special_tokens=False).ids if answer else []
+        return self.text.tokenizer.encode(answer) if answer else []
 
     def put_prompt(self, sample: int, embeds: np.ndarray) -> None:
         """Store a prompt (S, D) as the decoder's inputs."""

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.prompt_template import IMAGE, TEMPLATES, PromptTemplate
 from ppllava_edge.engines.errors import BundleError, PromptError
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from ppllava_edge.runtime.language.tokenizer import BundleTokenizer, check_text
 
 
 class TextProcessor:
     """Builds prompts for the decoder and ids for the question tower.
+
+    Control tokens are recognised in the prompt template only; in a question they are ordinary text.
 
     Args:
         bundle: The bundle; its tokenizers load on first use.
@@ -42,16 +41,14 @@ class TextProcessor:
             )
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> BundleTokenizer:
         """The decoder's tokenizer."""
-        tokenizer: Tokenizer = _load(self.bundle, "tokenizer.json")
-        return tokenizer
+        return BundleTokenizer(self.bundle.file("tokenizer.json"))
 
     @cached_property
-    def question_tokenizer(self) -> Tokenizer:
+    def question_tokenizer(self) -> BundleTokenizer:
         """The question tower's tokenizer."""
-        tokenizer: Tokenizer = _load(self.bundle, "question_tokenizer.json")
-        return tokenizer
+        return BundleTokenizer(self.bundle.file("question_tokenizer.json"))
 
     def question_ids(self, question: str) -> tuple[np.ndarray, bool]:
         """Tokenize a question for the question tower, as upstream does.
@@ -61,7 +58,7 @@ class TextProcessor:
         """
         info = self.manifest.question
         assert info is not None
-        ids = self.question_tokenizer.encode(question).ids
+        ids = self.question_tokenizer.encode(question, add_special_tokens=True)
         truncated = len(ids) > info.length
         if truncated:
             ids = [*ids[: info.length - 1], ids[-1]]  # keep the end token
@@ -79,7 +76,7 @@ class TextProcessor:
             BundleError: If the tokenizer doesn't give exactly one image token.
         """
         pieces: list[list[int]] = [[]]
-        for i in self.tokenizer.encode(self.template.question_prompt(question)).ids:
+        for i in self.tokenizer.encode_prompt(self.template.question_prompt, question):
             if i == self.manifest.image_token:
                 pieces.append([])
             else:
@@ -100,8 +97,7 @@ class TextProcessor:
         Raises:
             BundleError: If the tokenizer gives an image token.
         """
-        text = self.template.follow_up(question)
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self.tokenizer.encode_prompt(self.template.follow_up, question, add_special_tokens=False)
         if self.manifest.image_token in ids:
             raise BundleError(
                 f"the tokenizer of {self.bundle.path} gives an image token "
@@ -114,20 +110,10 @@ def clean_question(question: str) -> str:
     """Remove image tags and outer white space from a question.
 
     Raises:
-        PromptError: If nothing is left.
+        PromptError: If it isn't a string, is too long, contains surrogates, or nothing is left.
     """
+    check_text(question)
     question = question.replace(IMAGE, " ").strip()
     if not question:
         raise PromptError("the question is empty")
     return question
-
-
-def _load(bundle: Bundle, name: str) -> Any:
-    """Load a tokenizer file of a bundle."""
-    from tokenizers import Tokenizer
-
-    path = bundle.file(name)
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise BundleError(f"{path} can't be read as a tokenizer: {error}") from None

@@ -98,13 +98,11 @@ class AnswerStream:
     def _generate(self, prepared: PreparedQuestion, timings: dict[str, float]) -> Generator[str, None, None]:
         """Prefill and decode, one token at a time under the engine lock, so that answers take turns."""
         session, options = self._session, self._options
-        stop_ids, tokenizer = session.pipeline.manifest.stop_ids, session.text.tokenizer
+        stop_ids = session.pipeline.manifest.stop_ids
         lookup = PromptLookup(prepared.text_ids) if options.look_ahead else None
         partial = _PartialAnswer(timings, time.perf_counter())
         new_ids = prepared.generate(lookup)
-        detokenizer = Detokenizer(
-            lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True), options.stop
-        )
+        detokenizer = Detokenizer(session.text.tokenizer.decode, options.stop)
         in_turns = iterate_under_lock(new_ids, session.engine_lock, lambda: bool(self._ended_early()))
         try:
             for token, piece in stream_text(in_turns, detokenizer, stop_ids):
