@@ -14,6 +14,7 @@ from ppllava_edge.engines.bundle.integrity import damaged_file
 from ppllava_edge.engines.bundle.manifest import MANIFEST, Manifest
 from ppllava_edge.engines.bundle.manifest_parser import read_manifest
 from ppllava_edge.engines.bundle.packed import find_bundle
+from ppllava_edge.engines.bundle.untrusted import file_size
 from ppllava_edge.engines.errors import BundleError
 
 
@@ -68,14 +69,10 @@ class Bundle:
     def _check_sizes(self) -> None:
         for name, entry in self.manifest.files.items():
             path = self.path / name
-            if path.is_symlink() and self.path.resolve() not in path.resolve().parents:
-                raise BundleError(f"{path} is a link that leaves the bundle; copy the file into it")
             try:
-                size = path.stat().st_size if path.is_file() else None
-            except OSError as error:
-                raise BundleError(f"{path} can't be read: {error.strerror}") from None
-            if size is None:
-                raise BundleError(f"{self.path} is incomplete: {name} is missing; export it again")
+                size = file_size(self.path, path)
+            except FileNotFoundError:
+                raise BundleError(f"{self.path} is incomplete: {name} is missing; export it again") from None
             if size != entry.bytes:
                 raise BundleError(
                     f"{path} has {size} bytes, the manifest says {entry.bytes}; "

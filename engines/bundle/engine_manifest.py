@@ -4,29 +4,56 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict
+
+from msgspec import Meta
 
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.integrity import damaged_file, hash_file
-from ppllava_edge.engines.bundle.manifest import FileEntry, Manifest
-from ppllava_edge.engines.bundle.manifest_parser import MALFORMED, file_entry, file_name
+from ppllava_edge.engines.bundle.manifest import FileEntry, KVDtype, Label, Manifest, one_of
+from ppllava_edge.engines.bundle.manifest_parser import LARGEST_MANIFEST, file_name_problem
+from ppllava_edge.engines.bundle.untrusted import decode_json, file_size, read_limited
+from ppllava_edge.engines.bundle.windows import Extent
 from ppllava_edge.engines.errors import BundleError
 from ppllava_edge.engines.libraries import installed_version
 
 ENGINE = "engine.json"
 FORMAT = "ppllava-edge engine"
-LIBRARIES = ("onnxruntime", "tensorrt", "tensorrt_rtx")
-CACHES = ("in place", "concatenated")
-KV_DTYPES = ("float32", "float16", "int8")
-LARGEST_MANIFEST = 1 << 20  # bytes
+Library = Annotated[str, one_of("onnxruntime", "tensorrt", "tensorrt_rtx")]
+Cache = Annotated[str, one_of("in place", "concatenated")]
+Three = Annotated[list[Extent], Meta(min_length=3, max_length=3)]
 
 # Builders and the runtime agree on these. They are here because the runtime imports no builder.
 CAPACITY_STEP = 256  # KV caches are rounded up to this: the cost of attention grows with the capacity
 LAST_POSITIONS = 8  # positions whose logits one pass returns; speculation verifies that many at once
 PLUGIN_STAGE = "pooling-plugin"  # pooling by the TensorRT plugin, whose windows are fixed
+
+
+class Details(TypedDict, total=False):
+    """What a TensorRT engine was built for; empty for ONNX Runtime.
+
+    Attributes:
+        capacity: Positions of the KV cache.
+        frames: Fewest, usual and most frames of a clip.
+        plugin: How pooling is built.
+        decoder_profiles: Optimisation profiles of the decoder.
+        capabilities: Compute capabilities of GPUs that it runs on.
+        device: Name of the GPU that it was built on.
+        kernel, stride: Windows of the plugin, (frames, rows, columns).
+    """
+
+    capacity: Annotated[int, Meta(ge=1, le=1 << 22)]
+    frames: Annotated[list[int], Meta(max_length=3)]
+    plugin: Annotated[str, one_of("none", "python", "aot")]
+    decoder_profiles: Literal[1, 2]
+    capabilities: Annotated[list[Label], Meta(max_length=64)]
+    device: Label
+    kernel: Three
+    stride: Three
 
 
 @dataclass(frozen=True)
@@ -41,9 +68,9 @@ class Engine:
         kv_dtype: The dtype of its decoder's KV cache.
         stages: Stage → its files, in order; a large decoder is cut into several.
         files: Sizes and hashes by file name.
-        library: The library that opens it, one of LIBRARIES.
+        library: The library that opens it.
         cache: "in place", or "concatenated" where the present cache is a new, longer tensor.
-        details: Compute capabilities, capacity, windows, …
+        details: What it was built for: the keys of Details.
     """
 
     folder: Path
@@ -77,6 +104,28 @@ class Engine:
         }
 
 
+@dataclass(frozen=True)
+class _Description:
+    """The contents of engine.json, with the limits of each value; attributes as in Engine."""
+
+    target: Label
+    bundle: Label
+    made_by: dict[Library, Label]
+    kv_dtype: KVDtype
+    stages: Annotated[dict[Label, tuple[Label, ...]], Meta(max_length=256)]
+    files: Annotated[dict[str, FileEntry], Meta(max_length=4096)]
+    library: Library = "onnxruntime"
+    cache: Cache = "in place"
+    details: Details = field(default_factory=lambda: Details())
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The part of engine.json that tells what it is."""
+
+    format: Any = None
+
+
 def fingerprint(manifest: Manifest) -> str:
     """A digest that identifies a bundle's graphs and weights."""
     graphs = [
@@ -98,14 +147,14 @@ def find_engine(bundle: Bundle, target: str, verify: bool = False) -> tuple[Engi
     Args:
         bundle: The opened bundle.
         target: The target's name.
-        verify: Check the hashes of ONNX Runtime engines too. TensorRT engines are always hashed before the
-            library sees them, because it crashes on some damaged files.
+        verify: Hash the files of a large engine even if a stamp remembers them. Files are hashed before a
+            library sees them: TensorRT crashes on some damaged files, ONNX Runtime answers wrongly.
 
     Returns:
         The engine and "", or None and why it can't be used ("" if there is none).
     """
     folder = engine_folder(bundle.path, target)
-    if not (folder / ENGINE).is_file():
+    if not os.path.lexists(folder / ENGINE):
         return None, ""
     rebuild = f"rebuild it: ppllava-build {bundle.path} --target {target} --force"
     try:
@@ -146,38 +195,19 @@ def read_engine(folder: Path) -> Engine:
     """
     path = folder / ENGINE
     try:
-        if path.stat().st_size > LARGEST_MANIFEST:
-            raise BundleError(f"{path} is larger than such a file can be")
-        engine = _parse(folder, json.loads(path.read_text(encoding="utf-8")))
-    except BundleError:
-        raise
-    except (OSError, RecursionError, *MALFORMED) as error:
-        raise BundleError(f"{path} is damaged ({type(error).__name__})") from None
-    if any(name not in engine.files for names in engine.stages.values() for name in names):
+        data = read_limited(folder.parent.parent, path, LARGEST_MANIFEST)
+    except FileNotFoundError:
+        raise BundleError(f"{folder} is not an engine: it has no {ENGINE}") from None
+    header = decode_json(path, data, _Header)
+    if header.format != FORMAT:
+        raise BundleError(f"{path} is not an engine's description")
+    found = decode_json(path, data, _Description)
+    listed = [name for names in found.stages.values() for name in names]
+    if problem := file_name_problem([*found.files, *listed]):
+        raise BundleError(f"{path} is damaged: {problem}")
+    if any(name not in found.files for name in listed) or not all(found.stages.values()):
         raise BundleError(f"{path} names stages whose files it doesn't list")
-    if engine.kv_dtype not in KV_DTYPES:
-        raise BundleError(f"{path} has an unknown kv_dtype")
-    known = engine.library in LIBRARIES and engine.cache in CACHES
-    if not known or not isinstance(engine.details, dict):
-        raise BundleError(f"{path} is for a library or a cache that this version doesn't know")
-    return engine
-
-
-def _parse(folder: Path, value: Any) -> Engine:
-    if value.get("format") != FORMAT:
-        raise BundleError(f"{folder / ENGINE} is not an engine's description")
-    return Engine(
-        folder=folder,
-        target=str(value["target"]),
-        bundle=str(value["bundle"]),
-        made_by={str(tool): str(version) for tool, version in value["made_by"].items()},
-        kv_dtype=value["kv_dtype"],
-        stages={str(stage): tuple(map(file_name, names)) for stage, names in value["stages"].items()},
-        files={file_name(name): file_entry(name, entry) for name, entry in value["files"].items()},
-        library=value.get("library", "onnxruntime"),
-        cache=value.get("cache", "in place"),
-        details=value.get("details", {}),
-    )
+    return Engine(folder=folder, **vars(found))
 
 
 def _version_problem(engine: Engine, rebuild: str) -> str:
@@ -195,10 +225,11 @@ def _file_problem(engine: Engine, verify: bool, rebuild: str) -> str:
     """Which file of an engine is missing or damaged; "" if none is."""
     for name, entry in engine.files.items():
         path = engine.folder / name
-        if path.is_symlink() or not path.is_file() or path.stat().st_size != entry.bytes:
+        try:
+            size = file_size(engine.folder, path)
+        except FileNotFoundError:
+            size = -1
+        if size != entry.bytes:
             return f"{path} is missing or damaged; {rebuild}"
-    if verify or engine.library != "onnxruntime":
-        damaged = damaged_file(engine.folder, engine.files, verify)
-        if damaged:
-            return f"{engine.folder / damaged} is damaged; {rebuild}"
-    return ""
+    damaged = damaged_file(engine.folder, engine.files, verify)
+    return f"{engine.folder / damaged} is damaged; {rebuild}" if damaged else ""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ppllava_edge.engines.bundle.manifest import MANIFEST, FileEntry, Manifest
+from ppllava_edge.engines.bundle.untrusted import open_inside
 from ppllava_edge.engines.errors import BundleError
 
 ALWAYS_HASHED = 256 << 20  # bytes; folders up to this total size are hashed on every open
@@ -31,8 +32,9 @@ def damaged_file(folder: Path, files: dict[str, FileEntry], verify: bool = False
     if stamp and not verify and _stamp_known(stamp):
         return None
     for name, entry in files.items():
-        if hash_file(folder / name) != entry.sha256:
-            return name
+        with open_inside(folder, folder / name) as file:
+            if _sha256(folder / name, file) != entry.sha256:
+                return name
     if stamp:
         _remember_stamp(stamp)
     return None
@@ -46,9 +48,7 @@ def hash_file(path: Path) -> str:
     """
     try:
         with open(path, "rb") as file:
-            if hasattr(hashlib, "file_digest"):
-                return hashlib.file_digest(file, "sha256").hexdigest()
-            return _hash_blocks(file)
+            return _sha256(path, file)
     except OSError as error:
         raise BundleError(f"{path} can't be read: {error.strerror}") from None
 
@@ -69,6 +69,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 def cache_folder() -> Path:
     """This user's cache: $XDG_CACHE_HOME/ppllava-edge or ~/.cache/ppllava-edge."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppllava-edge"
+
+
+def _sha256(path: Path, file: Any) -> str:
+    """The SHA-256 of an opened file, in hexadecimal. Raises BundleError if it can't be read."""
+    try:
+        if hasattr(hashlib, "file_digest"):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _hash_blocks(file)
+    except OSError as error:
+        raise BundleError(f"{path} can't be read: {error.strerror}") from None
 
 
 def _hash_blocks(file: Any) -> str:

@@ -1,18 +1,42 @@
-"""manifest.json as dataclasses. Their fields are the JSON keys; manifest_parser reads and checks them."""
+"""manifest.json as dataclasses: fields are JSON keys, and annotations limit their values.
+
+manifest_parser decodes them with msgspec, which enforces the limits, and checks how values fit together.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from ppllava_edge.engines.bundle.prompt_template import PromptTemplate
-from ppllava_edge.engines.bundle.windows import Windows
+from ppllava_edge.engines.bundle.windows import Triple, Windows
 
 FORMAT = "ppllava-edge bundle"
 SCHEMA = 1
 MANIFEST = "manifest.json"
 FAMILIES = ("clip-llama", "clip-qwen2", "siglip-llama", "siglip-qwen2")
 POOLINGS = ("ppllava", "pllava", "pllava_npu", "avp", "none")
+END = r"$(?!\n)"  # the end of a text in a regular expression; "$" alone allows a line break after it
+
+
+def one_of(*choices: str) -> Meta:
+    """The limit of a text that must be one of the given ones."""
+    return Meta(pattern=f"^({'|'.join(choices)}){END}")
+
+
+# The limits are far above every released model, and far below what would exhaust a machine.
+Side = Annotated[int, Meta(ge=1, le=4096)]  # pixels
+Width = Annotated[int, Meta(ge=1, le=1 << 16)]  # channels of a layer
+Frames = Annotated[int, Meta(ge=1, le=4096)]
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Positive = Annotated[float, Meta(gt=0, lt=1e6)]
+KVDtype = Annotated[str, one_of("float32", "float16", "int8")]
+Number = Annotated[float, Meta(gt=-1e6, lt=1e6)]
+# printable, so that nothing in a bundle can send control sequences to a terminal
+Label = Annotated[str, Meta(max_length=256, pattern=r"^[^\x00-\x1f\x7f-\x9f]*" + END)]
+Facts = Annotated[dict[Label, Any], Meta(max_length=256)]
 KEYS = (  # sections of manifest.json after "format" and "schema", in writing order
     "created_by",
     "name",
@@ -49,13 +73,13 @@ class VisionInfo:
         default_frames: Frames of a clip unless the user asks for another number.
     """
 
-    image_size: int
-    grid: tuple[int, int]
-    hidden_size: int
+    image_size: Side
+    grid: tuple[Side, Side]
+    hidden_size: Width
     class_token: bool
-    states: int
-    max_frames: int | None
-    default_frames: int
+    states: Annotated[int, Meta(ge=1, le=256)]
+    max_frames: Frames | None
+    default_frames: Frames
 
     @property
     def patches(self) -> int:
@@ -75,11 +99,11 @@ class Preprocessing:
         image_grids: (height, width) choices of any-resolution tiling of single images, pixels.
     """
 
-    method: str
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    image_grids: tuple[tuple[int, int], ...]
+    method: Annotated[str, one_of("squash", "pad")]
+    size: Side
+    mean: tuple[Number, Number, Number]
+    std: tuple[Positive, Positive, Positive]
+    image_grids: Annotated[tuple[tuple[Side, Side], ...], Meta(max_length=64)]
 
 
 @dataclass(frozen=True)
@@ -93,10 +117,10 @@ class QuestionInfo:
         embedding_size: Width E of the question's embedding.
     """
 
-    length: int
+    length: Annotated[int, Meta(ge=1, le=4096)]
     padded: bool
-    pad_id: int
-    embedding_size: int
+    pad_id: TokenId
+    embedding_size: Width
 
 
 @dataclass(frozen=True)
@@ -111,11 +135,11 @@ class PoolingInfo:
         pooled_shape: Output size (frames, rows, columns) of pllava.
     """
 
-    method: str
-    temperature: float
+    method: Annotated[str, one_of(*POOLINGS)]
+    temperature: Positive
     video: Windows
     image: Windows
-    pooled_shape: tuple[int, int, int] | None
+    pooled_shape: Triple | None
 
     @property
     def windowed(self) -> bool:
@@ -172,21 +196,21 @@ class DecoderInfo:
         kv_dtype: "float32", "float16" or "int8".
     """
 
-    hidden_size: int
-    layers: int
-    kv_heads: int
-    head_size: int
-    vocab: int
-    context: int
-    kv_dtype: str
+    hidden_size: Width
+    layers: Annotated[int, Meta(ge=1, le=512)]
+    kv_heads: Annotated[int, Meta(ge=1, le=1024)]
+    head_size: Annotated[int, Meta(ge=1, le=4096)]
+    vocab: Annotated[int, Meta(ge=1, le=1 << 22)]
+    context: Annotated[int, Meta(ge=1, le=1 << 22)]
+    kv_dtype: KVDtype
 
 
 @dataclass(frozen=True)
 class FileEntry:
     """Expected size in bytes and SHA-256 (hexadecimal) of a file."""
 
-    bytes: int
-    sha256: str
+    bytes: Annotated[int, Meta(ge=0, le=1 << 40)]
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}" + END)]
 
 
 @dataclass(frozen=True)
@@ -195,7 +219,7 @@ class Manifest:
 
     Attributes:
         name: The model's name.
-        family: One of FAMILIES: question tower and language model.
+        family: Question tower and language model.
         precision: Part of the model → precision, as --precision names them.
         image_token: The token id that stands for the visual tokens.
         stop_ids: Token ids that end an answer.
@@ -208,24 +232,24 @@ class Manifest:
         files: Every other file of the bundle, by name.
     """
 
-    name: str
-    family: str
-    precision: dict[str, str]
+    name: Label
+    family: Annotated[str, one_of(*FAMILIES)]
+    precision: Annotated[dict[Label, Label], Meta(max_length=64)]
     vision: VisionInfo
     preprocessing: Preprocessing
     question: QuestionInfo | None
     pooling: PoolingInfo
     decoder: DecoderInfo
     prompt: PromptTemplate
-    image_token: int
-    stop_ids: tuple[int, ...]
+    image_token: TokenId
+    stop_ids: Annotated[tuple[TokenId, ...], Meta(max_length=256)]
     tokenizer: bool
-    checkpoint: dict[str, Any] = field(default_factory=dict)
-    created_by: str = ""
+    checkpoint: Facts = field(default_factory=dict)
+    created_by: Label = ""
     demo: bool = False
-    calibration: dict[str, Any] | None = None
-    parity: dict[str, Any] | None = None
-    files: dict[str, FileEntry] = field(default_factory=dict)
+    calibration: Facts | None = None
+    parity: Facts | None = None
+    files: Annotated[dict[str, FileEntry], Meta(max_length=4096)] = field(default_factory=dict)
 
     def required_files(self) -> list[str]:
         """Names of the files that a bundle of this kind must contain."""

@@ -1,36 +1,35 @@
-"""Reading and checking manifest.json: one function per section."""
+"""Reading manifest.json, and checking that its values fit together."""
 
 from __future__ import annotations
 
-import json
+import math
 import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppllava_edge.engines.bundle.json_section import Section
-from ppllava_edge.engines.bundle.manifest import (
-    FAMILIES,
-    FORMAT,
-    MANIFEST,
-    POOLINGS,
-    SCHEMA,
-    DecoderInfo,
-    FileEntry,
-    Manifest,
-    PoolingInfo,
-    Preprocessing,
-    QuestionInfo,
-    VisionInfo,
-)
-from ppllava_edge.engines.bundle.prompt_template import PromptTemplate
-from ppllava_edge.engines.bundle.windows import Triple, Windows
-from ppllava_edge.engines.errors import BundleError
+from ppllava_edge.engines.bundle.manifest import FORMAT, MANIFEST, SCHEMA, Manifest
+from ppllava_edge.engines.bundle.untrusted import decode_json, printable, read_limited
+from ppllava_edge.engines.errors import BundleError, PPLLaVAError
 
-LARGEST_MANIFEST = 4 << 20  # bytes
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # raised when parsing bad JSON
+LARGEST_MANIFEST = 1 << 20  # bytes
+LARGEST_TOKENIZER = 64 << 20  # bytes of a tokenizer file: it is parsed whole
+LARGEST_GRAPH = 256 << 20  # bytes of an .onnx file: parsed whole; large weights are in other files
+LARGEST_IMAGE = 16 << 20  # pixels of an image's tiles
+LARGEST_STATES = 256 << 20  # bytes of one frame's states, in float32
+LARGEST_CLIP = 32 << 30  # bytes of the states of all frames that are sampled by default
+LARGEST_CACHE = 1 << 40  # bytes of a KV cache over the whole context; only positions in use are allocated
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}\Z")
-_TOKEN_ID = 1 << 31  # limit for token ids
-_LENGTH = 1 << 16  # limit for widths, frame counts and question lengths
+_ITEM_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The part of manifest.json that every version has."""
+
+    format: Any = None
+    schema: Any = None
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -39,10 +38,14 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         BundleError: The manifest is missing, damaged or too new; in one line.
     """
-    value = _read_json(path)
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
+    try:
+        data = read_limited(path.parent, path, LARGEST_MANIFEST)
+    except FileNotFoundError:
+        raise BundleError(f"{path.parent} is not a bundle: it has no {MANIFEST}") from None
+    header = decode_json(path, data, _Header)
+    if header.format != FORMAT:
         raise BundleError(f"{path} is not the manifest of a ppllava-edge bundle")
-    schema = value.get("schema")
+    schema = header.schema
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise BundleError(f"{path} has no schema version")
     if schema > SCHEMA:
@@ -50,138 +53,81 @@ def read_manifest(path: Path) -> Manifest:
             f"{path} has schema {schema}, newer than this ppllava-edge knows ({SCHEMA}); "
             "upgrade: pip install -U ppllava-edge"
         )
-    try:
-        manifest = _manifest(Section(value))
-        _check_consistency(manifest)
-        return manifest
-    except BundleError as error:
-        raise BundleError(f"{path}: {error}") from None
-    except MALFORMED as error:
-        what = f"{error.args[0]} is missing" if isinstance(error, KeyError) and error.args else str(error)
-        raise BundleError(f"{path} is damaged: {what}") from None
+    manifest = decode_json(path, data, Manifest)
+    problem = next(_problems(manifest), "")
+    if problem:
+        raise BundleError(f"{path} is damaged: {problem}; export the bundle again")
+    return manifest
 
 
-def file_entry(name: str, value: Any) -> FileEntry:
-    """A file's size and hash, from a bundle's or an engine's manifest.
-
-    Args:
-        name: The file's name, for messages.
-        value: The JSON object.
-
-    Raises:
-        ValueError: The value isn't a size and a hash.
-    """
-    s = Section(value, f"files.{name}")
-    return FileEntry(bytes=s.count("bytes", 1 << 50, least=0), sha256=s.sha256("sha256"))
+def file_name_problem(names: Iterable[str]) -> str:
+    """Why file names from a bundle are refused (one isn't plain, or leaves the directory), or ""."""
+    for name in names:
+        if not _FILE_NAME.match(name) or ".." in name:
+            shown = printable(repr(name), 60)
+            return f"the file name {shown} leaves the bundle or is not a plain name; refused"
+    return ""
 
 
-def file_name(name: str) -> str:
-    """Return a file name from a manifest if it is plain and stays in its directory.
-
-    Raises:
-        BundleError: It isn't plain, or leaves the directory.
-    """
-    if not _FILE_NAME.match(name) or ".." in name:
-        raise BundleError(f"the file name {name[:60]!r} leaves the bundle or is not a plain name; refused")
-    return name
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        if path.stat().st_size > LARGEST_MANIFEST:
-            raise BundleError(f"{path} is larger than a manifest can be; this is not a bundle")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(f"{path.parent} is not a bundle: it has no {MANIFEST}") from None
-    except OSError as error:
-        raise BundleError(f"{path} can't be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BundleError(f"{path} is damaged: not JSON ({type(error).__name__})") from None
-
-
-def _manifest(s: Section) -> Manifest:
-    return Manifest(
-        name=s.text("name"),
-        family=s.choice("family", FAMILIES),
-        precision=s.texts("precision"),
-        vision=_vision(s.section("vision")),
-        preprocessing=_preprocessing(s.section("preprocessing")),
-        question=None if s.is_null("question") else _question(s.section("question")),
-        pooling=_pooling(s.section("pooling")),
-        decoder=_decoder(s.section("decoder")),
-        prompt=PromptTemplate.from_json(s.raw("prompt")),
-        image_token=s.count("image_token", _TOKEN_ID, least=0),
-        stop_ids=s.counts("stop_ids", _TOKEN_ID, least=0),
-        tokenizer=s.flag("tokenizer"),
-        checkpoint=dict(s.raw("checkpoint")),
-        created_by=s.text("created_by"),
-        demo=s.flag("demo"),
-        calibration=s.facts("calibration"),
-        parity=s.facts("parity"),
-        files={file_name(name): file_entry(name, entry) for name, entry in s.raw("files").items()},
-    )
-
-
-def _vision(s: Section) -> VisionInfo:
-    return VisionInfo(
-        image_size=s.count("image_size", 4096),
-        grid=s.pair("grid", 1024),
-        hidden_size=s.count("hidden_size", _LENGTH),
-        class_token=s.flag("class_token"),
-        states=s.count("states", 256),
-        max_frames=None if s.is_null("max_frames") else s.count("max_frames", _LENGTH),
-        default_frames=s.count("default_frames", _LENGTH),
-    )
-
-
-def _preprocessing(s: Section) -> Preprocessing:
-    return Preprocessing(
-        method=s.choice("method", ("squash", "pad")),
-        size=s.count("size", 4096),
-        mean=s.three("mean"),
-        std=s.three("std", positive=True),
-        image_grids=s.pairs("image_grids", 1 << 16),
-    )
-
-
-def _question(s: Section) -> QuestionInfo:
-    return QuestionInfo(
-        length=s.count("length", _LENGTH),
-        padded=s.flag("padded"),
-        pad_id=s.count("pad_id", _TOKEN_ID, least=0),
-        embedding_size=s.count("embedding_size", _LENGTH),
-    )
-
-
-def _pooling(s: Section) -> PoolingInfo:
-    return PoolingInfo(
-        method=s.choice("method", POOLINGS),
-        temperature=s.positive("temperature"),
-        video=Windows.from_json(s.raw("video")),
-        image=Windows.from_json(s.raw("image")),
-        pooled_shape=None if s.is_null("pooled_shape") else _triple(s.raw("pooled_shape")),
-    )
-
-
-def _triple(value: Any) -> Triple | None:
-    return Windows.from_json({"output_size": value}).output_size
-
-
-def _decoder(s: Section) -> DecoderInfo:
-    return DecoderInfo(
-        hidden_size=s.count("hidden_size", _LENGTH),
-        layers=s.count("layers", 1 << 12),
-        kv_heads=s.count("kv_heads", 1 << 12),
-        head_size=s.count("head_size", 1 << 12),
-        vocab=s.count("vocab", 1 << 24),
-        context=s.count("context", 1 << 24),
-        kv_dtype=s.choice("kv_dtype", ("float32", "float16", "int8")),
-    )
-
-
-def _check_consistency(manifest: Manifest) -> None:
-    if manifest.pooling.guided and manifest.question is None:
-        raise BundleError("prompt-guided pooling without a question tower")
-    missing = [name for name in manifest.required_files() if name not in manifest.files]
+def _problems(m: Manifest) -> Iterator[str]:
+    """What doesn't fit together in a manifest whose values are within their limits each."""
+    if name_problem := file_name_problem(m.files):
+        yield name_problem
+    if m.pooling.guided and m.question is None:
+        yield "prompt-guided pooling without a question tower"
+    missing = [name for name in m.required_files() if name not in m.files]
     if missing:
-        raise BundleError(f"the manifest lists no {', '.join(missing)}; it is damaged, export it again")
+        yield f"the manifest lists no {', '.join(missing)}"
+    if "decoder" not in m.precision:
+        yield "precision has no decoder"
+    for name, entry in m.files.items():
+        limit = (
+            LARGEST_TOKENIZER if name.endswith(".json") else LARGEST_GRAPH if name.endswith(".onnx") else 0
+        )
+        if limit and entry.bytes > limit:
+            yield f"{name} has {entry.bytes} bytes, more than such a file can have ({limit >> 20} MB)"
+    yield from _vision_problems(m)
+    yield from _pooling_problems(m)
+    yield from _decoder_problems(m)
+
+
+def _vision_problems(m: Manifest) -> Iterator[str]:
+    v, p = m.vision, m.preprocessing
+    if p.size != v.image_size:
+        yield f"preprocessing.size is {p.size}, vision.image_size {v.image_size}"
+    patch = v.image_size // v.grid[0]
+    if patch < 1 or any(v.image_size // patch != side for side in v.grid):
+        yield f"vision.grid {list(v.grid)} is not a grid of square patches over {v.image_size} pixels"
+    if v.max_frames is not None and v.default_frames > v.max_frames:
+        yield f"vision.default_frames is {v.default_frames}, above vision.max_frames ({v.max_frames})"
+    states = 4 * v.states * (v.patches + v.class_token) * v.hidden_size
+    if states > LARGEST_STATES or states * v.default_frames > LARGEST_CLIP:
+        yield f"vision: the states of {v.default_frames} frames take {states * v.default_frames >> 20} MB"
+    for height, width in p.image_grids:
+        if height % p.size or width % p.size:
+            yield f"preprocessing.image_grids has {height}x{width}, not whole tiles of {p.size} pixels"
+        if height * width > LARGEST_IMAGE:
+            limit = LARGEST_IMAGE >> 20
+            yield f"preprocessing.image_grids has {height}x{width}, more than {limit} megapixels"
+
+
+def _pooling_problems(m: Manifest) -> Iterator[str]:
+    p = m.pooling
+    if p.windowed:
+        for windows, name in ((p.video, "pooling.video"), (p.image, "pooling.image")):
+            try:
+                windows.check(m.vision.grid, name)
+            except PPLLaVAError as error:
+                yield str(error)
+    if p.method == "pllava":
+        if p.pooled_shape is None:
+            yield "pooling.pooled_shape is missing"
+        elif math.prod(p.pooled_shape) >= m.decoder.context:
+            yield f"pooling.pooled_shape {list(p.pooled_shape)} fills decoder.context ({m.decoder.context})"
+
+
+def _decoder_problems(m: Manifest) -> Iterator[str]:
+    d = m.decoder
+    per_position = 2 * d.layers * d.kv_heads * d.head_size * _ITEM_BYTES[d.kv_dtype]
+    if per_position * d.context > LARGEST_CACHE:
+        yield f"the decoder's KV cache takes {per_position * d.context >> 30} GB over the whole context"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 IMAGE = "<image>"
+Text = Annotated[str, msgspec.Meta(max_length=1 << 16)]
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,13 @@ class PromptTemplate:
         answer_prefix: The beginning of every answer, if any.
     """
 
-    system: str
-    roles: tuple[str, str]
-    separators: tuple[str, str]
-    image_tag: str = f"{IMAGE}\n"
-    pre_query: str | None = None
-    post_query: str | None = None
-    answer_prefix: str | None = None
+    system: Text
+    roles: tuple[Text, Text]
+    separators: tuple[Text, Text]
+    image_tag: Annotated[str, msgspec.Meta(max_length=256, pattern=f"^{IMAGE}")] = f"{IMAGE}\n"
+    pre_query: Text | None = None
+    post_query: Text | None = None
+    answer_prefix: Text | None = None
 
     def query(
         self, question: str, images: int = 1, pre_query: str | None = None, post_query: str | None = None
@@ -85,38 +88,18 @@ class PromptTemplate:
         return {**vars(self), "roles": list(self.roles), "separators": list(self.separators)}
 
     @staticmethod
-    def from_json(value: dict[str, Any]) -> PromptTemplate:
-        """The inverse of as_json.
+    def from_json(value: Any) -> PromptTemplate:
+        """The inverse of as_json; a missing system prompt is empty.
 
         Raises:
-            ValueError, KeyError, TypeError: The value isn't a template.
+            ValueError: The value isn't a template.
         """
-        roles = [_text(part) for part in value["roles"]]
-        separators = [_text(part) for part in value["separators"]]
-        if len(roles) != 2 or len(separators) != 2:
-            raise ValueError("the prompt template needs two roles and two separators")
-        image_tag = _text(value.get("image_tag", f"{IMAGE}\n"))
-        if not image_tag.startswith(IMAGE):
-            raise ValueError(f"the prompt template's image_tag must begin with {IMAGE}")
-        return PromptTemplate(
-            system=_text(value.get("system", "")),
-            roles=(roles[0], roles[1]),
-            separators=(separators[0], separators[1]),
-            image_tag=image_tag,
-            pre_query=_optional_text(value.get("pre_query")),
-            post_query=_optional_text(value.get("post_query")),
-            answer_prefix=_optional_text(value.get("answer_prefix")),
-        )
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or len(value) > 1 << 16:
-        raise ValueError("the prompt template must consist of strings")
-    return value
-
-
-def _optional_text(value: object) -> str | None:
-    return None if value is None else _text(value)
+        try:
+            return msgspec.convert(
+                {"system": "", **value} if isinstance(value, dict) else value, PromptTemplate
+            )
+        except msgspec.ValidationError as error:
+            raise ValueError(str(error)) from None
 
 
 _VICUNA = PromptTemplate("", ("USER: ", "ASSISTANT: "), (" ", "</s>"))

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
 
 from ppllava_edge.engines.errors import PPLLaVAError
 
-Triple = tuple[int, int, int]
+Extent = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+Triple = tuple[Extent, Extent, Extent]
 _AXES = ("frames", "rows", "columns")
 
 
@@ -19,9 +23,9 @@ _AXES = ("frames", "rows", "columns")
 class Windows:
     """Pooling windows over (frames, rows, columns). One or two of the three attributes are None."""
 
-    kernel: Triple | None
-    stride: Triple | None
-    output_size: Triple | None
+    kernel: Triple | None = None
+    stride: Triple | None = None
+    output_size: Triple | None = None
 
     def resolve(self, size: Triple) -> tuple[Triple, Triple, Triple]:
         """Compute the windows for one input, as upstream's get_size does.
@@ -108,13 +112,16 @@ class Windows:
         }
 
     @staticmethod
-    def from_json(value: dict[str, list[int] | None]) -> Windows:
+    def from_json(value: Any) -> Windows:
         """The inverse of as_json.
 
         Raises:
             ValueError: A part isn't a triple of whole numbers from 1 to 4096.
         """
-        return Windows(*(_triple(value.get(name), name) for name in ("kernel", "stride", "output_size")))
+        try:
+            return msgspec.convert(value, Windows)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"pooling windows: {error}") from None
 
 
 def within_budget(windows: Windows, size: Triple, tokens: int) -> Windows:
@@ -162,14 +169,6 @@ def _check_axis(axis: str, size: int, kernel: int, stride: int, output: int) -> 
             f"pooling of {size} {axis} with window {kernel} and stride {stride} gives {windows} windows, "
             f"not the {output} of the output size"
         )
-
-
-def _triple(value: list[int] | None, name: str) -> Triple | None:
-    if value is None:
-        return None
-    if len(value) != 3 or any(not isinstance(v, int) or not 1 <= v <= 4096 for v in value):
-        raise ValueError(f"{name} must be three whole numbers from 1 to 4096")
-    return value[0], value[1], value[2]
 
 
 def _each(rule: Callable[..., int], *triples: Triple) -> Triple:

@@ -73,8 +73,8 @@ def test_an_output_directory_that_can_not_be_written(golden: Path) -> None:
 def test_a_bundle_that_the_runtime_would_refuse_is_not_written(
     golden: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A decoder family that export knows and the bundle's schema doesn't."""
-    monkeypatch.setattr("ppllava_edge.engines.bundle.manifest_parser.FAMILIES", ("clip-gpt",))
-    with pytest.raises(PPLLaVAError, match="family must be one of clip-gpt"):
+    """A model that is larger than the runtime's limits."""
+    monkeypatch.setattr("ppllava_edge.engines.bundle.manifest_parser.LARGEST_CACHE", 0)
+    with pytest.raises(PPLLaVAError, match="KV cache takes"):
         convert(Options(str(golden), golden.parent / "bundle", FP32, tokenizer=False))
     assert nothing_left(golden)
