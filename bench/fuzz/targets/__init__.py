@@ -1,0 +1,1 @@
+"""What is fuzzed: functions of the package that read files, each called as an app calls it."""
