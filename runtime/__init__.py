@@ -1,7 +1,8 @@
 """The lean runtime: from a video and a question to an answer. Imports neither torch nor the exporter.
 
 Subpackages, each of which may import those after it: cli, live, session, encoding, pipeline, decoding,
-language, vision, media. batch.py and video_qa.py, which applications use, sit between cli and live.
+language, vision, media. All may import lazy.py. batch.py and
+video_qa.py, which applications use, sit between cli and live.
 """
 
 from __future__ import annotations

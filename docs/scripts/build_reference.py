@@ -9,6 +9,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ForwardRef
 
@@ -90,7 +91,7 @@ def public_members(cls: type) -> Iterator[tuple[str, Any]]:
 def member_lines(owner: str, member: str, value: Any) -> list[str]:
     """The Markdown of a property or a method; nothing for anything else."""
     function = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
-    if isinstance(function, property) or type(function).__name__ == "cached_property":
+    if isinstance(function, (property, cached_property)):
         getter = function.fget if isinstance(function, property) else function.func
         return [f"### `{owner}.{member}`", "", markdown(getter.__doc__), ""]
     if not inspect.isfunction(function):

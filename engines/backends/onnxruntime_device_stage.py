@@ -9,7 +9,7 @@ import numpy as np
 from ppllava_edge.engines.backends.cuda_driver import CudaDevice
 from ppllava_edge.engines.backends.device_memory import Buffer, Values
 from ppllava_edge.engines.backends.forking import keep_in_children
-from ppllava_edge.engines.backends.onnxruntime_stage import NUMPY_TYPE, first_line
+from ppllava_edge.engines.backends.onnxruntime_stage import NUMPY_TYPE, first_line, graph_files
 from ppllava_edge.engines.errors import EngineError
 from ppllava_edge.engines.libraries import import_onnxruntime
 
@@ -57,6 +57,10 @@ class OrtDeviceStage:
         self.dtypes = {i.name: np.dtype(NUMPY_TYPE[i.type]) for i in self.session.get_inputs()}
         self.outputs = {o.name: np.dtype(NUMPY_TYPE[o.type]) for o in self.session.get_outputs()}
         self._memory_kind = "cpu" if on_cpu else "cuda"
+
+    def files(self) -> list[Path]:
+        """The graph's file, and the file of its weights if it has one."""
+        return graph_files(self.path)
 
     def run(self, inputs: Values, outputs: dict[str, Buffer], profile: int = 0) -> None:
         """Queue one run.

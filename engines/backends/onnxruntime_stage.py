@@ -114,6 +114,10 @@ class Stage:
         self.dtypes = {i.name: NUMPY_TYPE[i.type] for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
 
+    def files(self) -> list[Path]:
+        """The graph's file, and the file of its weights if it has one."""
+        return graph_files(self.path)
+
     def __call__(self, tidy: bool = False, **inputs: np.ndarray) -> list[np.ndarray]:
         """Run once.
 
@@ -155,6 +159,12 @@ def _session_options(ort: Any, threads: int | None, lean: bool, piece: bool) -> 
     if threads:
         options.intra_op_num_threads = threads
     return options
+
+
+def graph_files(path: Path) -> list[Path]:
+    """A graph's file, and the file of its weights if it has one."""
+    data = path.with_name(path.name + ".data")
+    return [path, data] if data.is_file() else [path]
 
 
 def release_mapped_weights(path: Path) -> None:

@@ -60,6 +60,10 @@ class TensorRTStage:
         self._unused_outputs: dict[str, Buffer] = {}
         self._host_values: dict[str, np.ndarray] = {}
 
+    def files(self) -> list[Path]:
+        """The engine's file, which holds its weights too."""
+        return [self.path]
+
     def run(self, inputs: Values, outputs: dict[str, Buffer], profile: int = 0) -> None:
         """Queue one run.
 

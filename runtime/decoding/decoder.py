@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from typing import Any
@@ -38,6 +39,8 @@ class Decoder(ABC):
         # Re-entrant: an abandoned answer may be garbage-collected, and return its cache, in any thread.
         self._lock = threading.RLock()
         self._disagreement: float | None = None
+        self._closed = False
+        self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @abstractmethod
     def start(self, length: int, new_tokens: int) -> Sequence:
@@ -74,6 +77,25 @@ class Decoder(ABC):
             self._disagreement = disagreement(single, sequence.logits())
             self.finish(sequence)
         return self._disagreement
+
+    def cache_bytes(self) -> int:
+        """Bytes of all KV caches: of answers under way, of chats, and the free one that is kept."""
+        with self._lock:
+            return sum(cache.bytes for cache in self._caches)
+
+    def close(self) -> None:
+        """Release the free cache, and keep none from now on. Sequences under way may go on."""
+        self._closed = True
+        self._release_free()
+
+    def _track(self, cache: Any) -> None:
+        """Count this cache's `bytes` as long as it lives."""
+        with self._lock:
+            self._caches.add(cache)
+
+    @abstractmethod
+    def _release_free(self) -> None:
+        """Release the free caches."""
 
     def prefill(self, prompt: Any) -> np.ndarray:
         """A prompt, as Pipeline.prompt returns it → logits (V,) float32 of its last position."""
@@ -130,6 +152,9 @@ class Decoder(ABC):
         sequence = self.start(len(prompt), max_new_tokens) if own else sequence
         try:
             yield from generate_ids(sequence, prompt, max_new_tokens, sampling.sampler(), stop_ids, lookup)
+        except Exception:
+            own = False  # an engine that fails may leave anything in the cache: it is not used again
+            raise
         finally:
             if own:
                 self.finish(sequence)

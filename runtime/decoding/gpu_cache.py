@@ -97,6 +97,11 @@ class GpuSequence(Sequence):
             None  # the next token, if the device chose it and will feed it to itself
         )
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(buffer.nbytes for buffer in self.cache.values())
+
     # -- prefill ---------------------------------------------------------------------------------------------
 
     def feed(self, prompt: GpuPrompt | np.ndarray) -> None:

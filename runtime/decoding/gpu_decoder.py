@@ -90,12 +90,18 @@ class GpuDecoder(_EngineDecoder):
                     sequence.restart()
                     return sequence
             self._idle.clear()
-        return GpuSequence(self.stages, self.info, capacity, self.gpu, self.decode_profile)
+        sequence = GpuSequence(self.stages, self.info, capacity, self.gpu, self.decode_profile)
+        self._track(sequence)
+        return sequence
 
     def finish(self, sequence: Any) -> None:
         """As Decoder says."""
         with self._lock:
-            self._idle = [sequence]
+            self._idle = [] if self._closed else [sequence]
+
+    def _release_free(self) -> None:
+        with self._lock:
+            self._idle = []
 
 
 class GrowingGpuDecoder(_EngineDecoder):
@@ -113,4 +119,11 @@ class GrowingGpuDecoder(_EngineDecoder):
         capacity = min(self.fixed or self.info.context, self.info.context)
         if length >= capacity:
             raise self.prompt_too_long(length)
-        return GrowingGpuSequence(self.stages, self.info, capacity, self.gpu, self.decode_profile, self.embed)
+        sequence = GrowingGpuSequence(
+            self.stages, self.info, capacity, self.gpu, self.decode_profile, self.embed
+        )
+        self._track(sequence)
+        return sequence
+
+    def _release_free(self) -> None:
+        """No cache is kept."""

@@ -47,6 +47,11 @@ class GrowingGpuSequence(Sequence):
         self.sets = [cache_buffers(gpu.empty, stages, info, capacity) for _ in range(2)]
         self._logits = gpu.empty((1, info.vocab), np.float32)
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of both sets of keys and values."""
+        return sum(buffer.nbytes for buffers in self.sets for buffer in buffers.values())
+
     def feed(self, prompt: GpuPrompt | np.ndarray) -> None:
         """Prefill; the prompt's tokens are embedded on the host."""
         self._read(self._embeddings(prompt))

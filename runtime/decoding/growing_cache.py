@@ -36,6 +36,11 @@ class GrowingSequence(Sequence):
         self.past = dict.fromkeys(names, empty)
         self._logits = np.zeros((0, info.vocab), np.float32)
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys and values, which grow with every pass."""
+        return sum(array.nbytes for array in self.past.values())
+
     def feed(self, prompt: np.ndarray) -> None:
         """Prefill with embeddings (S, D), after the positions that the cache holds."""
         count, total = len(prompt), self.length + len(prompt)

@@ -33,6 +33,9 @@ class KVCache:
     Attributes:
         buffers: "<layer>.key" and "<layer>.value" → (1, kv_heads, capacity, head_size) in kv_dtype.
         bytes: Total size of all buffers.
+
+    Raises:
+        EngineError: If there is too little memory.
     """
 
     def __init__(self, info: DecoderInfo, capacity: int, device: str = "cpu"):
@@ -41,10 +44,16 @@ class KVCache:
         shape, dtype = (1, info.kv_heads, capacity, info.head_size), np.dtype(info.kv_dtype)
         self.bytes = 2 * info.layers * int(np.prod(shape)) * dtype.itemsize
         self.buffers = {}
-        for layer in range(info.layers):
-            for kind in ("key", "value"):
-                zeros = np.zeros(shape, dtype)
-                self.buffers[f"{layer}.{kind}"] = ort.OrtValue.ortvalue_from_numpy(zeros, device, 0)
+        try:
+            for layer in range(info.layers):
+                for kind in ("key", "value"):
+                    zeros = np.zeros(shape, dtype)
+                    self.buffers[f"{layer}.{kind}"] = ort.OrtValue.ortvalue_from_numpy(zeros, device, 0)
+        except MemoryError:
+            raise EngineError(
+                f"there is too little memory for a KV cache of {capacity} positions "
+                f"({self.bytes / 1e6:.0f} MB); ask for fewer tokens or frames, or lower `parallel`"
+            ) from None
 
 
 class InPlaceSequence(Sequence):

@@ -50,11 +50,17 @@ class OnnxRuntimeDecoder(Decoder):
         check_context(length, self.info.context)
         capacity = cache_capacity(length + new_tokens, self.info.context)
         if self.cache == "concatenated":
-            return GrowingSequence(self.stages, self.info, capacity, self.embed)
+            growing = GrowingSequence(self.stages, self.info, capacity, self.embed)
+            self._track(growing)
+            return growing
         with self._lock:
             fitting = [cache for cache in self._idle if cache.capacity == capacity]
             self._idle.clear()  # free a cache of another size before a new one is allocated
-        cache = fitting[0] if fitting else KVCache(self.info, capacity, self.stages[0].device)
+        if fitting:
+            cache = fitting[0]
+        else:
+            cache = KVCache(self.info, capacity, self.stages[0].device)
+            self._track(cache)
         cache.length = 0
         return InPlaceSequence(self.stages, self.info, cache, self.embed)
 
@@ -62,4 +68,8 @@ class OnnxRuntimeDecoder(Decoder):
         """As Decoder says."""
         if isinstance(sequence, InPlaceSequence):
             with self._lock:
-                self._idle = [sequence.cache]
+                self._idle = [] if self._closed else [sequence.cache]
+
+    def _release_free(self) -> None:
+        with self._lock:
+            self._idle = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.errors import EngineError
 from ppllava_edge.engines.targets.select import select
 from ppllava_edge.runtime.decoding.onnxruntime_decoder import OnnxRuntimeDecoder
+from ppllava_edge.runtime.lazy import locked_cached_property
 from ppllava_edge.runtime.pipeline.base import BasePipeline
 
 TOKENS_PER_VISION_CALL = 2400  # patches encoded at once: 1-4 frames of a large tower; more only costs memory
@@ -39,38 +40,32 @@ class CpuPipeline(BasePipeline):
         super().__init__(bundle, threads)
         self.device = choose_device(device)
         self.engine, self.engine_note = select(bundle, self.device, engine)
-        self._stages: dict[str, list[Stage]] = {}
 
     def stage(self, name: str) -> Stage:
         """The opened graph of a stage that is one graph."""
-        return self.pieces(name)[0]
+        return self.open_stage(name)[0]
 
-    def pieces(self, name: str) -> list[Stage]:
-        """The opened graph of a stage, or the pieces that an engine cut it into, in order.
-
-        Raises:
-            BundleError: If a graph's shapes aren't those of the manifest.
-            EngineError: If the engine can't open it.
-        """
-        with self._lock:
-            if name not in self._stages:
-                built = self.engine.paths(name) if self.engine else []
-                paths = built or [self.bundle.file(f"{name}.onnx")]
-                with ThreadPoolExecutor(4) as pool:
-                    stages = list(pool.map(lambda path: self._open(path, len(paths) > 1), paths))
-                check_stage(name, stages, self.manifest, self.engine.cache if self.engine else "in place")
-                self._stages[name] = stages
-            return self._stages[name]
-
-    def _open(self, path: Any, piece: bool) -> Stage:
-        return Stage(path, self.device, self.threads, piece=piece)
-
-    def load(self) -> None:
+    def stage_names(self) -> list[str]:
         """As BasePipeline says."""
-        for name in self.manifest.required_files():
-            if name.endswith(".onnx"):
-                self.pieces(name.removesuffix(".onnx"))
-        _ = self.decoder
+        files = self.manifest.required_files()
+        return [name.removesuffix(".onnx") for name in files if name.endswith(".onnx")]
+
+    def open_stage(self, name: str) -> list[Stage]:
+        """As BasePipeline says: the graph of a stage, or the pieces that an engine cut it into."""
+        return self._stages.get(name, lambda: self._open(name))
+
+    def _open(self, name: str) -> list[Stage]:
+        self.check_open()
+        built = self.engine.paths(name) if self.engine else []
+        paths = built or [self.bundle.file(f"{name}.onnx")]
+        with ThreadPoolExecutor(4) as pool:
+            stages = list(pool.map(lambda path: self._open_graph(path, len(paths) > 1), paths))
+        check_stage(name, stages, self.manifest, self.engine.cache if self.engine else "in place")
+        self.check_open()
+        return stages
+
+    def _open_graph(self, path: Path, piece: bool) -> Stage:
+        return Stage(path, self.device, self.threads, piece=piece)
 
     # -- vision ----------------------------------------------------------------------------------------------
 
@@ -166,13 +161,14 @@ class CpuPipeline(BasePipeline):
 
     # -- decoder ---------------------------------------------------------------------------------------------
 
-    @cached_property
+    @locked_cached_property
     def decoder(self) -> OnnxRuntimeDecoder:
         """As BasePipeline says."""
+        self.check_open()
         info, cache = self.manifest.decoder, "in place"
         if self.engine is not None:
             info, cache = replace(info, kv_dtype=self.engine.kv_dtype), self.engine.cache
-        return OnnxRuntimeDecoder(self.pieces("decoder"), info, self.embed_tokens, cache)
+        return OnnxRuntimeDecoder(self.open_stage("decoder"), info, self.embedding_table.rows, cache)
 
     def prompt(self, before: Sequence[int], visual: np.ndarray, after: Sequence[int]) -> np.ndarray:
         """Token ids, visual tokens (N, D), token ids → embeddings (S, D) float32."""

@@ -6,7 +6,6 @@ Only token ids come back to the host. Engines: ONNX Runtime's CUDA provider, Ten
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from ppllava_edge.engines.plugins.weighted_pool.tensorrt_plugin import import_wi
 from ppllava_edge.runtime.decoding.decoder import Decoder
 from ppllava_edge.runtime.decoding.gpu_cache import GpuPrompt
 from ppllava_edge.runtime.decoding.gpu_decoder import GpuDecoder, GrowingGpuDecoder
+from ppllava_edge.runtime.lazy import locked_cached_property
 from ppllava_edge.runtime.pipeline.base import BasePipeline
 
 DeviceStage = OrtDeviceStage | TensorRTStage
@@ -55,15 +55,7 @@ class GpuPipeline(BasePipeline):
         super().__init__(bundle, threads)
         self.device, self.engine, self.engine_note = "cuda", engine, ""
         self.gpu = gpu or CudaDevice()
-        self._on_cpu, self._device_stages = on_cpu, dict[str, list[DeviceStage]]()
-        self._launcher: Any = None
-        self._preparer: FramePreparer | None = None
-
-    def load(self) -> None:
-        """As BasePipeline says."""
-        for name in self.engine.stages:
-            self.device_stages(name)
-        _ = self.decoder
+        self._on_cpu = on_cpu
 
     def wait(self) -> None:
         """Block until queued GPU work completes."""
@@ -71,20 +63,36 @@ class GpuPipeline(BasePipeline):
 
     # -- stages ----------------------------------------------------------------------------------------------
 
-    def device_stages(self, name: str) -> list[DeviceStage]:
-        """The engine files of a stage, opened, in order. Raises EngineError if the engine has none."""
-        with self._lock:
-            if name not in self._device_stages:
-                paths = self.engine.paths(name)
-                if not paths:
-                    raise EngineError(
-                        f"{self.engine.folder} has no {name}; rebuild it: "
-                        f"ppllava-build {self.bundle.path} --target {self.engine.target} --force"
-                    )
-                self._device_stages[name] = [self._open_stage(path, name) for path in paths]
-            return self._device_stages[name]
+    def stage_names(self) -> list[str]:
+        """As BasePipeline says; of the ways to pool, the one that this model's own windows take."""
+        pooling, names = self._pooling_stages(), list(self.engine.stages)
+        return [name for name in names if name in pooling or not name.startswith("pooling")]
 
-    def _open_stage(self, path: Path, name: str) -> DeviceStage:
+    def _pooling_stages(self) -> tuple[str, ...]:
+        windows, stages = self.manifest.pooling.video, self.engine.stages
+        if windows.kernel and self._plugin_fits(windows.kernel, windows.stride or windows.kernel):
+            return (PLUGIN_STAGE,)
+        if "pooling-before" in stages and self._launcher:
+            return ("pooling-before", "pooling-after")
+        return ("pooling",)
+
+    def open_stage(self, name: str) -> list[DeviceStage]:
+        """As BasePipeline says."""
+        return self._stages.get(name, lambda: self._open(name))
+
+    def _open(self, name: str) -> list[DeviceStage]:
+        self.check_open()
+        paths = self.engine.paths(name)
+        if not paths:
+            raise EngineError(
+                f"{self.engine.folder} has no {name}; rebuild it: "
+                f"ppllava-build {self.bundle.path} --target {self.engine.target} --force"
+            )
+        stages = [self._open_file(path, name) for path in paths]
+        self.check_open()
+        return stages
+
+    def _open_file(self, path: Path, name: str) -> DeviceStage:
         library = self.engine.library
         if library == "onnxruntime":
             return OrtDeviceStage(path, self.gpu, self._on_cpu)
@@ -93,7 +101,7 @@ class GpuPipeline(BasePipeline):
 
     def _run(self, name: str, inputs: dict[str, Any], outputs: Mapping[str, tuple[int, ...]]) -> list[Buffer]:
         """Run a stage of one file: host floats are uploaded, outputs of these shapes are allocated."""
-        stage = self.device_stages(name)[0]
+        stage = self.open_stage(name)[0]
         values = {key: self._on_device(inputs[key], stage.dtypes[key]) for key in stage.dtypes}
         made = {key: self.gpu.empty(shape, stage.outputs[key]) for key, shape in outputs.items()}
         stage.run(values, made)
@@ -115,10 +123,12 @@ class GpuPipeline(BasePipeline):
 
     def prepare_frame(self, frame: Any) -> tuple[Any, Any]:
         """As BasePipeline says; both results stay in GPU memory."""
-        if self._preparer is None:
-            dtype = self.device_stages("trunk")[0].dtypes["pixels"]
-            self._preparer = FramePreparer(self.gpu, self.manifest.preprocessing, dtype)
         return self._preparer.prepare(frame)
+
+    @locked_cached_property
+    def _preparer(self) -> FramePreparer:
+        dtype = self.open_stage("trunk")[0].dtypes["pixels"]
+        return FramePreparer(self.gpu, self.manifest.preprocessing, dtype)
 
     def rows(self, array: Any) -> list[Any]:
         """As BasePipeline says."""
@@ -136,7 +146,7 @@ class GpuPipeline(BasePipeline):
     def encode_trunk(self, pixels: Any, more: bool = False) -> Any:
         """As BasePipeline says; returns before it is done, so that frames are decoded meanwhile."""
         self.check_pixels(pixels)
-        v, stage, count = self.manifest.vision, self.device_stages("trunk")[0], len(pixels)
+        v, stage, count = self.manifest.vision, self.open_stage("trunk")[0], len(pixels)
         shape = (count, v.states, v.patches + v.class_token, v.hidden_size)
         states = self.gpu.empty(shape, stage.outputs["states"])
         for first in range(0, count, FRAMES_PER_CALL):
@@ -151,7 +161,7 @@ class GpuPipeline(BasePipeline):
         """As BasePipeline says."""
         v = self.manifest.vision
         if not isinstance(states, Buffer):
-            dtype = self.device_stages("trunk")[0].outputs["states"]
+            dtype = self.open_stage("trunk")[0].outputs["states"]
             states = self.gpu.upload(np.asarray(states), dtype=dtype)
         shape = (len(states), v.patches, v.hidden_size)
         if v.max_frames is None:
@@ -204,7 +214,7 @@ class GpuPipeline(BasePipeline):
         outputs = {"visual_tokens": (windows, self.manifest.decoder.hidden_size)}
         if self._plugin_fits(kernel, stride):
             return self._run(PLUGIN_STAGE, inputs, outputs)[0]
-        if "pooling-before" in self.engine.stages and self._kernel() is not None:
+        if "pooling-before" in self.engine.stages and self._launcher:
             hidden = self._hidden(features)
             pooled = self.gpu.empty(outputs["visual_tokens"], hidden.dtype)
             weights = self._on_device(weights, np.dtype(np.float32))
@@ -224,14 +234,13 @@ class GpuPipeline(BasePipeline):
         shape = (len(features), self.manifest.vision.patches, self.manifest.decoder.hidden_size)
         return self._run("pooling-before", {"features": features}, {"hidden": shape})[0]
 
-    def _kernel(self) -> Any:
+    @locked_cached_property
+    def _launcher(self) -> Launcher | None:
         """The pooling kernel's launcher; None where it can't be compiled."""
-        if self._launcher is None:
-            try:
-                self._launcher = Launcher()
-            except EngineError:
-                self._launcher = False
-        return self._launcher or None
+        try:
+            return Launcher()
+        except EngineError:
+            return None
 
     def _launch(
         self,
@@ -242,7 +251,7 @@ class GpuPipeline(BasePipeline):
         kernel: tuple[int, ...],
         stride: tuple[int, ...],
     ) -> None:
-        launcher = self._kernel()
+        launcher = self._launcher
         assert launcher is not None
         size, kernel, stride = ((part[0], part[1], part[2]) for part in (size, kernel, stride))
         aligned = (hidden.address | pooled.address) % 16 == 0
@@ -257,7 +266,7 @@ class GpuPipeline(BasePipeline):
         return self._run("pooling", {"features": features}, {"visual_tokens": shape})[0]
 
     def _pool_unwindowed(self, features: Any, media: str, image_size: tuple[int, int] | None) -> Any:
-        features = self._on_device(features, self.device_stages("pooling")[0].dtypes["features"])
+        features = self._on_device(features, self.open_stage("pooling")[0].dtypes["features"])
         return super()._pool_unwindowed(features, media, image_size)
 
     # -- decoder ---------------------------------------------------------------------------------------------
@@ -266,9 +275,10 @@ class GpuPipeline(BasePipeline):
         """Token ids, visual tokens, token ids → a prompt whose tokens are embedded on the GPU."""
         return GpuPrompt(list(before), visual, list(after))
 
-    @cached_property
+    @locked_cached_property
     def decoder(self) -> Decoder:
         """As BasePipeline says."""
+        self.check_open()
         kind = GpuDecoder if self.engine.cache == "in place" else GrowingGpuDecoder
-        stages = self.device_stages("decoder")
-        return kind(stages, self.manifest.decoder, self.engine, self.gpu, self.embed_tokens)
+        stages = self.open_stage("decoder")
+        return kind(stages, self.manifest.decoder, self.engine, self.gpu, self.embedding_table.rows)

@@ -33,7 +33,7 @@ def test_only_token_ids_are_copied_to_the_host(opened: Callable[..., Opened], wa
 def test_a_step_is_captured_once_and_launched_again(opened: Callable[..., Opened], want: list[str]) -> None:
     pipeline, driver, trt = opened("orin", piece_bytes=200_000)
     video = asking(pipeline).open(SAMPLE)
-    pieces = len(pipeline.device_stages("decoder"))
+    pieces = len(pipeline.open_stage("decoder"))
     assert pieces > 2
     first = video.ask(QUESTIONS[1])
     assert len(driver.graphs) == 1 and driver.launches == first.new_tokens - 2, (
