@@ -14,7 +14,7 @@ from ppllava_edge.engines.bundle.untrusted import decode_json, printable, read_l
 from ppllava_edge.engines.errors import BundleError, PPLLaVAError
 
 LARGEST_MANIFEST = 1 << 20  # bytes
-LARGEST_TOKENIZER = 64 << 20  # bytes of a tokenizer file: it is parsed whole
+LARGEST_TOKENIZER = 128 << 20  # bytes of a tokenizer file: it is parsed whole
 LARGEST_GRAPH = 256 << 20  # bytes of an .onnx file: parsed whole; large weights are in other files
 LARGEST_IMAGE = 16 << 20  # pixels of an image's tiles
 LARGEST_STATES = 256 << 20  # bytes of one frame's states, in float32

@@ -52,7 +52,12 @@ class BundleTokenizer:
             if path.stat().st_size > MAX_FILE:
                 raise ValueError(f"it has more than {MAX_FILE >> 20} MiB")
             self._tokenizer, names = _load(path.read_bytes(), self._mark)
-        except Exception as error:  # the library raises bare Exception
+            # This package pads and truncates by itself. The file's own numbers would size an allocation, and
+            # the library ends the process when that fails.
+            self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
+        except BaseException as error:
+            _raise_unless_failure(error)
             raise BundleError(f"{path} can't be read as a tokenizer: {_first_line(error)}") from None
         self._path = path
         self.control = frozenset(names)
@@ -97,8 +102,12 @@ class BundleTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        """The text of token ids, without special tokens. Raises BundleError if the tokenizer fails."""
+        try:
+            text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        except BaseException as error:
+            _raise_unless_failure(error)
+            raise BundleError(f"{self._path} can't decode an answer: {_first_line(error)}") from None
         if self._mark in text:  # control tokens that aren't special are part of the text
             for content, name in self._names.items():
                 text = text.replace(name, content)
@@ -113,7 +122,8 @@ class BundleTokenizer:
         check_text(text)
         try:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        except Exception as error:  # the library raises bare Exception
+        except BaseException as error:
+            _raise_unless_failure(error)
             raise BundleError(f"{self._path} can't tokenize this text: {_first_line(error)}") from None
 
 
@@ -148,7 +158,8 @@ def _load(raw: bytes, mark: str) -> tuple[Tokenizer, dict[str, str]]:
         known = any(tokenizer.token_to_id(content) is not None for content in names)
         if added >= set(names.values()) and not known:
             return tokenizer, names
-    except Exception as error:  # the library raises bare Exception; if the file is bad, it is raised below
+    except BaseException as error:  # if the file is bad, that is raised below
+        _raise_unless_failure(error)
         log.debug("renaming control tokens in the file failed: %s", error)
     spec = json.loads(raw)
     names = _rename_in_spec(spec, mark)
@@ -209,7 +220,17 @@ def _texts_of(merge: str | list[str]) -> tuple[str, str, str]:
     return first, second, first + second
 
 
-def _first_line(error: Exception) -> str:
+def _raise_unless_failure(error: BaseException) -> None:
+    """Raise the error again unless it means that the tokenizers library failed.
+
+    The library raises bare Exception, and where its Rust code panics (a regular expression that backtracks
+    too often) PanicException, which is no Exception and can't be imported.
+    """
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from ppllava_edge import BundleError, PromptError, VideoQA
+from ppllava_edge.engines.bundle.packed import packed_bundle
 from ppllava_edge.engines.bundle.prompt_template import TEMPLATES, PromptTemplate
 from ppllava_edge.runtime.language.text_processor import clean_question
 from ppllava_edge.runtime.language.tokenizer import BundleTokenizer
@@ -140,3 +141,36 @@ def test_a_file_with_its_parts_in_another_order(
     (tmp_path / "turned.json").write_text(json.dumps(dict(reversed(spec.items())), indent=1))
     ours = BundleTokenizer(tmp_path / "turned.json")
     assert ours.token_id("</s>") == 2 and 2 not in ours.encode("a </s> b")
+
+
+def hostile_tokenizer(folder: Path, **change: Any) -> Path:
+    """nano's tokenizer with some of its sections replaced."""
+    spec = json.loads((packed_bundle() / "tokenizer.json").read_text())
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(spec | change))
+    return path
+
+
+def test_a_regular_expression_that_backtracks_without_end_is_one_line(tmp_path: Path) -> None:
+    """The library's Rust code panics: its exception is no Exception, and nothing else would catch it."""
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer = BundleTokenizer(hostile_tokenizer(tmp_path, pre_tokenizer=split))
+    with pytest.raises(BundleError, match="can't tokenize this text"):
+        tokenizer.encode("a" * 5000 + "!")
+
+
+def test_padding_and_truncation_of_a_tokenizer_file_are_ignored(tmp_path: Path) -> None:
+    """The library would pad every text to this length."""
+    padding = {
+        "strategy": {"Fixed": 100_000},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "x",
+    }
+    truncation = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    changed = BundleTokenizer(hostile_tokenizer(tmp_path, padding=padding, truncation=truncation))
+    plain = BundleTokenizer(packed_bundle() / "tokenizer.json")
+    question = "what color is the circle?"
+    assert changed.encode(question) == plain.encode(question)
