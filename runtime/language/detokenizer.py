@@ -4,7 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+from ppllava_edge.engines.errors import PromptError
+
 INCOMPLETE = "\ufffd"  # decoders put it in place of bytes that aren't a whole character yet
+# Ids without certain text after which the text is returned as it is. A character has at most four ids; a
+# model that generates invalid UTF-8 or skipped tokens only must not make each step slower than the last.
+MAX_PENDING = 32
+MAX_STOPS = 64
+MAX_STOP_LENGTH = 1024  # characters
+
+
+def stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
+    """Check the texts that end an answer.
+
+    Args:
+        stop: One text, or several.
+
+    Returns:
+        The texts.
+
+    Raises:
+        PromptError: If one is empty or isn't a string, or there are too many or too long ones.
+    """
+    if isinstance(stop, str):
+        stop = (stop,)
+    if isinstance(stop, bytes) or not isinstance(stop, Iterable):
+        raise PromptError(f"stop must be a string or several strings, not {type(stop).__name__}")
+    texts: list[str] = []
+    for text in stop:
+        if not isinstance(text, str):
+            raise PromptError(f"stop must consist of strings; one of them is of type {type(text).__name__}")
+        if not 0 < len(text) <= MAX_STOP_LENGTH:
+            raise PromptError(f"a stop string must have 1 to {MAX_STOP_LENGTH} characters, not {len(text)}")
+        texts.append(text)
+        if len(texts) > MAX_STOPS:
+            raise PromptError(f"there are too many stop strings; at most {MAX_STOPS} are searched for")
+    return tuple(texts)
 
 
 class Detokenizer:
@@ -14,19 +49,22 @@ class Detokenizer:
 
     Args:
         decode: Token ids → text.
-        stop_strings: Texts that end the answer; neither they nor what follows is returned.
+        stop: Texts that end the answer, see stop_strings; neither they nor what follows is returned.
 
     Attributes:
         stopped: A stop string occurred.
+
+    Raises:
+        PromptError: If a stop string can't be used.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stop_strings: Iterable[str] = ()):
+    def __init__(self, decode: Callable[[list[int]], str], stop: str | Iterable[str] = ()):
         self._decode = decode
         self._ids: list[int] = []
         self._context = 0  # ids before this one no longer influence the text
         self._returned = 0  # the text of ids before this one was returned or is held back
         self._held = ""  # text that may be the beginning of a stop string
-        self._stops = [s for s in stop_strings if s]
+        self._stops = stop_strings(stop)
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -35,7 +73,8 @@ class Detokenizer:
             return ""
         self._ids.append(token)
         text = self._new_text()
-        if not text or text.endswith(INCOMPLETE):
+        uncertain = not text or text.endswith(INCOMPLETE)
+        if uncertain and len(self._ids) - self._returned < MAX_PENDING:
             return ""
         self._context, self._returned = self._returned, len(self._ids)
         return self._without_stops(text)

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ppllava_edge.engines.errors import PromptError
+from ppllava_edge.engines.errors import EngineError, PromptError
+from ppllava_edge.runtime.language.numbers import finite_number, integer
+
+MIN_PENALTY, MAX_PENALTY = 0.01, 100.0  # beyond them float32 logits may overflow
 
 
 @dataclass(frozen=True)
@@ -17,11 +20,11 @@ class Sampling:
         temperature: 0 takes the most likely token; higher values spread the choice.
         top_p: Choose among the smallest set of tokens that holds this share of the probability; 1: all.
         top_k: Choose among this many of the most likely tokens; 0: all.
-        repetition_penalty: Above 1, tokens that occurred become less likely; 1: no change.
-        seed: Seed of the random numbers; None: a new one for every answer.
+        repetition_penalty: Above 1, tokens that occurred become less likely; 1: no change; 0.01 to 100.
+        seed: Seed of the random numbers, 0 or more; None: a new one for every answer.
 
     Raises:
-        PromptError: If a value is out of range.
+        PromptError: If a value is out of range, or no number.
     """
 
     temperature: float = 0.0
@@ -31,14 +34,23 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and np.isfinite(self.temperature)):
-            raise PromptError("temperature must be 0 or more")
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            self._set(name, finite_number(name, getattr(self, name)))
+        self._set("top_k", integer("top_k", self.top_k, 0))
+        if self.temperature < 0:
+            raise PromptError(f"temperature must be 0 or more, not {self.temperature:g}")
         if not 0 < self.top_p <= 1:
-            raise PromptError("top_p must be above 0 and at most 1")
-        if self.top_k < 0:
-            raise PromptError("top_k must be 0 or more")
-        if not (self.repetition_penalty > 0 and np.isfinite(self.repetition_penalty)):
-            raise PromptError("repetition_penalty must be above 0")
+            raise PromptError(f"top_p must be above 0 and at most 1, not {self.top_p:g}")
+        if not MIN_PENALTY <= self.repetition_penalty <= MAX_PENALTY:
+            raise PromptError(
+                f"repetition_penalty must be from {MIN_PENALTY:g} to {MAX_PENALTY:g}, "
+                f"not {self.repetition_penalty:g}"
+            )
+        if self.seed is not None:
+            self._set("seed", integer("seed", self.seed, 0))
+
+    def _set(self, name: str, value: float) -> None:
+        object.__setattr__(self, name, value)  # frozen for everybody else
 
     @property
     def greedy(self) -> bool:
@@ -99,12 +111,21 @@ def probabilities(logits: np.ndarray, temperature: float, top_k: int = 0, top_p:
 
     Returns:
         (V,) float64, which sum to 1.
+
+    Raises:
+        EngineError: If the logits aren't numbers.
     """
-    scaled = logits.astype(np.float64) / temperature
+    logits = logits.astype(np.float64)
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # at a very low temperature all but the largest become -inf
+        scaled = (logits - logits.max()) / temperature
     if 0 < top_k < len(scaled):
         scaled[scaled < np.partition(scaled, -top_k)[-top_k]] = -np.inf
-    p: np.ndarray = np.exp(scaled - scaled.max())
+    p: np.ndarray = np.exp(scaled)
     p /= p.sum()
+    if np.isnan(p[0]):
+        raise EngineError("the decoder computed logits that are no numbers; try engine='standard'")
     if top_p < 1:
         order = np.argsort(-scaled, kind="stable")
         likelier = np.cumsum(p[order]) - p[order]  # probability of all tokens before each

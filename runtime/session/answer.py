@@ -10,9 +10,12 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 
 from ppllava_edge.engines.errors import PromptError
+from ppllava_edge.runtime.language.detokenizer import stop_strings
+from ppllava_edge.runtime.language.numbers import finite_number, integer
 from ppllava_edge.runtime.language.sampling import Sampling
 
 MAX_MOMENTS = 5
+MAX_TIMEOUT = 1e9  # seconds; locks refuse to wait much longer
 # The timed stages up to the first token.
 STAGES = ("queue", "video_decode", "vision", "question", "select", "pooling", "prefill")
 
@@ -108,7 +111,7 @@ class AskOptions(TypedDict, total=False):
 
     max_new_tokens: int
     sampling: Sampling | None
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     look_ahead: bool
     timeout: float | None
 
@@ -120,26 +123,34 @@ class GenerationOptions:
     Attributes:
         max_new_tokens: Tokens at most.
         sampling: Temperature and the like; greedy by default.
-        stop: Texts that end the answer.
+        stop: A text that ends the answer, or several.
         look_ahead: Draft tokens from the prompt and verify several in a pass (language/prompt_lookup.py).
         timeout: Seconds after which generation stops with finish "timeout"; a question that still waits for
             admission then raises BusyError. None: no limit.
 
     Raises:
-        PromptError: For max_new_tokens below 1, or a timeout that isn't above 0.
+        PromptError: For max_new_tokens below 1, a timeout of 0 or less, unusable stop texts, wrong types.
     """
 
     max_new_tokens: int = 256
     sampling: Sampling = field(default_factory=Sampling)
-    stop: Sequence[str] = ()
+    stop: str | Sequence[str] = ()
     look_ahead: bool = False
     timeout: float | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise PromptError(f"max_new_tokens must be 1 or more, not {self.max_new_tokens}")
-        if self.timeout is not None and not self.timeout > 0:
-            raise PromptError(f"timeout must be above 0 seconds, not {self.timeout}")
+        checked: dict[str, Any] = {
+            "max_new_tokens": integer("max_new_tokens", self.max_new_tokens, 1),
+            "stop": stop_strings(self.stop),
+        }
+        if self.timeout is not None:
+            checked["timeout"] = min(finite_number("timeout", self.timeout), MAX_TIMEOUT)
+            if checked["timeout"] <= 0:
+                raise PromptError(f"timeout must be above 0 seconds, not {self.timeout}")
+        if not isinstance(self.sampling, Sampling):
+            raise PromptError(f"sampling must be a Sampling, not {type(self.sampling).__name__}")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # frozen for everybody else
 
 
 def attended_moments(weights: np.ndarray, times: Sequence[float]) -> list[Moment]:

@@ -75,7 +75,7 @@ class Video:
         question: str,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         look_ahead: bool = False,
         timeout: float | None = None,
     ) -> Answer:
@@ -85,7 +85,7 @@ class Video:
             question: The question in natural language.
             max_new_tokens: Maximum number of tokens in the answer.
             sampling: Temperature and the like; greedy by default.
-            stop: Texts that end the answer.
+            stop: A text that ends the answer, or several.
             look_ahead: Draft tokens from the prompt and verify several in a pass (prompt lookup).
             timeout: Seconds after which generation stops; the answer so far is returned.
 
@@ -104,7 +104,7 @@ class Video:
         question: str,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         timeout: float | None = None,
     ) -> Answer:
         """`ask` for asyncio. Cancelling the task ends the answer within one token."""
@@ -115,14 +115,14 @@ class Video:
         question: str,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         look_ahead: bool = False,
         timeout: float | None = None,
     ) -> AnswerStream:
         """`ask`, as an iterator of text pieces; `answer` is set once it is exhausted or closed."""
         self.qa.check_usable()
         question = clean_question(question)
-        options = GenerationOptions(max_new_tokens, sampling or Sampling(), tuple(stop), look_ahead, timeout)
+        options = GenerationOptions(max_new_tokens, sampling or Sampling(), stop, look_ahead, timeout)
         return AnswerStream(self.qa, self, question, options)
 
     def similarity(self, question: str) -> np.ndarray:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppllava_edge.engines.errors import PromptError
+from ppllava_edge.engines.errors import EngineError, PromptError
 from ppllava_edge.runtime import Pipeline
 from ppllava_edge.runtime.language.sampling import Sampling, penalise, probabilities
 
@@ -65,17 +66,42 @@ def test_sampling_repeats_with_a_seed_and_greedy_is_argmax(pipeline: Pipeline) -
     )
 
 
+HUGE = 10**5000  # can't be written out: Python refuses such long numbers
+
+
 @pytest.mark.parametrize(
-    "wrong",
+    ("name", "value"),
     [
-        {"temperature": -1},
-        {"top_p": 0},
-        {"top_p": 1.5},
-        {"top_k": -1},
-        {"repetition_penalty": 0},
-        {"temperature": float("nan")},
+        *(("temperature", value) for value in (-1, -1e-9, "0.7", None, [1], HUGE, True, 1j, np.zeros(2))),
+        *(("top_p", value) for value in (0, -0.1, 1.5, "1", None, HUGE)),
+        *(("top_k", value) for value in (-1, 2.5, "3", None, -HUGE, True, float("nan"))),
+        *(("repetition_penalty", value) for value in (0, -1, 1e-320, 1e300, "1", None)),
+        *(("seed", value) for value in (-1, 1.5, "7", -HUGE, np.float32(1), True)),
+        *((name, float("nan")) for name in ("temperature", "top_p", "repetition_penalty", "seed")),
+        *((name, float("inf")) for name in ("temperature", "top_p", "repetition_penalty")),
     ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_impossible_sampling_is_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(PromptError):
-        Sampling(**wrong)  # type: ignore[arg-type]
+def test_impossible_sampling_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(PromptError, match=f"^{name} must be ") as found:
+        Sampling(**{name: value})
+    assert "\n" not in str(found.value) and len(str(found.value)) < 120
+
+
+def test_numbers_of_numpy_are_accepted() -> None:
+    sampling = Sampling(np.float32(0.5), np.float64(0.9), np.int64(3), np.float16(1.5), np.uint8(7))  # type: ignore[arg-type]
+    assert sampling == Sampling(0.5, 0.9, 3, 1.5, 7) and type(sampling.top_k) is int
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-300, 1e-320, 5e-324])
+def test_a_very_low_temperature_takes_the_likeliest_token(temperature: float) -> None:
+    logits = np.array([1, 30, -30, 29], np.float32)
+    assert probabilities(logits, temperature).tolist() == [0, 1, 0, 0]
+    assert Sampling(temperature=temperature).sampler()(logits, []) == 1
+    assert probabilities(logits, temperature, 2, 0.5).tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_logits_that_are_no_numbers(wrong: float) -> None:
+    with pytest.raises(EngineError, match="logits that are no numbers"):
+        Sampling(temperature=1.0).sampler()(np.array([1, wrong, 2], np.float32), [])
