@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
-from ppllava_edge.runtime.media.container import apply_rotation, read_packets, reason, video_stream
-from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits, check_size
+from ppllava_edge.runtime.media.container import open_container, read_packets, reason, to_rgb, video_stream
+from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, Budget, MediaLimits, check_size
+from ppllava_edge.runtime.media.opening.allowed import address_options, scheme_of
+from ppllava_edge.runtime.media.opening.paths import check_regular, display_name, source_name
 
 MAX_ERRORS = 200  # consecutive packets that can't be decoded before a stream counts as lost
 LIVE_OPTIONS = {"fflags": "nobuffer", "flags": "low_delay"}
@@ -28,13 +31,14 @@ class LiveSource:
     """A file, a device or a stream that delivers frames.
 
     Args:
-        source: A path, a device (/dev/video0) or an address (rtsp://, http://, udp://, srt://, …).
+        source: A path, a camera (/dev/video0) or an address (rtsp://, http://, udp://, srt://, …).
         is_due: Called with every frame's time; only frames that are due are converted and delivered.
         deliver: Takes the frames that are due.
         realtime: Play files at their own pace.
         timeout: Seconds without data, or without a frame, after which a stream counts as lost.
-        format: FFmpeg's input format, for devices and unusual streams.
-        options: FFmpeg's input options.
+        format: FFmpeg's input format, for devices and unusual streams. What it may open is then the app's
+            choice: no allow-list holds.
+        options: FFmpeg's input options; they come before those set here.
         limits: What the source may cost; decode_seconds and max_pixels don't hold, as streams have no end.
 
     Attributes:
@@ -43,7 +47,7 @@ class LiveSource:
         size: (width, height) of the last frame; None before the first.
 
     Raises:
-        MediaError: If there is no such file.
+        MediaError: If there is no such file, it isn't a regular one, or the address's scheme isn't allowed.
     """
 
     def __init__(
@@ -57,20 +61,24 @@ class LiveSource:
         options: Mapping[str, str] | None = None,
         limits: MediaLimits = DEFAULT_LIMITS,
     ):
-        self.limits = limits
-        self.name = os.fspath(source)
-        self.realtime, self.timeout = realtime, timeout
-        self.is_file = "://" not in self.name and not self.name.startswith("/dev/") and format is None
-        self.format = format or ("v4l2" if self.name.startswith("/dev/video") else None)
-        scheme = self.name.split("://", 1)[0] if "://" in self.name else ""
-        defaults = {} if self.is_file else LIVE_OPTIONS
-        self.options = {**defaults, **SCHEME_OPTIONS.get(scheme, {}), **(options or {})}
+        self.address = source_name(source)
+        self.name = display_name(self.address)
+        self.realtime, self.timeout, self.limits = realtime, timeout, limits
+        scheme = scheme_of(self.address)
+        self.is_file = format is None and not scheme and not _is_camera(self.address)
+        self.format = format or ("v4l2" if not self.is_file and not scheme else None)
         self.seen = 0
         self.size: tuple[int, int] | None = None
         self._is_due, self._deliver = is_due, deliver
         self._created = time.monotonic()
-        if self.is_file and not Path(self.name).is_file():
-            raise MediaError(f"no such file: {self.name}")
+        if self.is_file:
+            check_regular(self.address)
+            self.options = dict(options or {})
+        else:
+            # With a format of the app's choice, what it opens is the app's choice, too.
+            allowed = address_options(self.address, limits) if format is None and scheme else {}
+            defaults = {**LIVE_OPTIONS, **SCHEME_OPTIONS.get(scheme, {}), **allowed}
+            self.options = {**defaults, **(options or {})}
 
     def read(self, closed: threading.Event, on_frame: Callable[[], None]) -> None:
         """Open the source and deliver its frames until it ends or `closed` is set.
@@ -84,24 +92,36 @@ class LiveSource:
         """
         import av
 
-        try:
-            container = av.open(
-                self.name,
-                format=self.format,
-                options=dict(self.options),
-                timeout=None if self.is_file else self.timeout,
-                metadata_errors="replace",
-            )
-        except (av.error.FFmpegError, ValueError, OSError) as error:
-            raise MediaError(f"{self.name} can't be opened ({reason(error)})") from None
-        with container:
-            stream = video_stream(container, self.name, self.limits)
+        with self._open() as (container, stream):
             # Frame threading delays frames by as many as there are threads.
             stream.thread_type = "AUTO" if self.is_file else "SLICE"
             try:
                 self._play(container, stream, closed, on_frame)
             except av.error.FFmpegError as error:
                 raise MediaError(f"{self.name} was lost ({reason(error)})") from None
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[tuple[Any, Any]]:
+        """Open the source. Yields the PyAV container and its video stream."""
+        import av
+
+        if self.is_file:
+            budget = Budget(self.name, self.limits)
+            with open_container(Path(self.address), budget, self.options) as opened:
+                yield opened
+            return
+        try:
+            container = av.open(
+                self.address,
+                format=self.format,
+                options=dict(self.options),
+                timeout=self.timeout,
+                metadata_errors="replace",
+            )
+        except (av.error.FFmpegError, ValueError, OSError, MemoryError) as error:
+            raise MediaError(f"{self.name} can't be opened ({reason(error)})") from None
+        with container:
+            yield container, video_stream(container, self.name, self.limits)
 
     def _play(
         self, container: Any, stream: Any, closed: threading.Event, on_frame: Callable[[], None]
@@ -122,7 +142,7 @@ class LiveSource:
                 else:
                     seconds = last_frame - self._created
                 if self._is_due(seconds):
-                    self._deliver(apply_rotation(frame), seconds)
+                    self._deliver(to_rgb(frame, self.name), seconds)
             if closed.is_set():
                 return
             if not self.is_file and time.monotonic() - last_frame > self.timeout:
@@ -156,3 +176,8 @@ class LiveSource:
         if frame.pts is None or not frame.time_base:
             return self.seen / FALLBACK_FPS
         return float(frame.pts * frame.time_base)
+
+
+def _is_camera(name: str) -> bool:
+    """Whether a path is a V4L2 device (/dev/video0, or a link to one)."""
+    return os.path.realpath(name).startswith("/dev/video")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ppllava_edge.engines.errors import MediaError
 
 MIN_SIDE = 8  # pixels
+T = TypeVar("T")
 LARGEST = 2**62  # of any limit
 
 
@@ -25,7 +28,8 @@ class MediaLimits:
         max_streams: Video, sound and other streams in one file.
         max_packets: Compressed frames of a video stream (10 million: 46 hours at 60 a second).
         max_files: Images in a folder, and frames in an animation.
-        decode_seconds: Wall clock of opening and decoding one source; None: no limit.
+        decode_seconds: Wall clock of opening a source, and again of each time its frames are read; None: no
+            limit. Waiting for the engine doesn't count.
         memory: Bytes of address space of the isolated decoding process (isolate=True).
 
     Raises:
@@ -99,6 +103,68 @@ def _number(name: str, text: str) -> float | None:
 
 
 DEFAULT_LIMITS = MediaLimits()
+
+
+class Budget:
+    """What reading a source has cost so far, checked against its limits.
+
+    Args:
+        what: The source's name, for error messages.
+        limits: Its limits.
+    """
+
+    def __init__(self, what: str, limits: MediaLimits = DEFAULT_LIMITS):
+        self.what, self.limits = what, limits
+        self.pixels = 0
+        self._spent = 0.0  # seconds, up to _resumed
+        self._resumed = time.monotonic()
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds left; None: no limit."""
+        if self.limits.decode_seconds is None:
+            return None
+        return max(self.limits.decode_seconds - self._spent - (time.monotonic() - self._resumed), 0.0)
+
+    def check(self) -> None:
+        """Raise MediaError if the time is spent."""
+        if self.remaining == 0:
+            raise self.out_of_time()
+
+    def out_of_time(self) -> MediaError:
+        """The error for a source that took too long."""
+        return MediaError(
+            f"{self.what} took longer than {self.limits.decode_seconds:g} s to decode; "
+            "take a shorter part, or raise the limit decode_seconds"
+        )
+
+    def add(self, width: int, height: int) -> None:
+        """Count a decoded frame. Raises MediaError if it is too large, or the source has cost too much."""
+        check_size(width, height, self.what, self.limits)
+        self.expect(1, width, height)
+        self.pixels += width * height
+        self.check()
+
+    def expect(self, frames: int, width: int, height: int) -> None:
+        """Raise MediaError if so many more frames would cost too much."""
+        if self.pixels + frames * width * height > self.limits.max_pixels:
+            raise MediaError(
+                f"more than {self.limits.max_pixels:.3g} pixels of {self.what} would have to be decoded; "
+                "cut out a part, or raise the limit max_pixels"
+            )
+
+    def metered(self, items: Iterator[T]) -> Iterator[T]:
+        """Pass items on, not counting the time that their consumer takes."""
+        self._resumed = time.monotonic()
+        try:
+            for item in items:
+                self._spent += time.monotonic() - self._resumed
+                yield item
+                self._resumed = time.monotonic()
+        finally:
+            close = getattr(items, "close", None)
+            if close is not None:
+                close()
 
 
 def check_size(

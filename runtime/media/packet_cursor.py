@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ppllava_edge.runtime.media.container import read_packets
+from ppllava_edge.runtime.media.limits import Budget
 from ppllava_edge.runtime.media.packet_index import PacketIndex
 
 SEEK_BACK = (0, 1, 2, 4, 16, 64)  # groups before the wanted one to seek to, in this order, until one works
@@ -22,16 +23,18 @@ class PacketCursor:
         container: The open PyAV container.
         stream: Its video stream.
         index: The file's packet index.
+        budget: What reading the file may cost.
 
     Attributes:
         position: The next packet's position in decoding order; None if it isn't known.
     """
 
-    def __init__(self, container: Any, stream: Any, index: PacketIndex):
+    def __init__(self, container: Any, stream: Any, index: PacketIndex, budget: Budget):
         self.position: int | None = None
         self._container = container
         self._stream = stream
         self._index = index
+        self._budget = budget
         self._packets: Iterator[Any] = iter(())
         self._peeked: Any = None
         self._group_at = {int(timestamp): i for i, timestamp in enumerate(index.key_timestamps)}
@@ -81,7 +84,7 @@ class PacketCursor:
             self._container.seek(timestamp, stream=self._stream, backward=True)
         except av.error.FFmpegError:
             return None
-        self._packets = read_packets(self._container, self._stream)
+        self._packets = read_packets(self._container, self._stream, self._budget)
         self._peeked = None
         while (packet := self.peek()) is not None and not packet.is_keyframe:
             self.next()

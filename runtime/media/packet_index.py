@@ -26,11 +26,14 @@ import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.media.container import FALLBACK_FPS, open_container, read_packets
-from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits
+from ppllava_edge.runtime.media.limits import Budget
+from ppllava_edge.runtime.media.opening.paths import display_name
 
 CONTAINERS_WITH_TABLE = {"mov", "mp4"}  # their header lists every packet, with decoding times
 MIN_FPS = 0.001  # header values outside these limits are wrong
 MAX_FPS = 100_000
+SLOWEST_FPS = 1e-6  # from timestamps: a frame in 11 days; less means that the timestamps are wrong
+CHECK_EVERY = 256  # table entries between two looks at the clock
 
 
 def _no_numbers() -> np.ndarray:
@@ -93,24 +96,25 @@ class PacketIndex:
         return range(int(self.key_positions[group]), int(end))
 
 
-def index_packets(path: Path, limits: MediaLimits = DEFAULT_LIMITS, table: bool = True) -> PacketIndex:
+def index_packets(path: Path, budget: Budget | None = None, table: bool = True) -> PacketIndex:
     """Index a file's first video stream.
 
     Args:
         path: The file.
-        limits: What the file may cost.
+        budget: What reading the file may cost; None: the default limits.
         table: Use the container's table, if it has a plausible one.
 
     Raises:
         MediaError: If the file can't be opened or holds no frame.
     """
-    with open_container(path, limits) as (container, stream):
+    budget = budget or Budget(display_name(path))
+    with open_container(path, budget) as (container, stream):
         if table and set(container.format.name.split(",")) & CONTAINERS_WITH_TABLE:
-            index = _index_from_table(container, stream, path, limits)
+            index = _index_from_table(container, stream, budget)
             if index is not None:
                 return index
-    with open_container(path, limits) as (container, stream):  # reopened: checking the table consumed packets
-        return _index_from_packets(container, stream, path, limits)
+    with open_container(path, budget) as (container, stream):  # reopened: checking the table consumed packets
+        return _index_from_packets(container, stream, budget)
 
 
 # -- from the container's table --------------------------------------------------------------------------
@@ -126,22 +130,22 @@ class _KeyPackets:
     frames: int
 
 
-def _index_from_table(container: Any, stream: Any, path: Path, limits: MediaLimits) -> PacketIndex | None:
+def _index_from_table(container: Any, stream: Any, budget: Budget) -> PacketIndex | None:
     """Read the header's table. None if it can't be complete: fragmented files extend it as they are read."""
     entries = stream.index_entries
     packets = len(entries)
     fps = float(stream.average_rate or 0)
-    if packets > limits.max_packets:
-        raise _too_many_packets(path, limits)
+    if packets > budget.limits.max_packets:
+        raise _too_many_packets(budget)
     if packets < 1 or packets != int(stream.frames or 0) or not MIN_FPS < fps < MAX_FPS:
         return None
-    keys = _key_packets(entries, path.stat().st_size)
+    keys = _key_packets(entries, container.size, budget)
     if keys is None:
         return None
     first_group = keys.positions[1] if len(keys.positions) > 1 else packets
     first_times = [
         packet.pts
-        for packet in islice(_readable_packets(container, stream), first_group)
+        for packet in islice(_readable_packets(container, stream, budget), first_group)
         if packet.pts is not None and not packet.is_discard
     ]
     if not first_times:
@@ -162,17 +166,19 @@ def _index_from_table(container: Any, stream: Any, path: Path, limits: MediaLimi
     )
 
 
-def _too_many_packets(path: Path, limits: MediaLimits) -> MediaError:
+def _too_many_packets(budget: Budget) -> MediaError:
     return MediaError(
-        f"{path} has more than {limits.max_packets} compressed frames: it is damaged, or a part must be "
-        "cut out, or the limit max_packets raised"
+        f"{budget.what} has more than {budget.limits.max_packets} compressed frames; if it isn't damaged, "
+        "cut out a part, or raise the limit max_packets"
     )
 
 
-def _key_packets(entries: Any, file_size: int) -> _KeyPackets | None:
+def _key_packets(entries: Any, file_size: int, budget: Budget) -> _KeyPackets | None:
     """Collect a table's key packets. None if an entry is outside the file or the first isn't a key frame."""
     keys = _KeyPackets(array("q"), array("q"), array("q"), 0)
     for position, entry in enumerate(entries):
+        if position % CHECK_EVERY == 0:
+            budget.check()
         if entry.pos < 0 or entry.pos + entry.size > file_size or entry.size < 1:
             return None
         if entry.is_keyframe:
@@ -185,12 +191,12 @@ def _key_packets(entries: Any, file_size: int) -> _KeyPackets | None:
     return keys
 
 
-def _readable_packets(container: Any, stream: Any) -> Iterator[Any]:
+def _readable_packets(container: Any, stream: Any, budget: Budget) -> Iterator[Any]:
     """Yield packets that hold data, up to the first that FFmpeg can't read."""
     import av
 
     try:
-        yield from (packet for packet in read_packets(container, stream) if packet.size)
+        yield from (packet for packet in read_packets(container, stream, budget) if packet.size)
     except av.error.FFmpegError:
         return
 
@@ -217,13 +223,13 @@ class _PacketList:
     broken: bool = False
 
 
-def _list_packets(container: Any, stream: Any, path: Path, limits: MediaLimits) -> _PacketList:
+def _list_packets(container: Any, stream: Any, budget: Budget) -> _PacketList:
     """Read the whole file without decoding anything."""
     import av
 
     read = _PacketList()
     try:
-        for packet in read_packets(container, stream):
+        for packet in read_packets(container, stream, budget):
             if not packet.size:
                 continue
             if packet.is_keyframe:
@@ -232,29 +238,31 @@ def _list_packets(container: Any, stream: Any, path: Path, limits: MediaLimits) 
             read.pts.append(packet.pts if packet.pts is not None else 0)
             read.shown.append(not packet.is_discard)
             read.broken = read.broken or packet.is_corrupt
-            if len(read.pts) > limits.max_packets:
-                raise _too_many_packets(path, limits)
+            if len(read.pts) > budget.limits.max_packets:
+                raise _too_many_packets(budget)
     except av.error.FFmpegError:
         read.broken = True
     return read
 
 
-def _index_from_packets(container: Any, stream: Any, path: Path, limits: MediaLimits) -> PacketIndex:
+def _index_from_packets(container: Any, stream: Any, budget: Budget) -> PacketIndex:
     """Build the index from one pass over the packets."""
-    read = _list_packets(container, stream, path, limits)
-    pts = np.array(read.pts, np.int64)
-    shown = np.array(read.shown, bool)
-    keys = np.array(read.keys, np.int64)
+    read = _list_packets(container, stream, budget)
+    pts = np.asarray(read.pts, np.int64)
+    shown = np.asarray(read.shown, np.int8).view(bool)
+    keys = np.asarray(read.keys, np.int64)
     count = int(shown.sum())
     promised = int(stream.frames or 0)
     time_base = float(stream.time_base or 0)
     if count == 0:
-        raise MediaError(f"{path} has a video stream without a single frame")
+        raise MediaError(f"{budget.what} has a video stream without a single frame")
     shown_pts = pts[shown]
     fps = float(stream.average_rate or 0)
     if not MIN_FPS < fps < MAX_FPS:
-        span = 0.0 if read.timeless else float(shown_pts.max() - shown_pts.min()) * time_base
-        fps = (count - 1) / span if span else FALLBACK_FPS
+        # Python's integers: the difference of two timestamps can exceed 64 bits.
+        span = 0.0 if read.timeless else (int(shown_pts.max()) - int(shown_pts.min())) * time_base
+        fps = (count - 1) / span if span > 0 else FALLBACK_FPS
+        fps = fps if SLOWEST_FPS <= fps < MAX_FPS else FALLBACK_FPS
     index = PacketIndex(
         count=count,
         promised=max(count, promised),

@@ -1,44 +1,159 @@
-"""Images, animations and folders of images, through Pillow. Sizes are checked before any pixel is decoded."""
+"""Images, animations and folders of images, through Pillow. Sizes are checked before any pixel is decoded.
+
+Pillow's settings (MAX_IMAGE_PIXELS, LOAD_TRUNCATED_IMAGES) belong to the app's process: they are never
+changed here.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-from collections.abc import Callable
-from functools import partial
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.media.container import reason
-from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits, check_size
+from ppllava_edge.runtime.media.limits import Budget, check_size
+from ppllava_edge.runtime.media.opening.gif import scan_gif
+from ppllava_edge.runtime.media.opening.paths import display_name, open_regular
 
 # Pillow reads these by itself; for some others it starts another program. FFmpeg opens further formats.
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")
-ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
+ANIMATED_FORMATS = ("GIF", "PNG", "WEBP")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
+MAX_FILE_BYTES = 2**29  # Pillow reads WebP files as a whole; larger files are left to FFmpeg
 DEFAULT_SECONDS = 0.1  # for an animation's frame without a duration
 FOLDER_SECONDS = 1.0  # for each image of a folder
 
 
-class Picture(NamedTuple):
-    """An image that is decoded when it is needed.
+class Pictures(ABC):
+    """Pictures that are decoded when they are needed. No file stays open between two calls.
 
     Attributes:
-        load: Decodes it, upright, to RGB uint8 (H, W, 3).
-        seconds: How long it is shown.
+        seconds: How long each picture is shown.
     """
 
-    load: Callable[[], np.ndarray]
-    seconds: float
+    seconds: Sequence[float]
+
+    @abstractmethod
+    def read(self, numbers: Sequence[int], budget: Budget) -> Iterator[tuple[int, np.ndarray]]:
+        """Decode pictures.
+
+        Args:
+            numbers: Which, ascending.
+            budget: What reading them may cost.
+
+        Yields:
+            A number and its picture, upright, RGB uint8 (H, W, 3).
+
+        Raises:
+            MediaError: If a picture can't be decoded or costs too much.
+        """
 
 
-def open_picture(path: Path, limits: MediaLimits = DEFAULT_LIMITS) -> Any:
-    """Open an image file. Files are recognised by content, not by name.
+class ImageFile(Pictures):
+    """An image, or the pictures of an animation. See `recognised`."""
 
-    Returns:
+    def __init__(self, path: Path, seconds: Sequence[float]):
+        self.path, self.seconds = path, seconds
+
+    @classmethod
+    def recognised(cls, path: Path, budget: Budget) -> ImageFile | None:
+        """Open an image file. Files are recognised by content, not by name.
+
+        Args:
+            path: A regular file.
+            budget: What reading it may cost.
+
+        Returns:
+            The pictures, none of them decoded yet; None if the file isn't an image.
+
+        Raises:
+            MediaError: If the image is damaged, too large or has too many pictures.
+        """
+        with open_picture(path, budget) as picture:
+            if picture is None:
+                return None
+            if picture.format == "GIF":
+                return cls(path, _gif_seconds(path, budget))
+            return cls(path, _seconds(picture, budget))
+
+    def read(self, numbers: Sequence[int], budget: Budget) -> Iterator[tuple[int, np.ndarray]]:
+        """See Pictures.read. A picture of an animation is drawn over those before it."""
+        wanted = set(numbers)
+        with open_picture(self.path, budget) as picture:
+            if picture is None:
+                raise MediaError(f"{budget.what} is no longer an image")
+            for number in range(max(wanted) + 1):
+                with _damage_reported(budget.what):
+                    if len(self.seconds) > 1:
+                        picture.seek(number)  # one by one: a GIF's canvas can grow at any picture
+                budget.add(*picture.size)
+                if number in wanted:
+                    yield number, _upright(picture, budget.what)
+
+
+class ImageFolder(Pictures):
+    """The images of a folder in natural order (frame2 before frame10), one second each.
+
+    Args:
+        folder: The folder.
+        budget: Its limits are max_files and decode_seconds.
+
+    Raises:
+        MediaError: If there are no images, too many, or the folder can't be read.
+    """
+
+    def __init__(self, folder: Path, budget: Budget):
+        names = []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    budget.check()
+                    suffix = os.path.splitext(entry.name)[1].lower()
+                    if suffix in IMAGE_SUFFIXES and entry.is_file():
+                        names.append(entry.name)
+                    if len(names) > budget.limits.max_files:
+                        raise MediaError(
+                            f"{budget.what} holds more than {budget.limits.max_files} images; "
+                            "raise the limit max_files"
+                        )
+        except OSError as error:
+            raise MediaError(f"{budget.what} can't be read ({error.strerror or error})") from None
+        if not names:
+            raise MediaError(
+                f"{budget.what} holds no images; videos in a folder are asked one by one (batch)"
+            )
+        self.paths = [folder / name for name in sorted(names, key=natural_order)]
+        self.seconds = [FOLDER_SECONDS] * len(names)
+
+    def read(self, numbers: Sequence[int], budget: Budget) -> Iterator[tuple[int, np.ndarray]]:
+        """See Pictures.read. Of an animation, the first picture is taken."""
+        for number in numbers:
+            path = self.paths[number]
+            name = display_name(path)
+            with open_picture(path, budget, name) as picture:
+                if picture is None:
+                    raise MediaError(f"{name} is not an image that can be read")
+                budget.add(*picture.size)
+                yield number, _upright(picture, name)
+
+
+@contextlib.contextmanager
+def open_picture(path: Path, budget: Budget, name: str | None = None) -> Iterator[Any]:
+    """Open an image file by its content.
+
+    Args:
+        path: A regular file.
+        budget: Its limits on a picture's size are checked.
+        name: The file's name, for messages; None: the budget's.
+
+    Yields:
         A Pillow image whose pixels aren't decoded yet; None if the file isn't an image.
 
     Raises:
@@ -46,67 +161,97 @@ def open_picture(path: Path, limits: MediaLimits = DEFAULT_LIMITS) -> Any:
     """
     from PIL import Image, UnidentifiedImageError
 
-    Image.MAX_IMAGE_PIXELS = None  # check_size below replaces Pillow's own limit
+    name = name or budget.what
+    with open_regular(path) as file:
+        picture = None
+        if os.fstat(file.fileno()).st_size <= MAX_FILE_BYTES:
+            with contextlib.suppress(UnidentifiedImageError), _damage_reported(name):
+                picture = Image.open(file, formats=IMAGE_FORMATS)
+                check_size(*picture.size, name, budget.limits)
+        try:
+            yield picture
+        finally:
+            if picture is not None:
+                picture.close()
+
+
+@contextlib.contextmanager
+def _damage_reported(name: str) -> Iterator[None]:
+    """Raise Pillow's errors as MediaError.
+
+    All of them: damaged files raise KeyError, IndexError, struct.error, ZeroDivisionError and others there.
+    """
+    from PIL import Image, UnidentifiedImageError
+
     try:
-        picture = Image.open(path, formats=IMAGE_FORMATS)
-    except UnidentifiedImageError:
-        return None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(f"{path} is a damaged image ({reason(error)})") from None
-    check_size(*picture.size, str(path), limits)
-    return picture
+        yield
+    except (MediaError, UnidentifiedImageError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise MediaError(f"{name}: its pictures are too large ({reason(error)})") from None
+    except MemoryError:
+        raise MediaError(f"{name} needs more memory than there is") from None
+    except Exception as error:
+        raise MediaError(f"{name} is a damaged image ({reason(error)})") from None
 
 
-def animation_pictures(picture: Any) -> list[Picture]:
-    """List the pictures of an opened Pillow image: one, or all of an animation."""
-    count = getattr(picture, "n_frames", 1) if picture.format in ANIMATED_FORMATS else 1
-    if count == 1:
-        return [Picture(partial(_load, picture, None), 0.0)]
-    return [Picture(partial(_load, picture, i), _duration(picture, i)) for i in range(count)]
-
-
-def _load(picture: Any, number: int | None) -> np.ndarray:
-    """Decode picture `number` of an animation, or a still image (None)."""
+def _upright(picture: Any, name: str) -> np.ndarray:
+    """Decode the picture that is due, rotated as its EXIF data asks, to RGB uint8 (H, W, 3)."""
     from PIL import ImageOps
 
-    try:
-        if number is not None:
-            picture.seek(number)
+    with _damage_reported(name):
         return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise MediaError(f"{picture.filename} is a damaged image ({reason(error)})") from None
 
 
-def _duration(picture: Any, number: int) -> float:
-    """Seconds that a picture of an animation is shown; the default for damaged ones."""
-    with contextlib.suppress(OSError, ValueError, SyntaxError, EOFError):
-        picture.seek(number)
-        return float(picture.info.get("duration") or 1000 * DEFAULT_SECONDS) / 1000
-    return DEFAULT_SECONDS
+def _gif_seconds(path: Path, budget: Budget) -> list[float]:
+    """How long each picture of a GIF is shown. Nothing is decoded."""
+    seconds: list[float] = []
+    width = height = 1
+    with open_regular(path) as file:
+        for picture in scan_gif(file, budget):
+            width, height = max(width, picture.right), max(height, picture.bottom)
+            seconds.append(picture.milliseconds / 1000 or DEFAULT_SECONDS)
+            _check_animation(len(seconds), width, height, budget)
+    return seconds if len(seconds) > 1 else [0.0]
 
 
-def folder_pictures(folder: Path, limits: MediaLimits = DEFAULT_LIMITS) -> list[Picture]:
-    """List a folder's images in natural order (frame2 before frame10), one second each.
+def _seconds(picture: Any, budget: Budget) -> list[float]:
+    """How long each picture of an image or animation is shown; those after damage are left out."""
+    with _damage_reported(budget.what):
+        count = int(getattr(picture, "n_frames", 1)) if picture.format in ANIMATED_FORMATS else 1
+    if count <= 1:
+        return [0.0]
+    _check_animation(count, *picture.size, budget)
+    seconds: list[float] = []
+    with contextlib.suppress(MediaError):
+        for number in range(count):
+            budget.check()
+            with _damage_reported(budget.what):
+                picture.seek(number)
+                if picture.format == "WEBP":
+                    picture.load()  # its durations are known once a picture is decoded
+                duration = float(picture.info.get("duration") or 0) / 1000
+            seconds.append(duration if 0 < duration < 1e6 else DEFAULT_SECONDS)
+    budget.check()
+    return seconds if len(seconds) > 1 else [0.0]
 
-    Raises:
-        MediaError: If there are none.
-    """
-    paths = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
-    if not paths:
-        raise MediaError(f"the folder {folder} holds no images; for a folder of videos: --batch")
-    paths.sort(key=_natural_order)
-    return [Picture(partial(_load_file, path, limits), FOLDER_SECONDS) for path in paths]
+
+def _check_animation(count: int, width: int, height: int, budget: Budget) -> None:
+    """Refuse animations with too many pictures, or too many pixels in all."""
+    limits = budget.limits
+    check_size(max(width, 8), max(height, 8), budget.what, limits)
+    if count > limits.max_files:
+        raise MediaError(
+            f"{budget.what} has more than {limits.max_files} pictures; raise the limit max_files"
+        )
+    if count * width * height > limits.max_animation_pixels:
+        raise MediaError(
+            f"{budget.what}: {count} or more pictures of {width}x{height} pixels are too large an animation; "
+            "make it a video, or raise the limit max_animation_pixels"
+        )
 
 
-def _natural_order(path: Path) -> list[int | str]:
+def natural_order(name: str) -> list[int | str]:
     """Sort key: numbers in a name count as numbers."""
-    return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", path.name)]
-
-
-def _load_file(path: Path, limits: MediaLimits) -> np.ndarray:
-    """Decode the first picture of an image file."""
-    picture = open_picture(path, limits)
-    if picture is None:
-        raise MediaError(f"{path} is not an image that can be read")
-    with picture:
-        return animation_pictures(picture)[0].load()
+    parts = re.split(r"(\d+)", name)  # every second part is a number
+    return [int(part) if i % 2 else part.lower() for i, part in enumerate(parts)]

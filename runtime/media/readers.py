@@ -8,6 +8,7 @@ says so.
 from __future__ import annotations
 
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
-from ppllava_edge.runtime.media.container import apply_rotation, open_container, read_packets
-from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits, check_size
+from ppllava_edge.runtime.media.container import open_container, read_packets, to_rgb
+from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, Budget, MediaLimits
+from ppllava_edge.runtime.media.opening.paths import display_name, source_name, stat_source
 from ppllava_edge.runtime.media.packet_cursor import CannotSeek
 from ppllava_edge.runtime.media.packet_index import index_packets
-from ppllava_edge.runtime.media.pictures import Picture, animation_pictures, folder_pictures, open_picture
+from ppllava_edge.runtime.media.pictures import ImageFile, ImageFolder, Pictures
 from ppllava_edge.runtime.media.seeking import is_worthwhile, seek_frames
 
 MAX_ERRORS = 1000  # packets that may fail before a sequential decode stops
@@ -112,8 +114,10 @@ class FrameReader(ABC):
         """
 
 
-def open_reader(source: str | os.PathLike[str], limits: MediaLimits = DEFAULT_LIMITS) -> FrameReader:
+def open_reader(source: str | bytes | os.PathLike[str], limits: MediaLimits = DEFAULT_LIMITS) -> FrameReader:
     """Open a video file, an image, an animation or a folder of images.
+
+    Nothing but regular files is ever opened; links are followed.
 
     Args:
         source: The path.
@@ -122,19 +126,14 @@ def open_reader(source: str | os.PathLike[str], limits: MediaLimits = DEFAULT_LI
     Raises:
         MediaError: If the source is unusable; in one line.
     """
-    path = Path(source)
-    if path.is_dir():
-        return PictureReader(folder_pictures(path, limits), f"the folder {path}")
-    if not path.exists():
-        hint = "; for a stream or a camera: --live" if "://" in str(source) else ""
-        raise MediaError(f"no such file: {source}{hint}")
-    if not path.is_file():
-        raise MediaError(f"{source} is not a regular file")
-    if path.stat().st_size == 0:
-        raise MediaError(f"{source} is empty (0 bytes)")
-    picture = open_picture(path, limits)
-    if picture is not None:
-        return PictureReader(animation_pictures(picture), str(path))
+    path = Path(source_name(source))
+    if stat.S_ISDIR(stat_source(path).st_mode):
+        what = f"the folder {display_name(path)}"
+        return PictureReader(ImageFolder(path, Budget(what, limits)), what, limits)
+    budget = Budget(display_name(path), limits)
+    pictures = ImageFile.recognised(path, budget)
+    if pictures is not None:
+        return PictureReader(pictures, budget.what, limits)
     return VideoReader(path, limits)
 
 
@@ -154,12 +153,18 @@ class VideoReader(FrameReader):
         self.path = path
         self.limits = limits
         self.seeking = seeking
-        self.index = index_packets(path, limits)
-        super().__init__(str(path), self.index.count, self.index.fps, self.index.duration)
+        self._budget = Budget(display_name(path), limits)
+        self.index = index_packets(path, self._budget)
+        super().__init__(self._budget.what, self.index.count, self.index.fps, self.index.duration)
         self._damaged = False
 
     def frames(self, choice: Callable[[FrameReader], Sequence[int]]) -> Iterator[Frame]:
         """See FrameReader.frames. Seeks if that pays, and decodes sequentially what seeking can't find."""
+        self._budget = Budget(self.what, self.limits)
+        yield from self._budget.metered(self._chosen_frames(choice))
+
+    def _chosen_frames(self, choice: Callable[[FrameReader], Sequence[int]]) -> Iterator[Frame]:
+        """`frames`, without counting what they cost."""
         self.indices = list(choice(self))
         done = set[int]()
         if self.seeking and self.index.seekable and is_worthwhile(self.index, self.indices):
@@ -178,7 +183,7 @@ class VideoReader(FrameReader):
 
     def _seek(self, done: set[int]) -> Iterator[Frame]:
         """Yield the chosen frames by seeking, adding their numbers to `done`."""
-        for number, image, seconds, damaged in seek_frames(self.path, self.indices, self.index, self.limits):
+        for number, image, seconds, damaged in seek_frames(self.path, self.indices, self.index, self._budget):
             self._damaged = self._damaged or damaged
             done.add(number)
             yield Frame(number, image, seconds)
@@ -188,7 +193,7 @@ class VideoReader(FrameReader):
         if not self.index.from_table:
             return False
         previous_count = self.index.count
-        self.index = index_packets(self.path, self.limits, table=False)
+        self.index = index_packets(self.path, self._budget, table=False)
         self.count, self.fps, self.duration = self.index.count, self.index.fps, self.index.duration
         return previous_count != self.count
 
@@ -205,22 +210,24 @@ class VideoReader(FrameReader):
             raise self._no_frames_error()
 
     def _no_frames_error(self) -> MediaError:
-        return MediaError(f"no frame of {self.path} could be decoded; the file is damaged")
+        return MediaError(f"no frame of {self.what} could be decoded; the file is damaged")
 
     def _decode(self, wanted: set[int]) -> Generator[Frame, None, _Decoded]:
         """Decode from the beginning up to the last wanted frame."""
         last = max(wanted, default=-1)
         number = 0
         numbers = set[int]()
-        with open_container(self.path, self.limits) as (container, stream):
-            batches = self._decode_packets(read_packets(container, stream))
+        with open_container(self.path, self._budget) as (container, stream):
+            size = stream.codec_context.width, stream.codec_context.height
+            self._budget.expect(last + 1, *size)
+            batches = self._decode_packets(read_packets(container, stream, self._budget))
             while number <= last and (batch := next(batches, None)) is not None:
                 for frame in batch:
                     self._damaged = self._damaged or bool(frame.is_corrupt)
+                    self._budget.add(frame.width, frame.height)
                     if number in wanted:
-                        check_size(frame.width, frame.height, self.what, self.limits)
                         numbers.add(number)
-                        yield Frame(number, apply_rotation(frame), self._seconds(frame, number))
+                        yield Frame(number, to_rgb(frame, self.what), self._seconds(frame, number))
                     number += 1
         return _Decoded(numbers, number)
 
@@ -248,7 +255,7 @@ class VideoReader(FrameReader):
         return max(float(frame.pts * frame.time_base) - self.index.origin * self.index.time_base, 0.0)
 
     def _add_note(self) -> None:
-        name, promised = self.path.name, self.index.promised
+        name, promised = display_name(self.path.name), self.index.promised
         if self.count < promised:
             self.notes = [
                 f"{name} is truncated or damaged: "
@@ -271,19 +278,21 @@ class PictureReader(FrameReader):
     Args:
         pictures: One for an image, several for an animation or folder.
         what: The source's name, for error messages.
+        limits: What reading may cost.
     """
 
-    def __init__(self, pictures: Sequence[Picture], what: str):
-        self.pictures = pictures
-        self.starts = np.concatenate([[0.0], np.cumsum([picture.seconds for picture in pictures])])
-        single = len(pictures) == 1
-        duration = 0.0 if single else float(self.starts[-1])
-        super().__init__(what, len(pictures), 1.0 if single else len(pictures) / duration, duration)
-        self.kind = "image" if single else "video"
-        self.takes_all = single
+    def __init__(self, pictures: Pictures, what: str, limits: MediaLimits = DEFAULT_LIMITS):
+        self.pictures, self.limits = pictures, limits
+        count = len(pictures.seconds)
+        self.starts = np.concatenate([[0.0], np.cumsum(pictures.seconds)])
+        duration = 0.0 if count == 1 else float(self.starts[-1])
+        super().__init__(what, count, 1.0 if count == 1 else count / duration, duration)
+        self.kind = "image" if count == 1 else "video"
+        self.takes_all = count == 1
 
     def frames(self, choice: Callable[[FrameReader], Sequence[int]]) -> Iterator[Frame]:
         """See FrameReader.frames."""
         self.indices = list(choice(self))
-        for i in sorted(set(self.indices)):
-            yield Frame(i, self.pictures[i].load(), float(self.starts[i]))
+        budget = Budget(self.what, self.limits)
+        for i, image in budget.metered(self.pictures.read(sorted(set(self.indices)), budget)):
+            yield Frame(i, image, float(self.starts[i]))

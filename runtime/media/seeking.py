@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from ppllava_edge.runtime.media.container import apply_rotation, open_container
-from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits, check_size
+from ppllava_edge.runtime.media.container import open_container, to_rgb
+from ppllava_edge.runtime.media.limits import Budget
 from ppllava_edge.runtime.media.packet_cursor import CannotSeek, PacketCursor
 from ppllava_edge.runtime.media.packet_index import PacketIndex
 
@@ -45,7 +45,7 @@ SoughtFrame = tuple[int, np.ndarray, float, bool]  # number, RGB uint8 (H, W, 3)
 
 
 def seek_frames(
-    path: Path, wanted: Sequence[int], index: PacketIndex, limits: MediaLimits = DEFAULT_LIMITS
+    path: Path, wanted: Sequence[int], index: PacketIndex, budget: Budget
 ) -> Iterator[SoughtFrame]:
     """Decode frames by seeking to the key frames before them.
 
@@ -53,7 +53,7 @@ def seek_frames(
         path: The file.
         wanted: Frame numbers.
         index: The file's packet index; it must be seekable.
-        limits: What the file may cost.
+        budget: What reading the file may cost.
 
     Yields:
         Every wanted frame once, ascending: its number, RGB uint8 (H, W, 3), seconds, whether it is damaged.
@@ -61,8 +61,8 @@ def seek_frames(
     Raises:
         CannotSeek: If the file contradicts the index. The frames yielded before are right.
     """
-    with open_container(path, limits) as (container, stream):
-        decoder = _GroupDecoder(container, stream, index, path, limits)
+    with open_container(path, budget) as (container, stream):
+        decoder = _GroupDecoder(container, stream, index, budget)
         for group, frames in groupby(sorted(set(wanted)), index.group_of):
             yield from decoder.read(group, list(frames))
 
@@ -93,11 +93,10 @@ class _GroupDecoder:
         entry_pts: Presentation time of the key frame where decoding began, until that frame comes out.
     """
 
-    def __init__(self, container: Any, stream: Any, index: PacketIndex, path: Path, limits: MediaLimits):
-        self.limits = limits
+    def __init__(self, container: Any, stream: Any, index: PacketIndex, budget: Budget):
+        self.budget = budget
         self.index = index
-        self.path = path
-        self.cursor = PacketCursor(container, stream, index)
+        self.cursor = PacketCursor(container, stream, index, budget)
         self.codec = stream.codec_context
         self.can_skip = self.codec.name in SKIPPABLE
         self.entry_pts: int | None = None
@@ -188,10 +187,10 @@ class _GroupDecoder:
                 errors += 1
             for frame in frames:
                 self._check_entry(frame, frame.pts in wanted)
+                self.budget.add(frame.width, frame.height)
                 if frame.pts in wanted:
-                    check_size(frame.width, frame.height, str(self.path), self.limits)
                     wanted.discard(frame.pts)
-                    yield frame.pts, apply_rotation(frame), bool(frame.is_corrupt)
+                    yield frame.pts, to_rgb(frame, self.budget.what), bool(frame.is_corrupt)
             if packet is None or errors > MAX_ERRORS:
                 self.cursor.position = None  # the decoder is drained: it needs a key frame to go on
                 return

@@ -154,7 +154,7 @@ def test_a_wrong_table_is_detected(fault: str, clips: Clips, monkeypatch: pytest
     monkeypatch.setattr(
         readers,
         "index_packets",
-        lambda path, limits, table=True: wrong if table else index_packets(path, limits, table=False),
+        lambda path, budget, table=True: wrong if table else index_packets(path, budget, table=False),
     )
     found = read_frames(path, [20, 90, 140])
     assert wrong.from_table and sorted(found) == [20, 90, 140]
