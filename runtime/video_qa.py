@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,8 +31,11 @@ if TYPE_CHECKING:
     from ppllava_edge.runtime.live.view import Live
 
 
+MAX_THREADS = 1024
+
+
 class VideoQA(Session):
-    """A model that answers questions about videos. Safe to use from several threads.
+    """A model that answers questions about videos. A context manager; safe to use from several threads.
 
     Args:
         bundle: A directory that ppllava-export wrote; None or "nano": the packed demonstration model.
@@ -47,6 +50,8 @@ class VideoQA(Session):
         metrics: Called with ("open" | "answer" | "frame" | "live", figures) in the thread where the event
             happened, so it should return quickly. Figures are seconds unless stated otherwise.
         limits: What opening and decoding a source may cost; None: MediaLimits().
+        isolate: Open and decode every path, camera and stream in a child process, which `limits.memory`
+            bounds: its crash is a MediaError. Costs a tenth of a second or so for each source.
 
     Raises:
         BundleError: If the bundle is damaged or isn't one; in one line.
@@ -65,12 +70,17 @@ class VideoQA(Session):
         queue: int = 64,
         metrics: Metrics | None = None,
         limits: MediaLimits | None = None,
+        isolate: bool = False,
     ):
-        if parallel < 1 or queue < 0:
-            raise EngineError(f"parallel must be 1 or more and queue 0 or more, not {parallel} and {queue}")
+        check_count("parallel", parallel, 1)
+        check_count("queue", queue, 0)
+        if threads is not None:
+            check_count("threads", threads, 1, MAX_THREADS)
+        if metrics is not None and not callable(metrics):
+            raise EngineError(f"metrics must be a function of (event, figures), not {metrics!r}")
         pipeline = Pipeline.open(find_bundle(bundle), device, threads, engine)
         super().__init__(pipeline, TextProcessor(pipeline.bundle, template), parallel, queue, metrics)
-        self.limits = limits or DEFAULT_LIMITS
+        self.limits, self.isolate = limits or DEFAULT_LIMITS, isolate
         if isinstance(cache, FeatureCache):
             self.cache: FeatureCache | None = cache
         else:
@@ -114,12 +124,12 @@ class VideoQA(Session):
         options = FrameOptions(frames, start, end, tokens, select, candidates)
         if keep not in KEEP:
             raise MediaError(f"keep must be {', '.join(KEEP)}, not {keep!r}")
-        kept = CachedFeatures(self.cache, self.pipeline, source, options, self.limits)
+        kept = CachedFeatures(self.cache, self.pipeline, source, options, self.limits, self.isolate)
         video = kept.load()
         cached = video is not None
         if video is None:
             started = time.perf_counter()
-            reader = reader_of(source, options, self.limits)
+            reader = reader_of(source, options, self.limits, self.isolate)
             video = encode_source(self.pipeline, self.engine_lock, reader, options, progress)
             # The rest of the time was spent waiting for frames.
             video.video_decode = time.perf_counter() - started - video.vision
@@ -127,6 +137,20 @@ class VideoQA(Session):
         figures = {"video_decode": video.video_decode, "vision": video.vision}
         self.report("open", {**figures, "frames": len(video.indices), "cached": cached})
         return Video(self, video, keep)
+
+    def warm_up(self) -> None:
+        """Open every stage and run each once, so that the first question doesn't have to.
+
+        Takes about as long as that question. Answers and live views go on meanwhile.
+
+        Raises:
+            BundleError, EngineError: If a stage can't be opened, or fails.
+            BusyError: If too many questions wait.
+        """
+        from ppllava_edge.runtime.session.warm_up import warm_up  # on first use: many apps don't
+
+        self.check_usable()
+        warm_up(self)
 
     def live(
         self,
@@ -162,4 +186,13 @@ class VideoQA(Session):
             options=options,
             on_state=on_state,
             limits=self.limits,
+            isolate=self.isolate,
         )
+
+
+def check_count(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raise EngineError unless a parameter is an integer within its limits."""
+    is_number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_number or value < least or (most is not None and value > most):
+        limits = f"{least} or more" if most is None else f"from {least} to {most}"
+        raise EngineError(f"{name} must be a whole number, {limits}, not {value!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ import numpy as np
 from ppllava_edge.engines.bundle.windows import Windows
 from ppllava_edge.runtime.encoding.candidates import Candidates
 from ppllava_edge.runtime.encoding.encoded_video import EncodedVideo
+from ppllava_edge.runtime.media.isolation import open_source
 from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits
-from ppllava_edge.runtime.media.readers import open_reader
 from ppllava_edge.runtime.media.thumbnails import read_pictures
 from ppllava_edge.runtime.pipeline.base import BasePipeline
 from ppllava_edge.runtime.vision.feature_cache import CachedVideo, FeatureCache, bundle_hash, content_hash
@@ -44,6 +45,7 @@ class CachedFeatures:
         source: A path; other sources aren't stored.
         options: How frames are chosen; another choice is another entry.
         limits: What reading the source again for pictures may cost.
+        isolate: Read it in a child process.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class CachedFeatures:
         source: Any,
         options: FrameOptions,
         limits: MediaLimits = DEFAULT_LIMITS,
+        isolate: bool = False,
     ):
-        self.pipeline, self.source, self.limits = pipeline, source, limits
+        self.pipeline, self.source, self.limits, self.isolate = pipeline, source, limits, isolate
         is_path = isinstance(source, (str, os.PathLike)) and (
             os.path.isfile(source) or os.path.isdir(source)
         )  # the reader reports sources that are missing or not files
@@ -82,9 +85,12 @@ class CachedFeatures:
             return None
         video.windows = Windows.from_json(found.facts["windows"]) if found.facts.get("windows") else None
         video.image_size = (video.image_size[0], video.image_size[1]) if video.image_size else None
-        video.read_again = lambda indices: read_pictures(open_reader(self.source, self.limits), indices)
+        video.read_again = self._read_again
         log.info("features of %s came from the cache in %.3f s", self.source, time.perf_counter() - started)
         return video
+
+    def _read_again(self, indices: Sequence[int]) -> dict[int, np.ndarray]:
+        return read_pictures(open_source(self.source, self.limits, self.isolate), indices)
 
     def store(self, video: EncodedVideo) -> None:
         """Store an encoded video."""

@@ -13,8 +13,9 @@ from ppllava_edge.runtime.encoding.candidates import Candidates
 from ppllava_edge.runtime.encoding.encoded_video import EncodedVideo
 from ppllava_edge.runtime.encoding.frame_encoder import EngineLock, FrameEncoder, Progress
 from ppllava_edge.runtime.media.arrays import ArrayReader
+from ppllava_edge.runtime.media.isolation import open_source
 from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits
-from ppllava_edge.runtime.media.readers import FrameReader, open_reader
+from ppllava_edge.runtime.media.readers import FrameReader
 from ppllava_edge.runtime.media.thumbnails import read_pictures, small_picture
 from ppllava_edge.runtime.pipeline.base import BasePipeline
 from ppllava_edge.runtime.vision.frame_choice import choose_frames
@@ -26,10 +27,11 @@ def reader_of(
     source: str | os.PathLike[str] | Sequence[Any],
     options: FrameOptions,
     limits: MediaLimits = DEFAULT_LIMITS,
+    isolate: bool = False,
 ) -> FrameReader:
     """A reader for a path, or for frames that the app passes. Raises MediaError."""
     if isinstance(source, (str, os.PathLike)):
-        return open_reader(source, limits)
+        return open_source(source, limits, isolate)
     if options.frames is not None:
         raise MediaError(
             "frames and a sequence of images don't go together: all images that are given are used"

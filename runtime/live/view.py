@@ -58,6 +58,7 @@ class Live(LiveQuestions):
         options: FFmpeg's input options.
         on_state: Called with (state, why) at every change of state.
         limits: What opening and decoding the source may cost.
+        isolate: Open and decode it in a child process.
 
     Attributes:
         qa, fps: As given.
@@ -83,6 +84,7 @@ class Live(LiveQuestions):
         options: Mapping[str, str] | None = None,
         on_state: OnState | None = None,
         limits: MediaLimits = DEFAULT_LIMITS,
+        isolate: bool = False,
     ):
         super().__init__()
         self.qa = qa
@@ -102,7 +104,7 @@ class Live(LiveQuestions):
             def deliver(image: np.ndarray, t: float) -> None:
                 self._encoder.put(image, t, wait=not realtime)
 
-            live_source = LiveSource(
+            live_source = _source_kind(isolate)(
                 source, self._pacer.is_due, deliver, realtime, timeout, format, options, limits
             )
             self._reader = StreamReader(live_source, self._state.change, reconnect)
@@ -285,3 +287,12 @@ class Live(LiveQuestions):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _source_kind(isolate: bool) -> type[LiveSource]:
+    """The class that reads live sources: in this process, or in one of their own."""
+    if not isolate:
+        return LiveSource
+    from ppllava_edge.runtime.live.isolated_source import IsolatedSource  # most apps start no process
+
+    return IsolatedSource

@@ -12,22 +12,12 @@ from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.media.isolation.process import DecodingProcess
 from ppllava_edge.runtime.media.isolation.protocol import Message, ProtocolError, integer, number
 from ppllava_edge.runtime.media.limits import MediaLimits
-from ppllava_edge.runtime.media.readers import Frame, FrameReader, open_reader
+from ppllava_edge.runtime.media.readers import Frame, FrameReader
 
 WORKER = "ppllava_edge.runtime.media.isolation.worker"
 MAX_FPS = 1e9
 MAX_CHOICES = 4  # a reader chooses again twice at most
 MAX_NOTES = 8
-
-
-def open_source(source: str | os.PathLike[str], limits: MediaLimits, isolate: bool = False) -> FrameReader:
-    """Open a file or a folder in this process, or (isolate) in one of its own.
-
-    Raises:
-        MediaError: If the source is unusable; in one line.
-        EngineError: If there is no Python to run the process.
-    """
-    return IsolatedReader(source, limits) if isolate else open_reader(source, limits)
 
 
 class IsolatedReader(FrameReader):
