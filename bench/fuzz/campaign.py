@@ -18,6 +18,7 @@ from ppllava_edge.bench.fuzz.process.client import FuzzServer
 from ppllava_edge.bench.fuzz.targets.target import Target
 
 RECENT = 0.4  # of the parents are among the newest inputs
+REFUSED = 0.1  # of the parents are refused ones: most of what they give is refused for the same reason
 NEWEST = 20
 
 
@@ -80,7 +81,7 @@ class Campaign:
         self._outcomes: set[str] = set()
         self._running: dict[FuzzServer, tuple[Target, bytes]] = {}
         # every target's seeds and kept inputs run first, unchanged
-        self._first = [(t, data) for t in reversed(targets) for data in reversed(corpus.inputs[t.name])]
+        self._first = [(t, data) for t in reversed(targets) for data in reversed(corpus.kept[t.name])]
 
     @property
     def done(self) -> int:
@@ -126,7 +127,9 @@ class Campaign:
     def _next(self) -> tuple[Target, bytes]:
         """A mutated input of a random target."""
         target = self._random.choices(self.targets, [t.weight for t in self.targets])[0]
-        known = self.corpus.inputs[target.name]
+        known, refused = self.corpus.accepted[target.name], self.corpus.refused[target.name]
+        if refused and self._random.random() < REFUSED:
+            known = refused
         newest = known[-NEWEST:] if self._random.random() < RECENT else known
         other = self._random.choice(known)
         return target, mutate(self._random.choice(newest), other, target.grammar, self._random)
@@ -139,9 +142,9 @@ class Campaign:
         if outcome.is_finding:
             if tally.findings[outcome.signature] == 1:
                 self._keep_finding(server, target, data, outcome)
-        elif self._is_new(outcome) and data not in self.corpus.inputs[target.name]:
+        elif self._is_new(outcome):
             tally.kept += 1
-            self.corpus.add(target.name, data)
+            self.corpus.add(outcome, data)
         return target
 
     def _is_new(self, outcome: Outcome) -> bool:

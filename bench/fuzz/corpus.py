@@ -21,25 +21,26 @@ class Corpus:
         targets: The targets to be fuzzed.
 
     Attributes:
-        inputs: The inputs of every target, seeds first.
-        grown: Inputs that this run added.
+        kept: Seeds and inputs of earlier runs, by target. They run first, unchanged.
+        accepted: Inputs by target that the package reads: what most mutations begin with.
+        refused: Inputs by target that it refuses, each in a way of its own.
     """
 
     def __init__(self, folder: Path, targets: list[Target]):
         self.folder = folder
-        self.grown = 0
-        self.inputs: dict[str, list[bytes]] = {}
+        self.kept: dict[str, list[bytes]] = {}
         for target in targets:
-            kept = sorted((folder / target.name).glob("*")) if (folder / target.name).is_dir() else []
-            self.inputs[target.name] = [*seeds(target.name), *(path.read_bytes() for path in kept[:MOST])]
+            earlier = sorted((folder / target.name).glob("*")) if (folder / target.name).is_dir() else []
+            self.kept[target.name] = [*seeds(target.name), *(path.read_bytes() for path in earlier[:MOST])]
+        self.accepted = {target.name: list(seeds(target.name)) for target in targets}
+        self.refused: dict[str, list[bytes]] = {target.name: [] for target in targets}
 
-    def add(self, target: str, data: bytes) -> None:
+    def add(self, outcome: Outcome, data: bytes) -> None:
         """Keep an input that did something new."""
-        known = self.inputs[target]
-        if len(known) < MOST:
+        known = (self.accepted if outcome.kind == "ok" else self.refused)[outcome.target]
+        if len(known) < MOST and data not in known:
             known.append(data)
-        self.grown += 1
-        self._write(self.folder / target / _digest(data), data)
+            self._write(self.folder / outcome.target / _digest(data), data)
 
     def keep_finding(self, outcome: Outcome, suffix: str, data: bytes) -> Path | None:
         """Keep the input of a finding, and what it did; None if there are enough with this signature."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from random import Random
 
+from ppllava_edge.bench.fuzz.inputs.json_mutations import mutate_json, mutate_safetensors
 from ppllava_edge.bench.fuzz.inputs.mutations import MAX_SIZE, mutate_bytes, splice
+from ppllava_edge.bench.fuzz.inputs.tree_mutations import mutate_tree
 
-BLIND = 0.4  # of the inputs with a known structure are mutated blindly
+BLIND = 0.35  # of the inputs with a known structure are mutated blindly
+BLIND_JSON = 0.1  # the parser refuses nearly all of these; the other code sees only what they can parse
 SPLICED = 0.08
 
 
@@ -25,4 +28,13 @@ def mutate(data: bytes, other: bytes, grammar: str, random: Random) -> bytes:
     if random.random() < SPLICED:
         data = splice(data, other, random)
     times = random.choice((1, 1, 2, 4))
-    return mutate_bytes(data, random, times)[:MAX_SIZE]
+    blind = BLIND_JSON if grammar in ("json", "safetensors") else BLIND
+    if not grammar or random.random() < blind:
+        changed = mutate_bytes(data, random, times)
+    elif grammar == "json":
+        changed = mutate_json(data, other, random, times)
+    elif grammar == "safetensors":
+        changed = mutate_safetensors(data, other, random, times)
+    else:
+        changed = mutate_tree(data, other, grammar, random, times)
+    return changed[:MAX_SIZE]
