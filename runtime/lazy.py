@@ -30,7 +30,7 @@ class locked_cached_property(cached_property[T]):
         """The value; once it is built, Python finds it in the object's __dict__ and doesn't come here."""
         if instance is None:
             return self
-        name, values = self.attrname, instance.__dict__
+        name, values = str(self.attrname), instance.__dict__
         with values.setdefault(f"_lock_of_{name}", threading.RLock()):
             if name not in values:
                 values[name] = self.func(instance)

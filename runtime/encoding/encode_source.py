@@ -122,6 +122,7 @@ def _encode_image(pipeline: BasePipeline, engine_lock: EngineLock, reader: Frame
     (frame,) = reader.frames(lambda r: [0])
     started = time.perf_counter()
     tiles = preprocess_image(frame.image, pipeline.manifest.preprocessing)
+    pipeline.load("encoding")
     with engine_lock:
         features = pipeline.encode_frames(tiles, media="image")
         pipeline.wait()

@@ -52,6 +52,12 @@ class EncodedVideo:
     video_decode: float = 0.0
     vision: float = 0.0
 
+    def arrays(self) -> list[Any]:
+        """The arrays that it holds: features, or candidates, and the small pictures that were kept."""
+        candidates = self.candidates
+        arrays = [self.features, *([candidates.states, candidates.features] if candidates else [])]
+        return [array for array in (*arrays, *self.pictures.values()) if array is not None]
+
     def pictures_of(self, indices: Sequence[int]) -> list[np.ndarray]:
         """RGB uint8 (H, W, 3) of these frames, at most 448 pixels a side; read again if they weren't kept.
 

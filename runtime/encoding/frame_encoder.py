@@ -90,6 +90,7 @@ class FrameEncoder:
         started = time.perf_counter()
         pixels, numbers = np.stack([pixels for _, pixels in batch]), [number for number, _ in batch]
         self._encoded += len(batch)
+        self.pipeline.load("encoding")
         with self.engine_lock:
             self.clip.add(pixels, numbers, more=more and self._encoded < wanted)
         if self.to_array:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.prompt_template import IMAGE, TEMPLATES, PromptTemplate
 from ppllava_edge.engines.errors import BundleError, PromptError
 from ppllava_edge.runtime.language.tokenizer import BundleTokenizer, check_text
+from ppllava_edge.runtime.lazy import locked_cached_property
 
 
 class TextProcessor:
@@ -40,15 +39,20 @@ class TextProcessor:
                 "it takes and gives token ids only (through Pipeline)"
             )
 
-    @cached_property
+    @locked_cached_property
     def tokenizer(self) -> BundleTokenizer:
         """The decoder's tokenizer."""
         return BundleTokenizer(self.bundle.file("tokenizer.json"))
 
-    @cached_property
+    @locked_cached_property
     def question_tokenizer(self) -> BundleTokenizer:
         """The question tower's tokenizer."""
         return BundleTokenizer(self.bundle.file("question_tokenizer.json"))
+
+    def close(self) -> None:
+        """Release the tokenizers; they load again if they are used."""
+        for name in ("tokenizer", "question_tokenizer"):
+            self.__dict__.pop(name, None)
 
     def question_ids(self, question: str) -> tuple[np.ndarray, bool]:
         """Tokenize a question for the question tower, as upstream does.

@@ -124,6 +124,7 @@ class LiveEncoder:
             pixels, picture = preprocess_video([image], pipeline.manifest.preprocessing), image
         else:
             pixels, picture = pipeline.prepare_frame(image)
+        pipeline.load("encoding")
         with session.engine_lock:
             (states,) = pipeline.rows(pipeline.encode_trunk(pixels))
             pipeline.wait()

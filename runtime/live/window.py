@@ -66,6 +66,10 @@ class Window:
             return frames
         return [f for f in frames if f.seconds > frames[-1].seconds - last]
 
+    def arrays(self) -> list[Any]:
+        """The arrays that it holds: states and small pictures."""
+        return [array for frame in self.frames() for array in (frame.states, frame.picture)]
+
     def __len__(self) -> int:
         with self._lock:
             return len(self._frames)

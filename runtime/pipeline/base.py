@@ -115,6 +115,11 @@ class BasePipeline(ABC):
             files.add(self.bundle.file(EMBEDDINGS))
         return sum(file.stat().st_size for file in files if file.exists())
 
+    def cache_bytes(self) -> int:
+        """Bytes of all KV caches that exist."""
+        decoder = self.__dict__.get("decoder")
+        return decoder.cache_bytes() if isinstance(decoder, Decoder) else 0
+
     def wait(self) -> None:  # noqa: B027  (on the CPU every call is complete when it returns)
         """Block until queued GPU work completes."""
 
