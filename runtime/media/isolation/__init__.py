@@ -12,7 +12,9 @@ from ppllava_edge.runtime.media.limits import MediaLimits
 from ppllava_edge.runtime.media.readers import FrameReader, open_reader
 
 
-def open_source(source: str | os.PathLike[str], limits: MediaLimits, isolate: bool = False) -> FrameReader:
+def open_source(
+    source: str | bytes | os.PathLike[str], limits: MediaLimits, isolate: bool = False
+) -> FrameReader:
     """Open a file or a folder in this process, or (isolate) in one of its own.
 
     Raises:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ppllava_edge.runtime.media.limits import MediaLimits
 
 MAX_OPEN_FILES = 64
-CPU_GRACE = 10  # seconds of processor time beside decode_seconds on every core
+CPU_GRACE = 10  # seconds of processor time beside twice decode_seconds on every core
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38  # Linux's prctl
 
 
@@ -21,7 +21,7 @@ def confine(limits: MediaLimits, parent: int) -> None:
     """Confine this process, for good.
 
     It may use `limits.memory` bytes of address space, few open files, and as much processor time as
-    decode_seconds of all cores; it can't write to files, dump its memory or gain privileges by starting
+    decode_seconds of all cores allow to open a source and to read it; it can't write to files, dump its memory or gain privileges by starting
     a program; on Linux it is killed when its parent dies.
 
     Args:
@@ -38,7 +38,7 @@ def confine(limits: MediaLimits, parent: int) -> None:
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_NOFILE, MAX_OPEN_FILES)
     if limits.decode_seconds is not None:
-        seconds = int(limits.decode_seconds * (os.cpu_count() or 1)) + CPU_GRACE
+        seconds = int(2 * limits.decode_seconds * (os.cpu_count() or 1)) + CPU_GRACE
         _limit(resource.RLIMIT_CPU, seconds, seconds + CPU_GRACE)  # SIGXCPU comes first, then SIGKILL
     _limit(resource.RLIMIT_AS, limits.memory)
 

@@ -89,12 +89,17 @@ class DecodingProcess:
             ours.close()
             raise
         self.receive("ready")
-        self.silence, self._waited = None, 0.0
+        self.silence = None
+        self.restart_clock()
 
     @property
     def pid(self) -> int:
         """The child's process id."""
         return self._process.pid
+
+    def restart_clock(self) -> None:
+        """Count the time that decode_seconds bounds from zero: opening and reading have as much each."""
+        self._waited = 0.0
 
     def send(self, message: Message) -> None:
         """Send a request."""

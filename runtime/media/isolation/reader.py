@@ -12,6 +12,7 @@ from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.media.isolation.process import DecodingProcess
 from ppllava_edge.runtime.media.isolation.protocol import Message, ProtocolError, integer, number
 from ppllava_edge.runtime.media.limits import MediaLimits
+from ppllava_edge.runtime.media.opening.paths import display_name, source_name
 from ppllava_edge.runtime.media.readers import Frame, FrameReader
 
 WORKER = "ppllava_edge.runtime.media.isolation.worker"
@@ -34,10 +35,10 @@ class IsolatedReader(FrameReader):
         EngineError: If there is no Python to run the process.
     """
 
-    def __init__(self, source: str | os.PathLike[str], limits: MediaLimits):
-        self._source, self._limits = os.fspath(source), limits
-        folder = os.path.isdir(source)
-        super().__init__(f"the folder {self._source}" if folder else str(self._source), 0, 1.0, 0.0)
+    def __init__(self, source: str | bytes | os.PathLike[str], limits: MediaLimits):
+        self._source, self._limits = source_name(source), limits
+        name = display_name(self._source)
+        super().__init__(f"the folder {name}" if os.path.isdir(self._source) else name, 0, 1.0, 0.0)
         self._lock = threading.Lock()
         self._opened: DecodingProcess | None = self._open()
         self._end_unread = weakref.finalize(self, self._opened.close)
@@ -56,8 +57,8 @@ class IsolatedReader(FrameReader):
     def _open(self) -> DecodingProcess:
         """Start a process that opens the source, and take over the facts about it."""
         process = DecodingProcess(WORKER, self.what, self._limits)
-        name = os.fsencode(self._source).hex()
-        process.send({"source": name, "limits": dataclasses.asdict(self._limits)})
+        source = os.fsencode(self._source).hex()
+        process.send({"source": source, "limits": dataclasses.asdict(self._limits)})
         opened = process.receive("opened")
         with process.checking():
             if opened.get("kind") not in ("video", "image"):
@@ -70,6 +71,7 @@ class IsolatedReader(FrameReader):
     def _read(
         self, process: DecodingProcess, choice: Callable[[FrameReader], Sequence[int]]
     ) -> Iterator[Frame]:
+        process.restart_clock()
         process.send({"type": "read"})
         choices, chosen, wanted = 0, list[int](), set[int]()
         while True:

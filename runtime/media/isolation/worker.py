@@ -16,6 +16,7 @@ from ppllava_edge.engines.errors import MediaError, PPLLaVAError
 from ppllava_edge.runtime.media.isolation.confinement import address_space, confine
 from ppllava_edge.runtime.media.isolation.protocol import MAX_REQUEST, Channel, Disconnected, Message
 from ppllava_edge.runtime.media.limits import MediaLimits
+from ppllava_edge.runtime.media.opening.paths import display_name
 from ppllava_edge.runtime.media.readers import FrameReader, open_reader
 
 MIN_MEMORY = 64 * 2**20  # bytes beside the interpreter and the libraries
@@ -47,7 +48,7 @@ def serve(parent: int, work: Callable[[Channel, Message], None]) -> NoReturn:
             raise
         except (MemoryError, BlockingIOError):  # the latter: no memory for a thread
             megabytes = limits.memory / 10**6
-            what = os.fsdecode(bytes.fromhex(request["source"]))
+            what = display_name(os.fsdecode(bytes.fromhex(request["source"])))
             fail(channel, f"{what} needs more memory to decode than {megabytes:.0f} MB, the limit memory")
         except PPLLaVAError as error:
             fail(channel, str(error))

@@ -285,7 +285,7 @@ def test_the_process_is_confined(video_file: Path, monkeypatch: pytest.MonkeyPat
         assert values["Max address space"] == [str(limits.memory)] * 2
         assert values["Max core file size"] == values["Max file size"] == ["0", "0"]
         assert values["Max open files"] == ["64", "64"]
-        assert values["Max cpu time"][0] == str(20 * (os.cpu_count() or 1) + 10)
+        assert values["Max cpu time"][0] == str(40 * (os.cpu_count() or 1) + 10)
         assert "NoNewPrivs:\t1" in (folder / "status").read_text()
         assert b"SECRET_OF_THE_APP" not in (folder / "environ").read_bytes()
         targets = [os.readlink(entry) for entry in (folder / "fd").iterdir()]
