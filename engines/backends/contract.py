@@ -2,44 +2,59 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ppllava_edge.engines.backends.onnxruntime_stage import Stage
 from ppllava_edge.engines.bundle.manifest import Manifest
+from ppllava_edge.engines.bundle.untrusted import printable
 from ppllava_edge.engines.errors import BundleError
 
 Shape = list[int | None]  # None: any size, or symbolic
+FLOATS = ("tensor(float)", "tensor(float16)")
+# Element types, where they aren't FLOATS. KV caches: DecoderInfo.kv_dtype.
+ELEMENTS = {
+    **dict.fromkeys(("ids", "position_ids", "write_index", "kernel", "stride"), ("tensor(int64)",)),
+    **dict.fromkeys(("cosine", "weights", "q", "logits"), ("tensor(float)",)),
+}
+CACHES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
 
 
-def check_stage(name: str, pieces: list[Stage], m: Manifest, cache: str = "in place") -> None:
-    """Compare the shapes of a stage with the manifest.
+def check_stage(
+    name: str, pieces: list[Stage], m: Manifest, cache: str = "in place", kv_dtype: str | None = None
+) -> None:
+    """Compare the shapes and element types of a stage with the manifest.
 
     Args:
         name: The stage's name.
         pieces: Its graph, or the pieces of it in order.
         m: The bundle's manifest.
         cache: How the KV cache is updated, as in engine.json.
+        kv_dtype: Type of the KV cache, as in engine.json; None: as in the manifest.
 
     Raises:
         BundleError: The graph doesn't match the manifest.
     """
     path = pieces[0].path
-    actual = _outer_shapes(pieces)
+    actual = _outer_values(pieces)
     expected = stage_shapes(name, m, cache)
     for tensor, shape in expected.items():
-        found = actual.get(tensor)
-        if found is None:
+        value = actual.get(tensor)
+        if value is None:
             raise BundleError(
                 f"{path} has no {tensor}, which the manifest promises; the bundle is damaged, export it again"
             )
-        if found and not _fits(found, shape):
+        elements = _elements(name, tensor, kv_dtype or m.decoder.kv_dtype)
+        promised = f"{' or '.join(elements)} {shape}"
+        if value.type not in elements or not _fits(value.shape, shape):
             raise BundleError(
-                f"{path}: {tensor} is {found}, the manifest promises {shape}; "
-                "the bundle is damaged, export it again"
+                f"{path}: {tensor} is {printable(value.type)} {printable(value.shape)}, "
+                f"the manifest promises {promised}; the bundle is damaged, export it again"
             )
     extra = sorted(set(actual) - set(expected))
     if extra:
+        names = printable(", ".join(extra[:4]))
         raise BundleError(
-            f"{path} has inputs or outputs that the manifest doesn't know ({', '.join(extra[:4])}); "
-            "the bundle is damaged"
+            f"{path} has inputs or outputs that the manifest doesn't know ({names}); the bundle is damaged"
         )
 
 
@@ -91,18 +106,27 @@ def _decoder_shapes(m: Manifest, cache: str) -> dict[str, Shape]:
     return {**shapes, "logits": [None, d.vocab]}
 
 
-def _outer_shapes(pieces: list[Stage]) -> dict[str, Shape]:
+def _elements(name: str, tensor: str, kv_dtype: str) -> tuple[str, ...]:
+    """The element types that an input or output of a stage may have."""
+    if tensor.startswith(("past.", "present.")):
+        return (CACHES[kv_dtype],)
+    if name == "question" and tensor == "mask":
+        return ("tensor(int64)",)
+    return ELEMENTS.get(tensor, FLOATS)
+
+
+def _outer_values(pieces: list[Stage]) -> dict[str, Any]:
     """Inputs and outputs of all pieces, without the tensors that one piece passes to a later one."""
     passed_on = set[str]()
-    shapes: dict[str, Shape] = {}
+    values: dict[str, Any] = {}
     for i, piece in enumerate(pieces):
         later_inputs = {value.name for later in pieces[i + 1 :] for value in later.session.get_inputs()}
         outputs = piece.session.get_outputs()
         passed_on |= {value.name for value in outputs if value.name in later_inputs}
         for value in [*piece.session.get_inputs(), *outputs]:
             if value.name not in passed_on:
-                shapes[value.name] = value.shape
-    return shapes
+                values[value.name] = value
+    return values
 
 
 def _fits(found: Shape, expected: Shape) -> bool:

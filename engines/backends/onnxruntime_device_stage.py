@@ -9,7 +9,7 @@ import numpy as np
 from ppllava_edge.engines.backends.cuda_driver import CudaDevice
 from ppllava_edge.engines.backends.device_memory import Buffer, Values
 from ppllava_edge.engines.backends.forking import keep_in_children
-from ppllava_edge.engines.backends.onnxruntime_stage import NUMPY_TYPE, first_line, graph_files
+from ppllava_edge.engines.backends.onnxruntime_stage import element_types, first_line, graph_files
 from ppllava_edge.engines.errors import EngineError
 from ppllava_edge.engines.libraries import import_onnxruntime
 
@@ -30,6 +30,7 @@ class OrtDeviceStage:
 
     Raises:
         EngineError: The graph or the CUDA provider can't be opened.
+        BundleError: An input or output isn't a tensor, or of a type that no stage has.
     """
 
     captures = False
@@ -54,8 +55,10 @@ class OrtDeviceStage:
         keep_in_children(self)
         self.path = path
         self.device = device
-        self.dtypes = {i.name: np.dtype(NUMPY_TYPE[i.type]) for i in self.session.get_inputs()}
-        self.outputs = {o.name: np.dtype(NUMPY_TYPE[o.type]) for o in self.session.get_outputs()}
+        inputs = element_types(path, self.session.get_inputs())
+        outputs = element_types(path, self.session.get_outputs())
+        self.dtypes = {name: np.dtype(kind) for name, kind in inputs.items()}
+        self.outputs = {name: np.dtype(kind) for name, kind in outputs.items()}
         self._memory_kind = "cpu" if on_cpu else "cuda"
 
     def files(self) -> list[Path]:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ppllava_edge.engines.backends.forking import keep_in_children
-from ppllava_edge.engines.errors import EngineError
+from ppllava_edge.engines.backends.weight_files import check_weight_files
+from ppllava_edge.engines.bundle.untrusted import printable
+from ppllava_edge.engines.errors import BundleError, EngineError
 from ppllava_edge.engines.libraries import import_onnxruntime
 from ppllava_edge.engines.machine.gpu_facts import load_driver
 
 LARGE_DATA = 64 << 20  # bytes; smaller weight files are not worth releasing
 MADV_DONTNEED = 4
+CHECKS_WEIGHT_FILES = (1, 24)  # since this version, ONNX Runtime opens weights only below the graph's folder
 NUMPY_TYPE = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -80,6 +83,7 @@ class Stage:
 
     Raises:
         EngineError: ONNX Runtime is missing or can't open the graph, or CUDA isn't available.
+        BundleError: An input isn't a tensor, or of a type that no stage has.
     """
 
     def __init__(
@@ -95,6 +99,8 @@ class Stage:
         if device != "cpu":
             providers.insert(0, ("CUDAExecutionProvider", {}))
         options = _session_options(ort, threads, lean, piece)
+        if tuple(map(int, ort.__version__.split(".")[:2])) < CHECKS_WEIGHT_FILES:
+            check_weight_files(path)
         try:
             self.session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
@@ -111,7 +117,7 @@ class Stage:
         release_mapped_weights(path)
         self.path = path
         self.device = device
-        self.dtypes = {i.name: NUMPY_TYPE[i.type] for i in self.session.get_inputs()}
+        self.dtypes = element_types(path, self.session.get_inputs())
         self.outputs = [o.name for o in self.session.get_outputs()]
 
     def files(self) -> list[Path]:
@@ -147,6 +153,7 @@ class Stage:
 def _session_options(ort: Any, threads: int | None, lean: bool, piece: bool) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file's name says
     # weight-only products multiply in INT8: 5 times faster
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
     if piece:
@@ -165,6 +172,21 @@ def graph_files(path: Path) -> list[Path]:
     """A graph's file, and the file of its weights if it has one."""
     data = path.with_name(path.name + ".data")
     return [path, data] if data.is_file() else [path]
+
+
+def element_types(path: Path, values: Sequence[Any]) -> dict[str, Any]:
+    """NumPy types of a session's inputs or outputs, by name.
+
+    Raises:
+        BundleError: One isn't a tensor, or of a type that no stage has.
+    """
+    for value in values:
+        if value.type not in NUMPY_TYPE:
+            raise BundleError(
+                f"{path}: {printable(value.name)} is {printable(value.type)}, which no stage has; "
+                "the bundle is damaged, export it again"
+            )
+    return {value.name: NUMPY_TYPE[value.type] for value in values}
 
 
 def release_mapped_weights(path: Path) -> None:
@@ -199,4 +221,4 @@ def _unwritten_mappings(file: Path) -> Iterator[tuple[int, int]]:
 def first_line(error: Exception) -> str:
     """The first line of an engine's error message, at most 300 characters."""
     text = str(error).strip()
-    return (text.splitlines()[0] if text else type(error).__name__)[:300]
+    return printable(text.splitlines()[0] if text else type(error).__name__, 300)

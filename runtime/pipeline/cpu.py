@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,12 +14,14 @@ import numpy as np
 from ppllava_edge.engines.backends.contract import check_stage
 from ppllava_edge.engines.backends.onnxruntime_stage import Stage, choose_device
 from ppllava_edge.engines.bundle.bundle import Bundle
-from ppllava_edge.engines.errors import EngineError
+from ppllava_edge.engines.bundle.engine_manifest import Engine
+from ppllava_edge.engines.errors import BundleError, EngineError
 from ppllava_edge.engines.targets.select import select
 from ppllava_edge.runtime.decoding.onnxruntime_decoder import OnnxRuntimeDecoder
 from ppllava_edge.runtime.lazy import locked_cached_property
 from ppllava_edge.runtime.pipeline.base import BasePipeline
 
+log = logging.getLogger(__name__)
 TOKENS_PER_VISION_CALL = 2400  # patches encoded at once: 1-4 frames of a large tower; more only costs memory
 POOLING_BYTES = 32 << 20  # size of linear_1's output per call
 
@@ -40,6 +43,8 @@ class CpuPipeline(BasePipeline):
         super().__init__(bundle, threads)
         self.device = choose_device(device)
         self.engine, self.engine_note = select(bundle, self.device, engine)
+        self._may_fall_back = engine in ("auto", "onnxruntime")
+        self._engine_of: dict[str, Engine | None] = {}  # by stage, once it is open
 
     def stage(self, name: str) -> Stage:
         """The opened graph of a stage that is one graph."""
@@ -56,12 +61,34 @@ class CpuPipeline(BasePipeline):
 
     def _open(self, name: str) -> list[Stage]:
         self.check_open()
-        built = self.engine.paths(name) if self.engine else []
-        paths = built or [self.bundle.file(f"{name}.onnx")]
+        stages = self._open_engine(name) or self._open_from(None, name, [self.bundle.file(f"{name}.onnx")])
+        self.check_open()
+        return stages
+
+    def _open_engine(self, name: str) -> list[Stage]:
+        """Open a stage from the engine; none if its files can't be used and the user asked for no engine."""
+        engine = self.engine
+        if engine is None or not engine.paths(name):
+            return []
+        try:
+            return self._open_from(engine, name, engine.paths(name))
+        except (BundleError, EngineError) as error:
+            if not self._may_fall_back or engine.target == "lowered":  # standard graphs would not open either
+                raise
+            self.engine = None
+            self.engine_note = (
+                f"{error}; the standard graphs are used; rebuild the engine: "
+                f"ppllava-build {self.bundle.path} --target {engine.target} --force"
+            )
+            log.warning("%s", self.engine_note)
+            return []
+
+    def _open_from(self, engine: Engine | None, name: str, paths: list[Path]) -> list[Stage]:
         with ThreadPoolExecutor(4) as pool:
             stages = list(pool.map(lambda path: self._open_graph(path, len(paths) > 1), paths))
-        check_stage(name, stages, self.manifest, self.engine.cache if self.engine else "in place")
-        self.check_open()
+        facts = (engine.cache, engine.kv_dtype) if engine else ()
+        check_stage(name, stages, self.manifest, *facts)
+        self._engine_of[name] = engine
         return stages
 
     def _open_graph(self, path: Path, piece: bool) -> Stage:
@@ -166,9 +193,11 @@ class CpuPipeline(BasePipeline):
         """As BasePipeline says."""
         self.check_open()
         info, cache = self.manifest.decoder, "in place"
-        if self.engine is not None:
-            info, cache = replace(info, kv_dtype=self.engine.kv_dtype), self.engine.cache
-        return OnnxRuntimeDecoder(self.open_stage("decoder"), info, self.embedding_table.rows, cache)
+        stages = self.open_stage("decoder")
+        engine = self._engine_of["decoder"]
+        if engine is not None:
+            info, cache = replace(info, kv_dtype=engine.kv_dtype), engine.cache
+        return OnnxRuntimeDecoder(stages, info, self.embedding_table.rows, cache)
 
     def prompt(self, before: Sequence[int], visual: np.ndarray, after: Sequence[int]) -> np.ndarray:
         """Token ids, visual tokens (N, D), token ids → embeddings (S, D) float32."""

@@ -8,31 +8,47 @@ from typing import Any
 import numpy as np
 
 from ppllava_edge.engines.bundle.bundle import Bundle
-from ppllava_edge.engines.errors import EngineError, PromptError
+from ppllava_edge.engines.bundle.untrusted import printable
+from ppllava_edge.engines.errors import BundleError, PromptError
 
 FILE = "embed_tokens.safetensors"
 SCALES = "embed_tokens.scale"  # per-row scales of an INT8 table
+TYPES = ("F32", "F16", "I8")  # of the table; everything else is one of the first two
 
 
 class EmbeddingTable:
     """embed_tokens.safetensors of a bundle; only the rows that are asked for are read.
 
     Raises:
-        EngineError: If the file can't be read.
+        BundleError: If the file can't be read, or its tensors aren't those that the manifest promises.
     """
 
     def __init__(self, bundle: Bundle):
         from safetensors import SafetensorError, safe_open
 
         self.info = bundle.manifest.decoder
-        path = bundle.file(FILE)
+        self._path = bundle.file(FILE)
         try:
-            self._file: Any = safe_open(path, "np").__enter__()
-        except SafetensorError as error:
-            raise EngineError(f"{path.name} can't be read: {error}") from None
+            self._file: Any = safe_open(self._path, "np").__enter__()
+        except (SafetensorError, OSError) as error:
+            raise BundleError(f"{self._path} can't be read: {printable(error)}") from None
+        self._check("embed_tokens", [self.info.vocab, self.info.hidden_size], TYPES)
         self._scales: np.ndarray | None = None
-        if SCALES in self._file.keys():  # noqa: SIM118  (not a dict)
+        if self._file.get_slice("embed_tokens").get_dtype() == "I8":
+            self._check(SCALES, [self.info.vocab], TYPES[:2])
             self._scales = self._file.get_tensor(SCALES).astype(np.float32)
+
+    def _check(self, name: str, shape: list[int], types: tuple[str, ...]) -> None:
+        """Compare a tensor's header with the manifest, before anything is read. Raises BundleError."""
+        damaged = "the bundle is damaged, export it again"
+        if name not in self._file.keys():  # noqa: SIM118  (not a dict)
+            raise BundleError(f"{self._path} has no {name}; {damaged}")
+        found = self._file.get_slice(name)
+        if found.get_shape() != shape or found.get_dtype() not in types:
+            raise BundleError(
+                f"{self._path}: {name} is {found.get_dtype()} {found.get_shape()}, the manifest promises "
+                f"{' or '.join(types)} {shape}; {damaged}"
+            )
 
     def rows(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Token ids (L,) → embeddings (L, D) float32. Raises PromptError for an unknown id."""
@@ -46,6 +62,7 @@ class EmbeddingTable:
         return rows if self._scales is None else rows * self._scales[ids][:, None]
 
     def image_newline(self) -> np.ndarray:
-        """(D,) float32: the embedding that ends a row of an image's crops."""
+        """(D,) float32: the embedding that ends a row of an image's crops. BundleError if there is none."""
+        self._check("image_newline", [self.info.hidden_size], TYPES[:2])
         newline: np.ndarray = self._file.get_slice("image_newline")[:].astype(np.float32)
         return newline
