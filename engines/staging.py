@@ -8,6 +8,8 @@ carries the host: some network file systems keep locks per host, so folders of o
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import os
 import platform
@@ -26,6 +28,8 @@ except ImportError:  # not on Windows: staging folders are not locked there, and
 SUFFIX = ".part"
 MAX_NAME = 64  # characters of the target's name in the folder's: file names end at 255
 MACHINE_ID = Path("/etc/machine-id")
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
+CANT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)  # an old kernel, or a file system without it
 
 
 @contextlib.contextmanager
@@ -84,24 +88,74 @@ def sweep(parent: Path) -> list[str]:
     return removed
 
 
+def publish(folder: Path, target: Path) -> None:
+    """Rename a complete staging folder to its target, or exchange it with the folder that is there.
+
+    After a kill the target is the old folder or the new one, as a whole. After a power cut too: files and
+    names are synced to disk first. Only where folders can't be exchanged (not Linux, some network file
+    systems) the target is missing for a moment.
+
+    Args:
+        folder: The folder of `staging_folder`. If it was exchanged, it holds the old files afterwards.
+        target: The final path: nothing, a folder, or a link, which is replaced.
+
+    Raises:
+        OSError: It can't be renamed or synced.
+    """
+    folder.chmod(0o755)
+    for path in sorted(folder.rglob("*")):
+        _sync(path)
+    _sync(folder)
+    if target.is_symlink():
+        target.unlink()
+    if not target.exists():
+        folder.rename(target)
+    elif not _exchange(folder, target):
+        old = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=SUFFIX, dir=target.parent))
+        target.rename(old)
+        folder.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    sync_folder(target.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Sync a folder to disk, so that its new, renamed and removed names survive a power cut.
 
     File systems and systems that can't sync folders are left as they are.
     """
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders' names at once. Returns False where that isn't possible; raises OSError."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc 2.28, musl 1.2.6
+    if renameat2 is None:
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    if ctypes.get_errno() in CANT_EXCHANGE:
+        return False
+    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+
+
+def _prefix(target: Path) -> str:
+    """The beginning of a staging folder's name."""
+    return f".{target.name[:MAX_NAME]}.{_host_mark()}-"
 
 
 def _create_locked(target: Path) -> tuple[Path, int | None]:
     """A new staging folder and its open, locked descriptor; None where folders can't be locked."""
-    prefix = f".{target.name[:MAX_NAME]}.{_host_mark()}-"
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=SUFFIX, dir=target.parent))
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=SUFFIX, dir=target.parent))
         if fcntl is None:
             return folder, None
         try:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from ppllava_edge.engines.bundle.manifest import MANIFEST
 from ppllava_edge.engines.errors import PPLLaVAError
-from ppllava_edge.engines.staging import staging_folder
+from ppllava_edge.engines.staging import publish, staging_folder
 from ppllava_edge.export.options import Options
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -55,7 +54,7 @@ def bundle_staging(output: Path) -> Iterator[Path]:
 
 
 def move_into_place(staging: Path, output: Path, force: bool) -> None:
-    """Rename a complete bundle to its final path.
+    """Rename a complete bundle to its final path, or exchange it with the bundle that is there.
 
     Args:
         staging: The complete bundle.
@@ -65,10 +64,10 @@ def move_into_place(staging: Path, output: Path, force: bool) -> None:
     Raises:
         PPLLaVAError: The path holds something other than a bundle.
     """
-    staging.chmod(0o755)
-    if force and output.exists():
-        is_replaceable = output.is_dir() and (not any(output.iterdir()) or (output / MANIFEST).is_file())
-        if not is_replaceable:
+    if os.path.lexists(output):
+        if not force:
+            raise PPLLaVAError(f"{output} was written by another command meanwhile; --force replaces it")
+        is_folder = not output.is_symlink() and output.is_dir()
+        if not is_folder or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
             raise PPLLaVAError(f"{output} is not a bundle; --force replaces only bundles")
-        shutil.rmtree(output)
-    staging.rename(output)
+    publish(staging, output)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
@@ -20,6 +19,7 @@ from ppllava_edge.engines.bundle.untrusted import decode_json, file_size, read_l
 from ppllava_edge.engines.bundle.windows import Extent
 from ppllava_edge.engines.errors import BundleError
 from ppllava_edge.engines.libraries import installed_version
+from ppllava_edge.engines.staging import publish
 
 ENGINE = "engine.json"
 FORMAT = "ppllava-edge engine"
@@ -168,7 +168,9 @@ def find_engine(bundle: Bundle, target: str, verify: bool = False) -> tuple[Engi
 
 
 def write_engine(staging: Path, engine: Engine) -> Engine:
-    """Write engine.json into a staging folder and rename the folder to the engine's: complete or not at all.
+    """Write engine.json into a staging folder and rename the folder to the engine's, or exchange the two.
+
+    Readers find the old engine or the new one, as a whole.
 
     Args:
         staging: The folder with the engine's files.
@@ -181,9 +183,7 @@ def write_engine(staging: Path, engine: Engine) -> Engine:
     files = {path.name: FileEntry(path.stat().st_size, hash_file(path)) for path in paths}
     engine = replace(engine, files=files)
     (staging / ENGINE).write_text(json.dumps(engine.as_json(), indent=1) + "\n", encoding="utf-8")
-    staging.chmod(0o755)
-    shutil.rmtree(engine.folder, ignore_errors=True)
-    staging.rename(engine.folder)
+    publish(staging, engine.folder)
     return engine
 
 

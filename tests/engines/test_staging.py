@@ -166,3 +166,38 @@ def test_a_long_name_and_a_system_without_fcntl(tmp_path: Path, monkeypatch: pyt
     with staging.staging_folder(tmp_path / "y") as folder:
         assert folder.is_dir()
     assert staging.sweep(tmp_path) == [] and not folder.exists()
+
+
+def test_an_old_folder_is_exchanged_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never is the target missing or mixed; without the system's exchange, it is missing for a moment."""
+    target, exchanges, synced = tmp_path / "bundle", staging._exchange, []
+    monkeypatch.setattr(staging, "_sync", synced.append)
+    for exchange in (exchanges, lambda one, other: False):
+        monkeypatch.setattr(staging, "_exchange", exchange)
+        target.mkdir(exist_ok=True)
+        (target / "old").write_text("old")
+        with staging_folder(target) as folder:
+            (folder / "part").mkdir()
+            (folder / "part" / "new").write_text("new")
+            staging.publish(folder, target)
+            assert (folder / "old").exists() == (exchange is exchanges)
+        assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+        assert [path.name for path in target.iterdir()] == ["part"]
+        assert [path.name for path in synced[:-2]] == ["part", "new"] and synced[-1] == tmp_path
+        synced.clear()
+
+
+def test_a_link_in_the_place_of_a_folder_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("kept")
+    (tmp_path / "engine").symlink_to(tmp_path / "elsewhere")
+    with staging_folder(tmp_path / "engine") as folder:
+        staging.publish(folder, tmp_path / "engine")
+    assert not (tmp_path / "engine").is_symlink() and (tmp_path / "elsewhere" / "file").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "engine"]
+
+
+def test_an_exchange_that_the_system_refuses_is_its_error(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    with pytest.raises(FileNotFoundError):
+        staging._exchange(tmp_path / "one", tmp_path / "nothing")

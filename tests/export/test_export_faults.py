@@ -16,6 +16,7 @@ from ppllava_edge.engines.graphs import graph
 from ppllava_edge.engines.graphs.tensors import Tensor, Weight
 from ppllava_edge.export.convert import convert
 from ppllava_edge.export.options import Options
+from ppllava_edge.export.output import move_into_place
 from ppllava_edge.export.quantisation.precision import parse_precision
 
 FP32 = parse_precision("fp32")
@@ -78,3 +79,20 @@ def test_a_bundle_that_the_runtime_would_refuse_is_not_written(
     with pytest.raises(PPLLaVAError, match="KV cache takes"):
         convert(Options(str(golden), golden.parent / "bundle", FP32, tokenizer=False))
     assert nothing_left(golden)
+
+
+def test_only_a_bundle_is_replaced(golden: Path) -> None:
+    """A link isn't followed, and a folder that another command wrote meanwhile stays."""
+    output, staging = golden.parent / "bundle", golden.parent / "staging"
+    staging.mkdir()
+    output.mkdir()
+    (output / "thesis.tex").write_text("x")
+    with pytest.raises(PPLLaVAError, match="not a bundle"):
+        move_into_place(staging, output, force=True)
+    with pytest.raises(PPLLaVAError, match="meanwhile"):
+        move_into_place(staging, output, force=False)
+    link = golden.parent / "link"
+    link.symlink_to(output)
+    with pytest.raises(PPLLaVAError, match="not a bundle"):
+        move_into_place(staging, link, force=True)
+    assert (output / "thesis.tex").exists() and link.is_symlink() and staging.is_dir()
