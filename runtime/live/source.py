@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
-from ppllava_edge.runtime.media.container import open_container, read_packets, reason, to_rgb, video_stream
+from ppllava_edge.runtime.media.container import (
+    check_memory,
+    open_container,
+    read_packets,
+    reason,
+    to_rgb,
+    video_stream,
+)
 from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, Budget, MediaLimits, check_size
 from ppllava_edge.runtime.media.opening.allowed import address_options, scheme_of
 from ppllava_edge.runtime.media.opening.paths import check_regular, display_name, source_name
@@ -160,6 +167,7 @@ class LiveSource:
             except av.error.EOFError:
                 return
             except av.error.FFmpegError as error:
+                check_memory(error, self.name)
                 frames = []
                 errors += 1
                 if errors > MAX_ERRORS:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
-from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, Budget, MediaLimits, check_size
+from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, Budget, MediaLimits, MemoryShortage, check_size
 from ppllava_edge.runtime.media.opening.allowed import decoder_options, file_options
 from ppllava_edge.runtime.media.opening.paths import display_name, open_regular
 
@@ -55,6 +55,7 @@ def open_container(
         except av.error.ExitError:
             raise budget.out_of_time() from None
         except (av.error.FFmpegError, ValueError, MemoryError) as error:
+            check_memory(error, name)
             raise MediaError(f"{name} is not a video that can be read ({_why_not_open(error)})") from None
     with container:
         yield container, video_stream(container, name, budget.limits)
@@ -132,7 +133,7 @@ def to_rgb(frame: Any, what: str) -> np.ndarray:
         what: The file or address, for error messages.
 
     Raises:
-        MediaError: If FFmpeg can't convert its pixels.
+        MediaError: If FFmpeg can't convert its pixels, or there is no memory for them.
     """
     import av
 
@@ -140,10 +141,17 @@ def to_rgb(frame: Any, what: str) -> np.ndarray:
         image: np.ndarray = frame.to_ndarray(format="rgb24")
         degrees = float(getattr(frame, "rotation", 0))
     except (av.error.FFmpegError, ValueError, OverflowError, MemoryError) as error:
+        check_memory(error, what)
         kind = getattr(frame.format, "name", "unknown")
         raise MediaError(f"{what}: {kind} pixels can't be converted to RGB ({reason(error)})") from None
     quarter_turns = round(degrees / 90) % 4 if math.isfinite(degrees) else 0  # counter-clockwise
     return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
+
+
+def check_memory(error: Exception, what: str) -> None:
+    """Raise MemoryShortage if FFmpeg had no memory for data or for a thread: the file isn't damaged."""
+    if isinstance(error, (MemoryError, BlockingIOError)):
+        raise MemoryShortage(what) from None
 
 
 def reason(error: Exception) -> str:

@@ -105,6 +105,13 @@ def _number(name: str, text: str) -> float | None:
 DEFAULT_LIMITS = MediaLimits()
 
 
+class MemoryShortage(MediaError):
+    """A source needs more memory than there is, or than the process that decodes it may use."""
+
+    def __init__(self, what: str):
+        super().__init__(f"{what} needs more memory than there is")
+
+
 class Budget:
     """What reading a source has cost so far, checked against its limits.
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.media.container import reason
-from ppllava_edge.runtime.media.limits import Budget, check_size
+from ppllava_edge.runtime.media.limits import Budget, MemoryShortage, check_size
 from ppllava_edge.runtime.media.opening.gif import scan_gif
 from ppllava_edge.runtime.media.opening.paths import display_name, open_regular
 
@@ -190,7 +190,7 @@ def _damage_reported(name: str) -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise MediaError(f"{name}: its pictures are too large ({reason(error)})") from None
     except MemoryError:
-        raise MediaError(f"{name} needs more memory than there is") from None
+        raise MemoryShortage(name) from None
     except Exception as error:
         raise MediaError(f"{name} is a damaged image ({reason(error)})") from None
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
-from ppllava_edge.runtime.media.container import open_container, read_packets, to_rgb
+from ppllava_edge.runtime.media.container import check_memory, open_container, read_packets, to_rgb
 from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, Budget, MediaLimits
 from ppllava_edge.runtime.media.opening.paths import display_name, source_name, stat_source
 from ppllava_edge.runtime.media.packet_cursor import CannotSeek
@@ -242,7 +242,8 @@ class VideoReader(FrameReader):
                 if packet is None:
                     return
                 batch = packet.decode()
-            except av.error.FFmpegError:
+            except av.error.FFmpegError as error:
+                check_memory(error, self.what)
                 self._damaged = True
                 errors += 1
                 continue

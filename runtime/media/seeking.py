@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from ppllava_edge.runtime.media.container import open_container, to_rgb
+from ppllava_edge.runtime.media.container import check_memory, open_container, to_rgb
 from ppllava_edge.runtime.media.limits import Budget
 from ppllava_edge.runtime.media.packet_cursor import CannotSeek, PacketCursor
 from ppllava_edge.runtime.media.packet_index import PacketIndex
@@ -183,7 +183,8 @@ class _GroupDecoder:
                 frames = self.codec.decode(packet)
             except av.error.EOFError:
                 pass
-            except av.error.FFmpegError:
+            except av.error.FFmpegError as error:
+                check_memory(error, self.budget.what)
                 errors += 1
             for frame in frames:
                 self._check_entry(frame, frame.pts in wanted)

@@ -21,8 +21,8 @@ def confine(limits: MediaLimits, parent: int) -> None:
     """Confine this process, for good.
 
     It may use `limits.memory` bytes of address space, few open files, and as much processor time as
-    decode_seconds of all cores allow to open a source and to read it; it can't write to files, dump its memory or gain privileges by starting
-    a program; on Linux it is killed when its parent dies.
+    decode_seconds of all cores allow to open a source and to read it. It can't write to files, dump its
+    memory, or gain privileges by starting a program. On Linux it is killed when its parent dies.
 
     Args:
         limits: memory and decode_seconds hold.

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from ppllava_edge.engines.errors import MediaError, PPLLaVAError
 from ppllava_edge.runtime.media.isolation.confinement import address_space, confine
 from ppllava_edge.runtime.media.isolation.protocol import MAX_REQUEST, Channel, Disconnected, Message
-from ppllava_edge.runtime.media.limits import MediaLimits
+from ppllava_edge.runtime.media.limits import MediaLimits, MemoryShortage
 from ppllava_edge.runtime.media.opening.paths import display_name
 from ppllava_edge.runtime.media.readers import FrameReader, open_reader
 
@@ -46,10 +46,15 @@ def serve(parent: int, work: Callable[[Channel, Message], None]) -> NoReturn:
             work(channel, request)
         except Disconnected:
             raise
-        except (MemoryError, BlockingIOError):  # the latter: no memory for a thread
-            megabytes = limits.memory / 10**6
-            what = display_name(os.fsdecode(bytes.fromhex(request["source"])))
-            fail(channel, f"{what} needs more memory to decode than {megabytes:.0f} MB, the limit memory")
+        except (MemoryError, MemoryShortage):
+            what, megabytes = (
+                display_name(os.fsdecode(bytes.fromhex(request["source"]))),
+                limits.memory / 10**6,
+            )
+            fail(
+                channel,
+                f"{what} needs more memory to decode than {megabytes:.0f} MB; raise the limit memory",
+            )
         except PPLLaVAError as error:
             fail(channel, str(error))
         except Exception as error:

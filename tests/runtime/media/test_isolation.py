@@ -218,6 +218,23 @@ def test_the_memory_limit_is_an_error(tmp_path: Path) -> None:
         IsolatedReader(path, tiny)
 
 
+def test_a_video_that_needs_more_memory_is_not_called_damaged(tmp_path: Path) -> None:
+    frames = np.zeros((3, 2176, 4096, 3), np.uint8)
+    path = encode_clip(tmp_path / "large.mp4", "mpeg4", {}, frames=frames)
+    refused = 0
+    for megabytes in range(300, 440, 20):
+        limits = dataclasses.replace(DEFAULT_LIMITS, memory=megabytes * 10**6)
+        try:
+            source = IsolatedReader(path, limits)
+            numbers = [frame.number for frame in source.frames(every(1))]
+        except MediaError as error:
+            assert "needs more memory to decode than" in str(error)
+            refused += 1
+        else:
+            assert numbers == [0, 1, 2] and not source.notes
+    assert refused
+
+
 def test_ten_at_once(clips: Clips) -> None:
     path = clips.path("h264 with B-frames")
     expected = {frame.number: frame.image for frame in open_reader(path).frames(every(10))}
