@@ -134,6 +134,7 @@ def _batches() -> list[bytes]:
 OTHERS: dict[str, Callable[[], list[bytes]]] = {
     "range": _mixed_videos,
     "live": _mixed_videos,
+    "isolated": _mixed_videos,
     "playlist": lambda: [text.encode() for text in PLAYLISTS],
     "manifest": _bundle_file(MANIFEST),
     "engine": _engines,

@@ -15,15 +15,15 @@ from typing import Any, NoReturn
 
 from ppllava_edge.bench.fuzz.outcome import message_feature, message_problem
 from ppllava_edge.bench.fuzz.process.coverage import ROOTS, LineCoverage
-from ppllava_edge.bench.fuzz.targets.registry import TARGETS
+from ppllava_edge.bench.fuzz.targets.registry import RUNNABLE
 from ppllava_edge.bench.fuzz.targets.target import Unexpected
 from ppllava_edge.engines.errors import PPLLaVAError
 
 ADDRESS_SPACE = 3 << 29  # bytes that a child may map beyond the server's own; 1.5 GiB
 RESIDENT = 512 << 20  # bytes of memory that a child may use: the limits of the targets promise less
 FILE_SIZE = 64 << 20  # bytes of any file that a child writes
-CPU_SECONDS = 10  # of all threads together
-WALL_SECONDS = 60
+CPU_SECONDS = 10.0  # of all threads together
+WALL_SECONDS = 60.0
 
 
 class Streams:
@@ -43,7 +43,7 @@ class Streams:
         return os.pread(descriptor, limit, 0)
 
 
-def run_child(target: str, path: Path, scratch: Path, streams: Streams) -> NoReturn:
+def run_child(target: str, path: Path, scratch: Path, streams: Streams, cpu_seconds: float) -> NoReturn:
     """Run a target in this process, write a report, and exit. Called right after fork.
 
     Args:
@@ -51,10 +51,11 @@ def run_child(target: str, path: Path, scratch: Path, streams: Streams) -> NoRet
         path: The input.
         scratch: An empty folder for the target's own files; becomes the working directory.
         streams: Where the report, stdout and stderr go.
+        cpu_seconds: Of all threads together, after which the process ends.
     """
     status = 1
     try:
-        _prepare(scratch, streams)
+        _prepare(scratch, streams, cpu_seconds)
         coverage = LineCoverage()
         report = _run(target, path, scratch, coverage)
         report["features"] = coverage.features()
@@ -67,7 +68,7 @@ def run_child(target: str, path: Path, scratch: Path, streams: Streams) -> NoRet
         os._exit(status)
 
 
-def _prepare(scratch: Path, streams: Streams) -> None:
+def _prepare(scratch: Path, streams: Streams, cpu_seconds: float) -> None:
     os.setsid()
     os.chdir(scratch)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -78,13 +79,13 @@ def _prepare(scratch: Path, streams: Streams) -> None:
         signal.signal(number, signal.SIG_DFL)
         faulthandler.register(number, file=streams.err, all_threads=False, chain=True)
     signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     for limit, value in (
         (resource.RLIMIT_AS, mapped + ADDRESS_SPACE),
         (resource.RLIMIT_FSIZE, FILE_SIZE),
         (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_CPU, CPU_SECONDS + 5),
+        (resource.RLIMIT_CPU, int(cpu_seconds) + 5),
     ):
         resource.setrlimit(limit, (value, value))
 
@@ -93,7 +94,7 @@ def _run(target: str, path: Path, scratch: Path, coverage: LineCoverage) -> dict
     """Run a target. Returns the outcome's kind, place and detail."""
     try:
         coverage.start()
-        TARGETS[target].run(path, scratch)
+        RUNNABLE[target].run(path, scratch)
     except PPLLaVAError as error:
         coverage.stop()
         problem = message_problem(str(error), (str(path), str(scratch)))

@@ -12,15 +12,20 @@ from pathlib import Path
 from typing import IO
 
 from ppllava_edge.bench.fuzz.outcome import Outcome
+from ppllava_edge.bench.fuzz.process.child import CPU_SECONDS
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.nano import sample_path
 
+SERVER = "ppllava_edge.bench.fuzz.process.server"
 # One thread each: a process with threads must not fork.
 SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
 
 
 class FuzzServer:
     """A fork server in a process of its own, with a temporary folder. A context manager.
+
+    Args:
+        cpu_seconds: What one input may take.
 
     Attributes:
         answers: Its stdout; readable when an outcome has come.
@@ -30,14 +35,14 @@ class FuzzServer:
         PPLLaVAError: If this system can't run one, or it doesn't start.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cpu_seconds: float = CPU_SECONDS):
         if not hasattr(os, "memfd_create"):
             raise PPLLaVAError("fuzzing needs Linux: inputs run in forked processes with limits")
         self.folder = Path(tempfile.mkdtemp(prefix="ppllava-fuzz-"))
         self.input = self.folder / "input"
         shutil.copyfile(sample_path(), self.folder / "video.mp4")
         self._target = ""
-        self._process = self._start()
+        self._process = self._start(cpu_seconds)
 
     def __enter__(self) -> FuzzServer:
         return self
@@ -83,8 +88,8 @@ class FuzzServer:
         self.send(target, suffix, data)
         return self.receive()
 
-    def _start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "ppllava_edge.bench.fuzz.process.server", str(self.folder)]
+    def _start(self, cpu_seconds: float) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", SERVER, str(self.folder), str(cpu_seconds)]
         environment = {**os.environ, **SINGLE_THREADED, "XDG_CACHE_HOME": str(self.folder / "cache")}
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

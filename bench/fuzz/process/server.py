@@ -1,7 +1,7 @@
 """The fork server: a process with one thread that forks a child for every input.
 
-Started as `python -m ppllava_edge.bench.fuzz.process.server FOLDER`. Reads requests from stdin, one line of
-JSON each ({"target", "path"}), and answers each with a line of JSON on stdout: an Outcome.
+Started as `python -m ppllava_edge.bench.fuzz.process.server FOLDER [CPU_SECONDS]`. Reads requests from stdin,
+one line of JSON each ({"target", "path"}), and answers each with a line of JSON on stdout: an Outcome.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 
 from ppllava_edge.bench.fuzz.outcome import Outcome, message_feature
 from ppllava_edge.bench.fuzz.process.canaries import Canaries
-from ppllava_edge.bench.fuzz.process.child import RESIDENT, Streams, run_child
+from ppllava_edge.bench.fuzz.process.child import CPU_SECONDS, RESIDENT, Streams, run_child
+from ppllava_edge.bench.fuzz.process.coverage import ROOTS
 from ppllava_edge.bench.fuzz.targets.registry import preload
 
 PARENT_DIED = 1  # PR_SET_PDEATHSIG
@@ -34,10 +35,11 @@ class Server:
 
     Args:
         folder: Where inputs lie and children work.
+        cpu_seconds: What one input may take.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, cpu_seconds: float = CPU_SECONDS):
+        self.folder, self.cpu_seconds = folder, cpu_seconds
         self.streams = Streams()
         self.canaries = Canaries(folder / "canaries", {CANARY: (folder / CANARY).read_bytes()})
         self._reported: set[int] = set()
@@ -51,7 +53,7 @@ class Server:
         started = time.perf_counter()
         pid = os.fork()
         if pid == 0:
-            run_child(target, path, scratch, self.streams)
+            run_child(target, path, scratch, self.streams, self.cpu_seconds)
         _, status, usage = os.wait4(pid, 0)
         seconds = time.perf_counter() - started
         with contextlib.suppress(ProcessLookupError):
@@ -111,7 +113,7 @@ def _log_lines(log: str) -> list[str]:
 def _python_place(log: str) -> str:
     """The innermost function of the package in a traceback of faulthandler."""
     for file, function in re.findall(r'File "([^"]+)", line \d+ in (\w+)', log):
-        if "/fuzz/" not in file and "site-packages" not in file and "/lib/python" not in file:
+        if file.startswith(ROOTS):
             return f"{Path(file).stem}.{function}"
     return "outside"
 
@@ -123,7 +125,7 @@ def main() -> None:
     os.dup2(2, 1)
     folder = Path(sys.argv[1])
     preload(folder)
-    server = Server(folder)
+    server = Server(folder, *map(float, sys.argv[2:]))
     server.freeze()
     print(json.dumps({"threads": len(os.listdir("/proc/self/task"))}), file=answers, flush=True)
     for line in sys.stdin:

@@ -10,7 +10,8 @@ import numpy as np
 
 from ppllava_edge.bench.fuzz.targets.target import LIMITS, Target, expect
 from ppllava_edge.runtime.live.source import LiveSource
-from ppllava_edge.runtime.media.readers import FrameReader, open_reader
+from ppllava_edge.runtime.media.isolation import open_source
+from ppllava_edge.runtime.media.readers import FrameReader
 from ppllava_edge.runtime.media.thumbnails import read_pictures
 from ppllava_edge.runtime.vision.frame_choice import choose_frames
 
@@ -20,7 +21,15 @@ LIVE_FRAMES = 200  # after which a live view is closed
 
 def read_media(path: Path, scratch: Path) -> None:
     """Open a file, read some frames, and read two of them again as small pictures."""
-    reader = open_reader(path, LIMITS)
+    _read_all(open_source(path, LIMITS))
+
+
+def read_isolated(path: Path, scratch: Path) -> None:
+    """The same with decoding in a process of its own."""
+    _read_all(open_source(path, LIMITS, isolate=True))
+
+
+def _read_all(reader: FrameReader) -> None:
     _check_facts(reader)
     numbers = []
     for frame in reader.frames(lambda r: choose_frames(r, FRAMES)):
@@ -36,7 +45,7 @@ def read_media(path: Path, scratch: Path) -> None:
 
 def read_range(path: Path, scratch: Path) -> None:
     """Read the frames between two times."""
-    reader = open_reader(path, LIMITS)
+    reader = open_source(path, LIMITS)
     for frame in reader.frames(lambda r: choose_frames(r, FRAMES, r.duration / 3, r.duration / 2)):
         _check_image(frame.image)
 
@@ -103,4 +112,5 @@ MEDIA_TARGETS: tuple[Target, ...] = (
     Target("range", read_range, ".mp4", "boxes"),
     Target("playlist", read_playlist, ".mp4", "text"),
     Target("live", play_live, ".mp4", "boxes", 0.5),
+    Target("isolated", read_isolated, ".mp4", "boxes", 0.03),
 )
