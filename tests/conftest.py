@@ -131,3 +131,23 @@ def want() -> list[str]:
 
     video = VideoQA(device="cpu").open(SAMPLE)
     return [video.ask(question).text for question in QUESTIONS]
+
+
+@pytest.fixture(scope="session")
+def child_processes() -> Callable[[], set[int]]:
+    """Finds the ids of this process's children, zombies included."""
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("looks at processes in /proc")
+
+    def find() -> set[int]:
+        found = set()
+        for folder in Path("/proc").iterdir():
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # not a process, or one that ended
+                continue
+            if int(fields[1]) == os.getpid():
+                found.add(int(folder.name))
+        return found
+
+    return find

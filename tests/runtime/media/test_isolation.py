@@ -27,21 +27,8 @@ from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits
 from ppllava_edge.runtime.media.readers import FrameReader, open_reader
 from ppllava_edge.runtime.vision.frame_choice import choose_frames
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+Children = Callable[[], set[int]]
 Choice = Callable[[FrameReader], Sequence[int]]
-
-
-def child_processes() -> set[int]:
-    """Ids of this process's children, zombies included."""
-    found = set()
-    for folder in Path("/proc").iterdir():
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == os.getpid():
-            found.add(int(folder.name))
-    return found
 
 
 def open_files() -> list[str]:
@@ -49,7 +36,7 @@ def open_files() -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
+def nothing_is_left(child_processes: Children) -> Iterator[None]:
     """No test leaves a process or an open file."""
     processes, files = child_processes(), open_files()
     yield
@@ -181,7 +168,9 @@ def test_an_error_of_the_choice_is_raised_as_it_is(video_file: Path) -> None:
 
 
 @pytest.mark.parametrize("sign, words", [(signal.SIGKILL, "out of memory"), (signal.SIGSEGV, "SIGSEGV")])
-def test_a_process_killed_while_it_decodes(clips: Clips, sign: int, words: str) -> None:
+def test_a_process_killed_while_it_decodes(
+    child_processes: Children, clips: Clips, sign: int, words: str
+) -> None:
     before = child_processes()
     frames = IsolatedReader(clips.path("mpeg-4 in avi"), DEFAULT_LIMITS).frames(every(1))
     next(frames)
@@ -192,7 +181,7 @@ def test_a_process_killed_while_it_decodes(clips: Clips, sign: int, words: str) 
     assert "\n" not in str(error.value)
 
 
-def test_closing_early_and_abandoning_end_the_process(clips: Clips) -> None:
+def test_closing_early_and_abandoning_end_the_process(child_processes: Children, clips: Clips) -> None:
     before = child_processes()
     source = IsolatedReader(clips.path("mpeg-4 in avi"), DEFAULT_LIMITS)
     frames = source.frames(every(1))
