@@ -107,6 +107,12 @@ class FrameCount(click.ParamType):
     help="Folder of the cache; implies --cache.  [default: ~/.cache/ppllava-edge/features]",
 )
 @option(
+    "--isolate",
+    group="Frames",
+    is_flag=True,
+    help="Decode in a child process with a memory limit: a file that crashes the decoder is an error.",
+)
+@option(
     "--max-new-tokens", group="Generation", type=int, default=256, show_default=True, help="Tokens at most."
 )
 @option(
@@ -253,6 +259,7 @@ def main(video: str, question: str | None, **options: Any) -> None:
         template=options["template"],
         engine=options["engine"],
         cache=options["cache_folder"] or options["cache"],
+        isolate=options["isolate"],
     )
     if qa.is_demo:
         click.echo(DEMO_NOTE, err=True)
