@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ppllava_edge.engines.bundle.bundle import Bundle
-from ppllava_edge.engines.bundle.untrusted import printable
+from ppllava_edge.engines.bundle.untrusted import open_inside, printable
 from ppllava_edge.engines.errors import BundleError, PromptError
 
 FILE = "embed_tokens.safetensors"
 SCALES = "embed_tokens.scale"  # per-row scales of an INT8 table
+LARGEST_HEADER = 1 << 20  # bytes
 TYPES = ("F32", "F16", "I8")  # of the table; everything else is one of the first two
 
 
@@ -28,6 +30,7 @@ class EmbeddingTable:
 
         self.info = bundle.manifest.decoder
         self._path = bundle.file(FILE)
+        self._check_header(bundle.path)
         try:
             self._file: Any = safe_open(self._path, "np").__enter__()
         except (SafetensorError, OSError) as error:
@@ -37,6 +40,13 @@ class EmbeddingTable:
         if self._file.get_slice("embed_tokens").get_dtype() == "I8":
             self._check(SCALES, [self.info.vocab], TYPES[:2])
             self._scales = self._file.get_tensor(SCALES).astype(np.float32)
+
+    def _check_header(self, root: Path) -> None:
+        """Refuse a list of tensors that would take much memory: the library allows 100 MB of JSON."""
+        with open_inside(root, self._path) as file:
+            size = int.from_bytes(file.read(8), "little")
+        if size > LARGEST_HEADER:
+            raise BundleError(f"{self._path} lists too many tensors; the bundle is damaged, export it again")
 
     def _check(self, name: str, shape: list[int], types: tuple[str, ...]) -> None:
         """Compare a tensor's header with the manifest, before anything is read. Raises BundleError."""
