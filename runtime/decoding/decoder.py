@@ -152,8 +152,10 @@ class Decoder(ABC):
         sequence = self.start(len(prompt), max_new_tokens) if own else sequence
         try:
             yield from generate_ids(sequence, prompt, max_new_tokens, sampling.sampler(), stop_ids, lookup)
-        except Exception:
-            own = False  # an engine that fails may leave anything in the cache: it is not used again
+        except GeneratorExit:
+            raise
+        except BaseException:
+            sequence.failed = True
             raise
         finally:
             if own:

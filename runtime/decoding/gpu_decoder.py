@@ -97,7 +97,7 @@ class GpuDecoder(_EngineDecoder):
     def finish(self, sequence: Any) -> None:
         """As Decoder says."""
         with self._lock:
-            self._idle = [] if self._closed else [sequence]
+            self._idle = [] if self._closed or sequence.failed else [sequence]
 
     def _release_free(self) -> None:
         with self._lock:

@@ -68,7 +68,7 @@ class OnnxRuntimeDecoder(Decoder):
         """As Decoder says."""
         if isinstance(sequence, InPlaceSequence):
             with self._lock:
-                self._idle = [] if self._closed else [sequence.cache]
+                self._idle = [] if self._closed or sequence.failed else [sequence.cache]
 
     def _release_free(self) -> None:
         with self._lock:

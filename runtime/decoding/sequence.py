@@ -22,11 +22,13 @@ class Sequence(ABC):
         length: Positions that the cache holds. Invariant: 0 <= length <= capacity.
         capacity: Maximum number of positions.
         can_forget: Whether `forget` works.
+        failed: Whether a pass failed. What the cache holds is then unknown, and no other answer uses it.
     """
 
     length: int
     capacity: int
     can_forget = True
+    failed = False
 
     @abstractmethod
     def feed(self, prompt: Any) -> None:

@@ -368,6 +368,12 @@ class BasePipeline(ABC):
     def prompt(self, before: Sequence[int], visual: Any, after: Sequence[int]) -> Any:
         """Token ids, visual tokens (N, D), token ids → a prompt, as `prefill` and `generate` take it."""
 
+    def finish(self, sequence: Any) -> None:
+        """Give a sequence from decoder.start back: its cache may be used for the next answer."""
+        decoder = self.__dict__.get("decoder")  # none if the pipeline is closed
+        if isinstance(decoder, Decoder):
+            decoder.finish(sequence)
+
     def prefill(self, prompt: Any) -> np.ndarray:
         """A prompt, or embeddings (S, D) → logits (V,) float32 of the last position."""
         return self.decoder.prefill(prompt)
