@@ -6,8 +6,9 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 
 from ppllava_edge.engines.bundle.windows import Windows
@@ -22,18 +23,26 @@ from ppllava_edge.runtime.vision.frame_options import FrameOptions
 
 log = logging.getLogger(__name__)
 KEY_OF_OPTIONS = "Look"  # part of every entry's key: changing it would orphan users' cached entries
-FACTS = (  # fields of an EncodedVideo that are stored beside its arrays
-    "kind",
-    "media",
-    "indices",
-    "times",
-    "fps",
-    "duration",
-    "source_frames",
-    "count",
-    "image_size",
-    "notes",
-)
+Number = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+Side = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+Seconds = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
+Many = msgspec.Meta(max_length=100_000)
+
+
+class _Facts(msgspec.Struct, forbid_unknown_fields=True):
+    """What is stored of an EncodedVideo beside its arrays; a file on disk, so every value has limits."""
+
+    kind: Literal["video", "image"]
+    media: Literal["video", "image"]
+    indices: Annotated[list[Number], Many]
+    times: Annotated[list[Seconds], Many]
+    fps: Seconds
+    duration: Seconds
+    source_frames: Number
+    count: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+    image_size: tuple[Side, Side] | None
+    notes: Annotated[list[Annotated[str, msgspec.Meta(max_length=2000)]], msgspec.Meta(max_length=100)]
+    windows: Any
 
 
 class CachedFeatures:
@@ -76,15 +85,17 @@ class CachedFeatures:
         if found is None:
             return None
         try:
-            video = EncodedVideo(**found.facts)
-            if "states" in found.arrays:
-                video.candidates = Candidates(self.pipeline, found.arrays["states"], found.arrays["features"])
-            else:
-                video.features = found.arrays["features"]
-        except (TypeError, KeyError):
+            facts = msgspec.convert(found.facts, _Facts)
+            windows = Windows.from_json(facts.windows) if facts.windows else None
+            _check_shapes(self.pipeline, facts, found.arrays)
+        except (ValueError, KeyError) as error:  # msgspec's errors are ValueErrors
+            log.warning("the cached features of %s don't fit this version or model (%s)", self.source, error)
             return None
-        video.windows = Windows.from_json(found.facts["windows"]) if found.facts.get("windows") else None
-        video.image_size = (video.image_size[0], video.image_size[1]) if video.image_size else None
+        video = EncodedVideo(**(msgspec.structs.asdict(facts) | {"windows": windows}))
+        if "states" in found.arrays:
+            video.candidates = Candidates(self.pipeline, found.arrays["states"], found.arrays["features"])
+        else:
+            video.features = found.arrays["features"]
         video.read_again = self._read_again
         log.info("features of %s came from the cache in %.3f s", self.source, time.perf_counter() - started)
         return video
@@ -100,6 +111,27 @@ class CachedFeatures:
             arrays = {"features": np.asarray(video.features)}
         else:
             arrays = {"states": video.candidates.states, "features": video.candidates.features}
-        facts = {name: getattr(video, name) for name in FACTS}
+        facts = {name: getattr(video, name) for name in _Facts.__struct_fields__}
         facts["windows"] = video.windows.as_json() if video.windows else None
         self._cache.store(CachedVideo(arrays, facts), *self._key)
+
+
+def _check_shapes(pipeline: BasePipeline, facts: _Facts, arrays: dict[str, np.ndarray]) -> None:
+    """Compare arrays with the model and the number of frames. Raises ValueError, KeyError."""
+    vision = pipeline.manifest.vision
+    features, states = arrays["features"], arrays.get("states")
+    frames = len(facts.indices)
+    if len(facts.times) != frames or not frames:
+        raise ValueError(f"{len(facts.times)} times of {frames} frames")
+    if features.shape[1:] != (vision.patches, vision.hidden_size) or features.dtype.kind != "f":
+        raise ValueError(f"features are {features.dtype} {features.shape}")
+    if facts.media == "video" and len(features) != frames:
+        raise ValueError(f"features of {len(features)} frames for {frames}")
+    if (facts.media == "image") != (facts.image_size is not None) or not 1 <= len(
+        features
+    ) <= Many.max_length:
+        raise ValueError("an image's size or features are missing")
+    if states is not None:
+        rows = vision.patches + vision.class_token
+        if states.shape != (frames, vision.states, rows, vision.hidden_size) or states.dtype.kind != "f":
+            raise ValueError(f"states are {states.dtype} {states.shape}")

@@ -2,8 +2,9 @@
 
 There is one safetensors file per video, bundle, engine and choice of frames, in the user's cache folder.
 When the files exceed the size limit, those unused for longest are removed. Several processes may share the
-folder: a file is written under a temporary name and renamed, never changed afterwards, checked by checksum
-when it is read, and may vanish at any time.
+folder: a file is written in a staging folder and renamed, never changed afterwards, checked by checksum when
+it is read, and may vanish at any time. Files are not synced to disk: a power cut may damage an entry, which
+its checksum shows.
 """
 
 from __future__ import annotations
@@ -13,25 +14,45 @@ import hashlib
 import json
 import logging
 import os
+import shutil
+import stat
 import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, BinaryIO
 
+import msgspec
 import numpy as np
 
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.integrity import cache_folder
-from ppllava_edge.engines.errors import MediaError
+from ppllava_edge.engines.errors import MediaError, PPLLaVAError
+from ppllava_edge.engines.staging import staging_folder, sweep
 
 log = logging.getLogger(__name__)
 DEFAULT_LIMIT = 4 << 30  # bytes
 HASHED_EDGE = 1 << 20  # bytes at the beginning and the end of a file that its hash covers
-STALE_SECONDS = 3600  # age at which an unfinished file of another process is removed
+STALE_SECONDS = 24 * 3600  # age at which what other hosts and older versions left unfinished is removed
+MAX_HEADER = 4 << 20  # bytes of a file before its arrays: their shapes, and the facts
+IN_MEMORY = 512 << 20  # bytes; larger arrays are mapped from the file
 SUFFIX = ".features"
-FORMAT = "1"
+FORMAT = "2"
+DTYPES = {"F32": np.float32, "F16": np.float16, "U8": np.uint8, "I8": np.int8}
+OPENING = (
+    os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+)
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+
+
+class _Tensor(msgspec.Struct):
+    """An array in a safetensors header."""
+
+    dtype: str
+    shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=8)]
+    data_offsets: tuple[Count, Count]
 
 
 @dataclass
@@ -54,11 +75,11 @@ def content_hash(source: str | os.PathLike[str]) -> str:
         source: The path.
 
     Returns:
-        SHA-256 in hex: of a file's size, first and last megabyte; of the names, sizes and times of a
-        folder's files.
+        SHA-256 in hex: of a file's size, time of change, first and last megabyte; of the names, sizes and
+        times of a folder's files. So a copy has the same hash if it was copied with its time.
 
     Raises:
-        MediaError: If it can't be read.
+        MediaError: If it can't be read, or is neither a regular file nor a folder.
     """
     path = Path(source)
     try:
@@ -72,16 +93,20 @@ def content_hash(source: str | os.PathLike[str]) -> str:
 def _folder_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for entry in sorted(folder.iterdir()):
-        s = entry.stat()
-        digest.update(f"{entry.name}\0{s.st_size}\0{s.st_mtime_ns}\0".encode())
+        s = entry.stat() if entry.exists() else entry.lstat()  # a link to nothing is no picture
+        digest.update(os.fsencode(entry.name) + f"\0{s.st_size}\0{s.st_mtime_ns}\0".encode())
     return digest.hexdigest()
 
 
 def _file_hash(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest.update(f"{size}\0".encode())
+    # The path may be a link. It may also be a pipe by now, which would block without O_NONBLOCK.
+    with open(os.open(path, OPENING & ~getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise MediaError(f"{path} is not a regular file")
+        size = status.st_size
+        digest.update(f"{size}\0{status.st_mtime_ns}\0".encode())
         digest.update(file.read(HASHED_EDGE))
         if size > HASHED_EDGE:
             file.seek(max(size - HASHED_EDGE, HASHED_EDGE))
@@ -107,13 +132,18 @@ class FeatureCache:
     video is encoded as if there were no cache.
 
     Args:
-        folder: Default: ~/.cache/ppllava-edge/features.
+        folder: Created with permissions for its owner only. Default: ~/.cache/ppllava-edge/features.
         limit: Bytes of all files together.
+
+    Raises:
+        PPLLaVAError: If other users may write to the folder: they could change what videos show.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, limit: int = DEFAULT_LIMIT):
         self.folder = Path(folder) if folder is not None else cache_folder() / "features"
         self.limit = limit
+        self._swept = False
+        _check_owner(self.folder)
 
     def path(self, *key: object) -> Path:
         """Return the file of a key, whether it exists or not."""
@@ -126,14 +156,13 @@ class FeatureCache:
         Returns:
             The video; None if it isn't stored. A damaged file is removed and counts as not stored.
         """
-        from safetensors import SafetensorError
-
+        self._sweep()
         path = self.path(*key)
         try:
-            video = _read(path)
+            video = _read(path, self.limit + MAX_HEADER)
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
             log.warning("the cached features %s are damaged (%s); removed", path.name, error)
             _remove(path)
             return None
@@ -152,21 +181,27 @@ class FeatureCache:
             log.info("features of %d bytes are not cached: the limit is %d", size, self.limit)
             return False
         path = self.path(*key)
-        unfinished = path.with_name(f".{path.stem}.{os.getpid()}.{time.monotonic_ns()}.part")
+        self._sweep()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._make_room(size)
-            _write(video, unfinished)
-            unfinished.replace(path)
+            with staging_folder(path, log.info) as staging:
+                _write(video, staging / path.name)
+                (staging / path.name).replace(path)
         except Exception as error:  # safetensors reports a full disk with an exception of its own
             log.warning("features could not be cached in %s: %s", self.folder, error)
             return False
-        finally:
-            _remove(unfinished)
         return True
 
+    def _sweep(self) -> None:
+        """Once per cache, remove what killed processes left."""
+        if not self._swept:
+            self._swept = True
+            for name in sweep(self.folder):
+                log.info("removed %s of a killed process from %s", name, self.folder)
+
     def _make_room(self, size: int) -> None:
-        """Remove files until `size` more bytes fit, unused for longest first, and stale unfinished files."""
+        """Remove files until `size` more bytes fit, unused for longest first; and stale unfinished ones."""
         files = sorted(self._files(), key=lambda item: item[1].st_mtime)
         total = sum(s.st_size for _, s in files)
         for path, s in files:
@@ -177,7 +212,7 @@ class FeatureCache:
         for path in self.folder.glob(".*.part"):
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                    _remove(path)
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for path in self.folder.glob(f"*{SUFFIX}"):
@@ -185,17 +220,57 @@ class FeatureCache:
                 yield path, path.stat()
 
 
-def _read(path: Path) -> CachedVideo:
-    """Read a file and check its checksums."""
-    from safetensors import safe_open
+def _check_owner(folder: Path) -> None:
+    """Refuse a folder that users other than this one and root may write to. Raises PPLLaVAError."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return  # it will be created, or storing fails with a warning
+    user = os.geteuid() if hasattr(os, "geteuid") else 0
+    if user and status.st_uid not in (user, 0):
+        raise PPLLaVAError(f"the cache folder {folder} belongs to another user; name another one")
+    if hasattr(os, "geteuid") and status.st_mode & stat.S_IWOTH:
+        raise PPLLaVAError(
+            f"every user may write to the cache folder {folder}, and so change what videos show; "
+            f"name another one, or: chmod o-w {folder}"
+        )
 
-    with safe_open(path, "np") as file:
-        metadata = file.metadata()
-        facts = json.loads(metadata["facts"])
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-        if json.loads(metadata["checksums"]) != _checksums(metadata["facts"], arrays):
-            raise ValueError("its checksum is wrong")
-    return CachedVideo(arrays, facts)
+
+def _read(path: Path, limit: int) -> CachedVideo:
+    """Read a file of at most `limit` bytes: first the header, whose sizes are checked before they are used.
+
+    Its layout is read here and not by safetensors, which opens by name only and can't map arrays.
+    """
+    with open(os.open(path, OPENING), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+            raise ValueError("it is not a regular file of a possible size")
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(MAX_HEADER, status.st_size):
+            raise ValueError("its header is too long")
+        header = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
+        metadata = msgspec.json.decode(header.pop("__metadata__"), type=dict[str, str])
+        tensors = {name: msgspec.json.decode(raw, type=_Tensor) for name, raw in header.items()}
+        arrays = {name: _array(file, tensor, 8 + length, status.st_size) for name, tensor in tensors.items()}
+    checksums = msgspec.json.decode(metadata["checksums"], type=dict[str, int])
+    if checksums != _checksums(metadata["facts"], arrays):
+        raise ValueError("its checksum is wrong")
+    return CachedVideo(arrays, msgspec.json.decode(metadata["facts"], type=dict[str, Any]))
+
+
+def _array(file: BinaryIO, tensor: _Tensor, start: int, size: int) -> np.ndarray:
+    """An array of a file of `size` bytes whose data begins at `start`; mapped if it is large."""
+    dtype = np.dtype(DTYPES[tensor.dtype])
+    first, end = tensor.data_offsets
+    if end - first != prod(tensor.shape) * dtype.itemsize or start + end > size:
+        raise ValueError("an array is not of the size that its shape needs")
+    if end - first > IN_MEMORY:
+        return np.memmap(file, dtype, "c", start + first, tensor.shape)
+    array = np.empty(tensor.shape, dtype)
+    file.seek(start + first)
+    if array.size and file.readinto(array.reshape(-1).view(np.uint8).data) != end - first:  # type: ignore[attr-defined]
+        raise ValueError("it was cut off")
+    return array
 
 
 def _write(video: CachedVideo, path: Path) -> None:

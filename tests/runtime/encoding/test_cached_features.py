@@ -89,3 +89,56 @@ def test_the_cache_key_never_changes(tmp_path: Path) -> None:
     assert entry._key[-1] == (
         "Look(frames=8, start=None, end=None, tokens=None, select='uniform', candidates=256)"
     )
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [
+        ("kind", "radio"),
+        ("indices", [0] * 200_000),
+        ("indices", [-1] * 4),
+        ("indices", []),
+        ("times", [0.0]),
+        ("times", [1e300] * 4),
+        ("count", 1 << 60),
+        ("image_size", [1, 1]),
+        ("image_size", [1 << 40, 1 << 40]),
+        ("notes", ["x" * 5000]),
+        ("windows", {"kernel": [1 << 50, 1, 1], "stride": [1, 1, 1]}),
+        ("windows", "all"),
+        ("fps", None),
+    ],
+)
+def test_facts_that_cannot_be_are_encoded_anew(tmp_path: Path, fact: str, value: object) -> None:
+    """A file with good checksums may still be of another program, or hostile."""
+    qa = VideoQA(device="cpu", cache=tmp_path)
+    qa.open(SAMPLE, frames=4)
+    assert qa.cache is not None
+    key = CachedFeatures(qa.cache, qa.pipeline, SAMPLE, FrameOptions(4))._key
+    cached = qa.cache.load(*key)
+    assert cached is not None
+    cached.facts[fact] = value
+    qa.cache.store(cached, *key)
+    assert qa.open(SAMPLE, frames=4).ask(QUESTION).timings["vision"] > 0
+
+
+@pytest.mark.parametrize("change", ["rows", "width", "frames", "type", "states"])
+def test_arrays_that_do_not_fit_the_model_are_encoded_anew(tmp_path: Path, change: str) -> None:
+    qa = VideoQA(device="cpu", cache=tmp_path)
+    arguments = {"select": "guided", "candidates": 16}
+    qa.open(SAMPLE, **arguments)  # type: ignore[arg-type]
+    assert qa.cache is not None
+    key = CachedFeatures(qa.cache, qa.pipeline, SAMPLE, FrameOptions(**arguments))._key  # type: ignore[arg-type]
+    cached = qa.cache.load(*key)
+    assert cached is not None
+    features, states = cached.arrays["features"], cached.arrays["states"]
+    changed = {
+        "rows": {"features": features[:, 1:]},
+        "width": {"features": features[:, :, 1:]},
+        "frames": {"features": features[1:]},
+        "type": {"features": features.astype(np.int8)},
+        "states": {"states": states[:, :, 1:]},
+    }
+    cached.arrays |= changed[change]
+    qa.cache.store(cached, *key)
+    assert qa.open(SAMPLE, **arguments).ask(QUESTION).timings["vision"] > 0  # type: ignore[arg-type]

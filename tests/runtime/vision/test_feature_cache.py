@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import shutil
+import subprocess
+import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,8 @@ import numpy as np
 import pytest
 
 from helpers.commands import SAMPLE
-from ppllava_edge import FeatureCache, MediaError, VideoQA
+from ppllava_edge import FeatureCache, MediaError, PPLLaVAError, VideoQA
+from ppllava_edge.runtime.vision import feature_cache
 from ppllava_edge.runtime.vision.feature_cache import CachedVideo, content_hash
 
 QUESTION, ANSWER = "What color is the circle?", "red"
@@ -29,13 +35,31 @@ def test_the_content_hash_reads_two_megabytes_at_most(tmp_path: Path) -> None:
         file.seek(-1, os.SEEK_END)
         file.write(b"x")
     assert content_hash(path) != first
+    before = content_hash(path)
+    with open(path, "r+b") as file:  # in the middle, which isn't read
+        file.seek(10 << 30)
+        file.write(b"x")
+    assert content_hash(path) != before
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "1.png").write_bytes(b"a")
+    (tmp_path / "folder" / os.fsdecode(b"\xff.png")).write_bytes(b"a")
+    (tmp_path / "folder" / "nowhere.png").symlink_to("nothing")
     before = content_hash(tmp_path / "folder")
     (tmp_path / "folder" / "2.png").write_bytes(b"a")
     assert content_hash(tmp_path / "folder") != before
     with pytest.raises(MediaError, match="no such file"):
         content_hash(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(MediaError, match="not a regular file"):
+        content_hash(tmp_path / "pipe")
+
+
+def test_a_copy_with_its_time_has_the_same_hash(tmp_path: Path) -> None:
+    first = shutil.copy2(SAMPLE, tmp_path / "first.mp4")
+    second = shutil.copy2(first, tmp_path / "second.mp4")
+    assert content_hash(first) == content_hash(second)
+    os.utime(second, ns=(0, 0))
+    assert content_hash(first) != content_hash(second)
 
 
 def entry(size: int, seed: int = 0) -> CachedVideo:
@@ -67,6 +91,90 @@ def test_a_damaged_entry_is_ignored(tmp_path: Path, damage: str) -> None:
     assert cache.load("key") is None
     if damage != "folder":
         assert not path.exists() and cache.store(entry(5000), "key") and cache.load("key") is not None
+
+
+def header(**changes: Any) -> bytes:
+    """A file's beginning: an array "features" of two bytes, with fields changed."""
+    tensor = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2], **changes}
+    text = json.dumps({"__metadata__": {"facts": "{}", "checksums": "{}"}, "features": tensor}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+HOSTILE = {
+    "a header of exabytes": b"\xff" * 8,
+    "a header as long as the file": (1 << 22).to_bytes(8, "little") + b"{" * (1 << 22),
+    "a header of nested lists": (60_000).to_bytes(8, "little") + b"[" * 60_000,
+    "a shape of exabytes": header(shape=[1 << 40, 1 << 40]) + b"ab",
+    "a shape beyond every limit": header(shape=[1 << 80]) + b"ab",
+    "a negative shape": header(shape=[-2]) + b"ab",
+    "many dimensions": header(shape=[1] * 100) + b"ab",
+    "offsets behind the end": header(data_offsets=[1 << 40, (1 << 40) + 2]) + b"ab",
+    "offsets that go back": header(data_offsets=[2, 0]) + b"ab",
+    "an unknown type": header(dtype="F8_E4M3") + b"ab",
+    "a type that is no text": header(dtype=[]) + b"ab",
+    "no metadata": (2).to_bytes(8, "little") + b"{}",
+    "another checksum": header() + b"ab",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_entry_costs_no_memory(tmp_path: Path, name: str) -> None:
+    cache = FeatureCache(tmp_path)
+    cache.path("key").write_bytes(HOSTILE[name])
+    tracemalloc.start()
+    try:
+        assert cache.load("key") is None
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+    assert not cache.path("key").exists()
+
+
+def test_only_regular_files_of_a_possible_size_are_entries(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path / "cache", limit=1 << 20)
+    assert cache.store(entry(100), "real")
+    elsewhere = tmp_path / "elsewhere"
+    cache.path("real").rename(elsewhere)
+    cache.path("link").symlink_to(elsewhere)
+    cache.path("device").symlink_to("/dev/zero")
+    os.mkfifo(cache.path("pipe"))
+    with open(cache.path("huge"), "wb") as file:
+        file.truncate(1 << 40)  # sparse
+    for key in ("link", "device", "pipe", "huge"):
+        assert cache.load(key) is None and not os.path.lexists(cache.path(key)), key
+    assert elsewhere.exists()
+
+
+def test_large_arrays_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = FeatureCache(tmp_path)
+    cache.store(entry(5000), "key")
+    monkeypatch.setattr(feature_cache, "IN_MEMORY", 4000)
+    found = cache.load("key")
+    assert found is not None and isinstance(found.arrays["features"], np.memmap)
+    np.testing.assert_array_equal(found.arrays["features"], entry(5000).arrays["features"])
+
+
+def test_nobody_else_may_write_to_the_folder(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path / "cache")
+    assert cache.store(entry(10), 1) and (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+    assert cache.path(1).stat().st_mode & 0o077 == 0
+    (tmp_path / "cache").chmod(0o777)
+    with pytest.raises(PPLLaVAError, match="chmod o-w"):
+        FeatureCache(tmp_path / "cache")
+
+
+def test_what_a_killed_process_left_is_removed_at_once(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from ppllava_edge.engines.staging import staging_folder; from pathlib import Path\n"
+        "with staging_folder(Path(sys.argv[1]) / 'x') as folder:\n"
+        "    (folder / 'half').write_bytes(b'half'); os.kill(os.getpid(), 9)"
+    )
+    for use in ("load", "store"):
+        subprocess.run([sys.executable, "-c", program, str(tmp_path)])
+        assert len(list(tmp_path.glob(".*.part"))) == 1
+        cache = FeatureCache(tmp_path)
+        assert cache.load(1) is None if use == "load" else cache.store(entry(10), 1)
+        assert not list(tmp_path.glob(".*.part"))
 
 
 def test_the_longest_unused_entries_make_room(tmp_path: Path) -> None:
