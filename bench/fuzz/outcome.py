@@ -71,5 +71,5 @@ def message_problem(message: str, paths: tuple[str, ...]) -> str:
 
 def message_feature(message: str) -> int:
     """A number that messages share which differ only in numbers, addresses and names of files."""
-    text = re.sub(r"0x[0-9a-f]+|/\S+|'[^']*'", "", message[:200])
+    text = re.sub(r"0x[0-9a-f]+|/\S+|'[^']*'|`[^`]*`|\"[^\"]*\"", "", message[:200])
     return zlib.crc32(re.sub(r"-?\d+(\.\d+)?", "#", text).encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ppllava_edge.engines.bundle.manifest import POOLINGS
+from ppllava_edge.engines.bundle.untrusted import printable
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.export.config.defaults import (
     CLIP_TEXT,
@@ -16,6 +17,7 @@ from ppllava_edge.export.config.defaults import (
 )
 from ppllava_edge.export.config.model import Decoder, Model, Overrides, Question, Vision
 from ppllava_edge.export.config.pooling_windows import parse_triple, read_windows
+from ppllava_edge.export.config.schema import check_config
 from ppllava_edge.export.stages.layers import ACTIVATIONS
 
 
@@ -31,9 +33,11 @@ def read_model(config: dict[str, Any], question_config: dict[str, Any] | None, o
         The model.
 
     Raises:
-        PPLLaVAError: The model is not of a supported family, or its pooling can't work.
+        PPLLaVAError: The model is not of a supported family, its pooling can't work, or a value is of another
+            type or out of bounds.
     """
     text_type, siglip = _read_family(config)
+    check_config(config, question_config)
     vision = _read_vision(config, siglip)
     pooling = overrides.pooling or config.get("pooling", "avp")
     if pooling not in POOLINGS:
@@ -72,13 +76,18 @@ def _read_family(config: dict[str, Any]) -> tuple[str, bool]:
         )
     text_type = config["text_config"].get("model_type", "llama")
     if text_type not in ("llama", "qwen2"):
-        raise PPLLaVAError(f"the decoder is a {text_type!r} model; llama and qwen2 are supported")
+        raise PPLLaVAError(f"the decoder is a {_shown(text_type)} model; llama and qwen2 are supported")
     vision_type = config["vision_config"].get("model_type", "clip_vision_model")
     if vision_type not in ("clip_vision_model", "siglip_vision_model"):
         raise PPLLaVAError(
-            f"the vision tower is a {vision_type!r}; clip_vision_model and siglip_vision_model are supported"
+            f"the vision tower is a {_shown(vision_type)}; "
+            "clip_vision_model and siglip_vision_model are supported"
         )
     return text_type, vision_type.startswith("siglip")
+
+
+def _shown(value: object) -> str:
+    return printable(repr(value), 60)
 
 
 def _read_vision(config: dict[str, Any], siglip: bool) -> Vision:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ppllava_edge.engines.bundle.untrusted import printable
 from ppllava_edge.engines.errors import PPLLaVAError
 
 _SMALL_FILES = ("*.json", "*.model", "*.txt", "clip*/*.json", "siglip*/*.json", "clip*/*.txt")
@@ -59,8 +60,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PPLLaVAError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PPLLaVAError(f"{path} can't be read as JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: also for numbers of many digits
+        raise PPLLaVAError(f"{path} can't be read as JSON: {printable(error)}") from None
     if not isinstance(value, dict):
         raise PPLLaVAError(f"{path} doesn't hold a JSON object")
     return value

@@ -7,6 +7,7 @@ weights_only.
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ppllava_edge.engines.bundle.untrusted import printable
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.engines.graphs.tensors import Tensor
 from ppllava_edge.export.sources.locate import read_json
@@ -143,12 +145,15 @@ def _find_files(folder: Path) -> list[Path]:
 
 def _shards(folder: Path, index: Path) -> list[Path]:
     """The files that an index lists."""
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    if any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise PPLLaVAError(f"{index} names files outside the checkpoint")
-    missing = [name for name in names if not (folder / name).is_file()]
+    shards = read_json(index).get("weight_map", {})
+    files = list(shards.values()) if isinstance(shards, dict) else [None]
+    if any(not isinstance(name, str) or Path(name).name != name for name in files):
+        raise PPLLaVAError(f"{index} names files outside the checkpoint, or isn't an index")
+    names = sorted(set(files))
+    missing = [name for name in names if not os.path.isfile(folder / name)]
     if missing or not names:
-        raise PPLLaVAError(f"{index} lists shards that are missing: {', '.join(missing) or 'none listed'}")
+        listed = printable(", ".join(missing)) or "none listed"
+        raise PPLLaVAError(f"{index} lists shards that are missing: {listed}")
     return [folder / name for name in names]
 
 
@@ -156,7 +161,7 @@ def _open_safetensors(file: Path) -> Any:
     try:
         return safe_open(file, "np")
     except SafetensorError as error:
-        raise PPLLaVAError(f"{file} is not a valid safetensors file: {error}") from None
+        raise PPLLaVAError(f"{file} is not a valid safetensors file: {printable(error)}") from None
 
 
 def _load_bin(file: Path) -> Any:

@@ -28,13 +28,18 @@ def mutate(data: bytes, other: bytes, grammar: str, random: Random) -> bytes:
     if random.random() < SPLICED:
         data = splice(data, other, random)
     times = random.choice((1, 1, 2, 4))
+    try:
+        return _mutate(data, other, grammar, random, times)[:MAX_SIZE]
+    except RecursionError:  # values that are nested too deeply to be copied or written
+        return mutate_bytes(data, random, times)
+
+
+def _mutate(data: bytes, other: bytes, grammar: str, random: Random, times: int) -> bytes:
     blind = BLIND_JSON if grammar in ("json", "safetensors") else BLIND
     if not grammar or random.random() < blind:
-        changed = mutate_bytes(data, random, times)
-    elif grammar == "json":
-        changed = mutate_json(data, other, random, times)
-    elif grammar == "safetensors":
-        changed = mutate_safetensors(data, other, random, times)
-    else:
-        changed = mutate_tree(data, other, grammar, random, times)
-    return changed[:MAX_SIZE]
+        return mutate_bytes(data, random, times)
+    if grammar == "json":
+        return mutate_json(data, other, random, times)
+    if grammar == "safetensors":
+        return mutate_safetensors(data, other, random, times)
+    return mutate_tree(data, other, grammar, random, times)

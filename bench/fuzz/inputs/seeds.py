@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ppllava_edge.bench.fuzz.inputs.checkpoints import CONFIGS
 from ppllava_edge.bench.fuzz.inputs.videos import IMAGES, VIDEOS, encode_images, encode_video
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.engine_manifest import Engine, fingerprint, write_engine
@@ -126,6 +127,12 @@ def _checkpoints() -> list[bytes]:
     return [save(arrays), save({"scalar": np.ones((), np.float32)}, metadata={"format": "pt"})]
 
 
+def _indexes() -> list[bytes]:
+    names = ("embed_tokens", "image_newline")
+    shards = dict.fromkeys(names, "model-00001-of-00001.safetensors")
+    return [json.dumps({"metadata": {"total_size": 16288}, "weight_map": shards}).encode()]
+
+
 def _batches() -> list[bytes]:
     lines = [json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in BATCH_LINES]
     return [b"".join(lines), lines[0][:-9], lines[0] + lines[1][:20], b"a foreign text\n", b'{"a": 1}']
@@ -142,6 +149,8 @@ OTHERS: dict[str, Callable[[], list[bytes]]] = {
     "embeddings": _bundle_file(FILE),
     "cache": _cache_entries,
     "checkpoint": _checkpoints,
+    "index": _indexes,
+    "config": lambda: [json.dumps(config, indent=1).encode() for config in CONFIGS],
     "tokenizer": _bundle_file("tokenizer.json", "question_tokenizer.json"),
     "question-tokenizer": _bundle_file("question_tokenizer.json", "tokenizer.json"),
     "batch": _batches,

@@ -16,14 +16,12 @@ from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.engine_manifest import find_engine
 from ppllava_edge.engines.bundle.manifest import MANIFEST
 from ppllava_edge.engines.bundle.packed import packed_bundle
-from ppllava_edge.export.sources.tensors import Checkpoint
 from ppllava_edge.runtime.language.text_processor import TextProcessor
 from ppllava_edge.runtime.pipeline.embeddings import FILE, EmbeddingTable
 from ppllava_edge.runtime.vision.feature_cache import FeatureCache
 from ppllava_edge.runtime.vision.preprocess import preprocess_image, preprocess_video
 
 QUESTION = "What color is the circle?"
-LARGEST_TENSOR = 1 << 24  # numbers
 
 
 def copy_of_bundle(scratch: Path, **replaced: bytes) -> Path:
@@ -116,15 +114,6 @@ def read_cache(path: Path, scratch: Path) -> None:
         expect(isinstance(video.facts, dict), "facts: of a wrong type")
 
 
-def read_checkpoint(path: Path, scratch: Path) -> None:
-    """List a checkpoint's tensors and load those of a sensible size."""
-    (scratch / "model.safetensors").write_bytes(path.read_bytes())
-    checkpoint = Checkpoint(scratch)
-    for name, shape in checkpoint.shapes.items():
-        if np.prod(shape, dtype=float) <= LARGEST_TENSOR:
-            checkpoint.load(name)
-
-
 def read_tokenizer(path: Path, scratch: Path) -> None:
     """Tokenize a question, and turn ids into text, with a bundle's tokenizer."""
     text = _text_of(scratch, tokenizer__json=path.read_bytes())
@@ -157,7 +146,6 @@ MODEL_TARGETS: tuple[Target, ...] = (
     Target("onnx", open_graph, ".onnx", "protobuf", 0.7),
     Target("embeddings", read_embeddings, ".safetensors", "safetensors", 0.7),
     Target("cache", read_cache, ".features", "safetensors"),
-    Target("checkpoint", read_checkpoint, ".safetensors", "safetensors"),
     Target("tokenizer", read_tokenizer, ".json", "json"),
     Target("question-tokenizer", read_question_tokenizer, ".json", "json", 0.5),
 )
