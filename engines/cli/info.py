@@ -12,6 +12,7 @@ from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.engine_manifest import find_engine
 from ppllava_edge.engines.bundle.manifest import Manifest
 from ppllava_edge.engines.bundle.packed import find_bundle
+from ppllava_edge.engines.bundle.untrusted import printable
 from ppllava_edge.engines.targets.select import TARGETS
 from ppllava_edge.engines.terminal import Command, fail, human_bytes, table
 
@@ -69,7 +70,7 @@ def describe(bundle: Bundle) -> dict[str, str]:
     kv_bytes = 2 * d.layers * d.kv_heads * d.head_size * np.dtype(d.kv_dtype).itemsize
     usual = min(USUAL_CAPACITY, d.context)
     cache = f"{human_bytes(kv_bytes)} a token, {human_bytes(kv_bytes * usual)} at {usual}"
-    name, sha256 = m.checkpoint.get("name", "?"), str(m.checkpoint.get("sha256", "?"))
+    name, sha256 = printable(m.checkpoint.get("name", "?")), printable(m.checkpoint.get("sha256", "?"))
     return facts | {
         "decoder": f"{d.layers} layers x {d.hidden_size}, vocabulary {d.vocab}, context {d.context}",
         "KV cache": cache,
@@ -117,7 +118,7 @@ def _pooling_facts(m: Manifest) -> dict[str, str]:
 def _parity(parity: dict[str, Any] | None) -> str:
     if parity is None:
         return "not measured"
-    return "the gate holds" if parity.get("holds") else f"DRIFTS: {parity.get('drift', '')}"
+    return "the gate holds" if parity.get("holds") else f"DRIFTS: {printable(parity.get('drift', ''))}"
 
 
 def _engines(bundle: Bundle) -> str:
