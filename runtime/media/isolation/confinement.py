@@ -22,7 +22,8 @@ def confine(limits: MediaLimits, parent: int) -> None:
 
     It may use `limits.memory` bytes of address space, few open files, and as much processor time as
     decode_seconds of all cores allow to open a source and to read it. It can't write to files, dump its
-    memory, or gain privileges by starting a program. On Linux it is killed when its parent dies.
+    memory, or gain privileges by starting a program. On Linux it is killed when its parent dies, and first
+    of all processes when the machine runs out of memory.
 
     Args:
         limits: memory and decode_seconds hold.
@@ -32,6 +33,8 @@ def confine(limits: MediaLimits, parent: int) -> None:
         prctl = ctypes.CDLL(None).prctl
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000")
     if os.getppid() != parent:  # it died before
         os._exit(1)
     _limit(resource.RLIMIT_CORE, 0)

@@ -76,7 +76,10 @@ class DecodingProcess:
         self._waited = 0.0  # seconds, by all calls that ended
         self._began = 0.0  # when the present call began to wait
         self._looked, self._used, self._last_used = 0.0, "", 0.0  # processor time: last look, last change
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise self._cannot_start(error) from None
         ours.settimeout(POLL)
         self._channel = Channel(ours, MAX_HEADER, self._watch)
         try:
@@ -84,13 +87,16 @@ class DecodingProcess:
                 self._process = start_python(module, theirs, variables)
         except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
             ours.close()
-            raise MediaError(f"{what}: the decoding process can't be started ({error})") from None
+            raise self._cannot_start(error) from None
         except BaseException:
             ours.close()
             raise
         self.receive("ready")
         self.silence = None
         self.restart_clock()
+
+    def _cannot_start(self, error: Exception) -> MediaError:
+        return MediaError(f"{self._what}: the decoding process can't be started ({error})")
 
     @property
     def pid(self) -> int:
