@@ -197,11 +197,11 @@ def test_closing_early_and_abandoning_end_the_process(child_processes: Children,
 
 def test_the_memory_limit_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "large.png"
-    Image.fromarray(np.zeros((5000, 5000, 3), np.uint8)).save(path)
+    Image.fromarray(np.zeros((5000, 5000, 3), np.uint8)).save(path, compress_level=1)
     limits = dataclasses.replace(DEFAULT_LIMITS, memory=300 * 10**6)
     with pytest.raises(MediaError, match="memory"):
         list(IsolatedReader(path, limits).frames(every(1)))
-    assert_same(path, every(1))
+    assert len(list(IsolatedReader(path, DEFAULT_LIMITS).frames(every(1)))) == 1
     tiny = dataclasses.replace(DEFAULT_LIMITS, memory=10**6)
     with pytest.raises(MediaError, match="is too small: a decoding process needs"):
         IsolatedReader(path, tiny)
