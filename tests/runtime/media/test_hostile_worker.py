@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from ppllava_edge.engines.errors import MediaError
-from ppllava_edge.runtime.media.isolation import process, reader
+from ppllava_edge.runtime.media.isolation import process, protocol, reader
 from ppllava_edge.runtime.media.isolation.reader import IsolatedReader
 from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits
 
@@ -119,3 +122,44 @@ def test_without_a_time_limit_a_process_that_does_nothing_hangs(
 def test_a_process_that_hangs_up_and_lives_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "END_SECONDS", 0.5)
     assert "closed its connection" in misbehaviour("disconnect")
+
+
+def framed(header: bytes) -> bytes:
+    return len(header).to_bytes(4, "big") + header
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(st.binary(max_size=300) | JSON.map(lambda value: framed(json.dumps(value).encode())))
+@example((60_000).to_bytes(4, "big") + b"[" * 60_000)
+def test_any_bytes_are_a_message_or_an_error(data: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(data)
+        theirs.shutdown(socket.SHUT_WR)
+        channel = protocol.Channel(ours, protocol.MAX_HEADER)
+        try:
+            while True:
+                assert isinstance(channel.receive(), dict)
+        except (protocol.Disconnected, protocol.ProtocolError):
+            pass
+
+
+@given(JSON)
+def test_any_field_is_a_number_or_a_text_or_an_error(value: object) -> None:
+    fields = {"field": value}
+    for read, kind in (
+        (lambda: protocol.integer(fields, "field", 1, 9), int),
+        (lambda: protocol.number(fields, "field", -1, 9), float),
+        (lambda: protocol.text(value, 20), str),
+    ):
+        try:
+            found = read()  # type: ignore[no-untyped-call]
+        except protocol.ProtocolError:
+            continue
+        assert type(found) is kind
+        assert len(found) <= 20 and found.isprintable() if kind is str else -1 <= found <= 9
