@@ -42,7 +42,9 @@ class OrtDeviceStage:
         cuda = ("CUDAExecutionProvider", {"user_compute_stream": str(device.stream)})
         providers = ["CPUExecutionProvider"] if on_cpu else [cuda, "CPUExecutionProvider"]
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=providers)
+            self.session = ort.InferenceSession(
+                str(path), options, providers=providers, enable_fallback=False
+            )
         except Exception as error:
             raise EngineError(
                 f"ONNX Runtime {ort.__version__} can't open {path.name}: {first_line(error)}"

@@ -102,7 +102,10 @@ class Stage:
         if tuple(map(int, ort.__version__.split(".")[:2])) < CHECKS_WEIGHT_FILES:
             check_weight_files(path)
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=providers)
+            # its fallback to another provider prints to stdout, and would hide that CUDA failed
+            self.session = ort.InferenceSession(
+                str(path), options, providers=providers, enable_fallback=False
+            )
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             reason = f": {first_line(error)}"
             if "opset" in str(error).lower():
@@ -219,6 +222,6 @@ def _unwritten_mappings(file: Path) -> Iterator[tuple[int, int]]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an engine's error message, at most 300 characters."""
+    """The first line of an engine's error message, at most 200 characters."""
     text = str(error).strip()
-    return printable(text.splitlines()[0] if text else type(error).__name__, 300)
+    return printable(text.splitlines()[0] if text else type(error).__name__)
