@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.pipeline.base import BasePipeline
 from ppllava_edge.runtime.vision.guided_selection import choose_moments, frame_scores
 
@@ -15,11 +18,25 @@ IN_MEMORY = 512 << 20  # bytes of states or features; more are mapped from a tem
 
 
 def array_for(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array in memory or, above 512 MiB, mapped from an unnamed file that is deleted with it."""
-    if int(np.prod(shape, dtype=np.int64)) * dtype.itemsize <= IN_MEMORY:
-        return np.empty(shape, dtype)
-    with tempfile.TemporaryFile(prefix="ppllava-") as file:
-        return np.memmap(file, dtype, "w+", shape=shape)
+    """An empty array in memory or, above 512 MiB, mapped from an unnamed file that is deleted with it.
+
+    Raises:
+        MediaError: If the folder for temporary files (TMPDIR) has no room for it.
+    """
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if size <= IN_MEMORY:
+        with contextlib.suppress(MemoryError):
+            return np.empty(shape, dtype)
+    try:
+        with tempfile.TemporaryFile(prefix="ppllava-") as file:
+            # All of it now: writing to a mapping for which the disk has no room kills the process (SIGBUS).
+            os.posix_fallocate(file.fileno(), 0, size)
+            return np.memmap(file, dtype, "r+", shape=shape)
+    except OSError as error:
+        raise MediaError(
+            f"{size / 1e6:.0f} MB for the encoded frames can't be written to {tempfile.gettempdir()} "
+            f"({error.strerror}): use fewer candidates, or set TMPDIR to a folder on a disk with room"
+        ) from None
 
 
 class Candidates:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,3 +82,29 @@ def test_guided_selection_needs_guided_pooling(tiny_checkpoint: Path, tmp_path: 
     assert_one_line_error(run, "--tokens", "windowed pooling")
     answer = VideoQA(bundle, device="cpu").open(SAMPLE, frames=4).ask("What?", 2)
     assert answer.moments == []
+
+
+def test_a_full_disk_is_one_line(qa: VideoQA, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the check, writing to the mapping would kill the process."""
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(candidates, "IN_MEMORY", 0)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        MediaError, match=r"encoded frames can't be written to .* \(No space left on device\)"
+    ):
+        qa.open(SAMPLE, select="guided", frames=4, candidates=16)
+
+
+def test_frames_go_to_a_file_if_memory_is_short(qa: VideoQA, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*arguments: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "empty", no_memory)
+        array = candidates.array_for((3, 5), np.dtype(np.float32))
+    assert isinstance(array, np.memmap) and array.shape == (3, 5)
+    array[:] = 1
+    assert array.sum() == 15
