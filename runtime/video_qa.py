@@ -17,7 +17,7 @@ from ppllava_edge.engines.bundle.packed import find_bundle
 from ppllava_edge.engines.bundle.prompt_template import PromptTemplate
 from ppllava_edge.engines.errors import EngineError, MediaError
 from ppllava_edge.runtime.encoding.cached_features import CachedFeatures
-from ppllava_edge.runtime.encoding.encode_source import encode_source, reader_of
+from ppllava_edge.runtime.encoding.encode_source import checked_source, encode_source, reader_of
 from ppllava_edge.runtime.encoding.frame_encoder import Progress
 from ppllava_edge.runtime.language.text_processor import TextProcessor
 from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits
@@ -88,7 +88,7 @@ class VideoQA(Session):
 
     def open(
         self,
-        source: str | os.PathLike[str] | Sequence[np.ndarray],
+        source: str | bytes | os.PathLike[str] | Sequence[Any],
         frames: int | str | None = None,
         start: float | None = None,
         end: float | None = None,
@@ -98,14 +98,18 @@ class VideoQA(Session):
         select: str = "uniform",
         candidates: int = DEFAULT_CANDIDATES,
         keep: str = "features",
+        times: Sequence[float] | None = None,
+        fps: float | None = None,
+        color: str = "rgb",
     ) -> Video:
         """Decode and encode a video once.
 
         Args:
-            source: A video file, an image, an animation, a folder of images, or a sequence of RGB uint8
-                frames (H, W, 3), all of which are used (frames must be None then).
-            frames: How many the model sees; None: its default; "auto": more for longer videos.
-            start, end: Seconds; None: the whole video.
+            source: A video file, an image, an animation, a folder of images, or a sequence of uint8 frames
+                (H, W, 3), which must not be drawn into as long as the video is in use.
+            frames: How many the model sees; None: its default, and of frames in memory all; "auto": more for
+                longer videos.
+            start, end: Seconds; None: the whole video. For frames in memory they need times or fps.
             progress: Called with ("decode" | "vision", frames done, frames in all).
             tokens: Maximum number of visual tokens; None: what the model's windows give.
             select: "uniform", or "guided": the question chooses the frames to pool out of `candidates`.
@@ -113,6 +117,9 @@ class VideoQA(Session):
             keep: "features": every question pools again. "tokens": a chat; later questions reuse the
                 first one's visual tokens and KV cache. "prefix": the same, but the model doesn't see the
                 earlier turns.
+            times: When each of the frames in memory was taken, ascending seconds.
+            fps: Their frames per second, instead of times. Without either their times are their numbers.
+            color: The order of their channels: rgb, bgr (OpenCV), rgba, bgra, or gray for (H, W).
 
         Returns:
             The video, ready for questions.
@@ -122,6 +129,7 @@ class VideoQA(Session):
         """
         self.check_usable()
         options = FrameOptions(frames, start, end, tokens, select, candidates)
+        source = checked_source(source, times, fps, color)
         if keep not in KEEP:
             raise MediaError(f"keep must be {', '.join(KEEP)}, not {keep!r}")
         kept = CachedFeatures(self.cache, self.pipeline, source, options, self.limits, self.isolate)
@@ -129,7 +137,7 @@ class VideoQA(Session):
         cached = video is not None
         if video is None:
             started = time.perf_counter()
-            reader = reader_of(source, options, self.limits, self.isolate)
+            reader = reader_of(source, options, self.limits, self.isolate, times, fps, color)
             video = encode_source(self.pipeline, self.engine_lock, reader, options, progress)
             # The rest of the time was spent waiting for frames.
             video.video_decode = time.perf_counter() - started - video.vision
@@ -165,6 +173,7 @@ class VideoQA(Session):
         format: str | None = None,
         options: Mapping[str, str] | None = None,
         on_state: Callable[[str, str], None] | None = None,
+        color: str = "rgb",
     ) -> Live:
         """Watch a camera, a stream, a file in real time, or (source None) frames that the app pushes.
 
@@ -185,6 +194,7 @@ class VideoQA(Session):
             format=format,
             options=options,
             on_state=on_state,
+            color=color,
             limits=self.limits,
             isolate=self.isolate,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,12 +16,26 @@ from ppllava_edge.runtime.encoding.frame_encoder import EngineLock, FrameEncoder
 from ppllava_edge.runtime.media.arrays import ArrayReader
 from ppllava_edge.runtime.media.isolation import open_source
 from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits
+from ppllava_edge.runtime.media.opening.paths import source_name
 from ppllava_edge.runtime.media.readers import FrameReader
 from ppllava_edge.runtime.media.thumbnails import read_pictures, small_picture
 from ppllava_edge.runtime.pipeline.base import BasePipeline
-from ppllava_edge.runtime.vision.frame_choice import choose_frames
+from ppllava_edge.runtime.vision.frame_choice import MAX_FRAMES, choose_frames, sample_indices
 from ppllava_edge.runtime.vision.frame_options import FrameOptions
 from ppllava_edge.runtime.vision.preprocess import preprocess_image
+
+
+def checked_source(source: Any, times: object, fps: object, color: object) -> Any:
+    """A source as the app gives it; bytes as str.
+
+    Raises:
+        MediaError: If it is a path, and `times`, `fps` or `color` are given, which are for frames in memory.
+    """
+    if not isinstance(source, (str, bytes, os.PathLike)):
+        return source
+    if times is not None or fps is not None or color != "rgb":
+        raise MediaError("times, fps and color are for frames in memory; a file says them itself")
+    return source_name(source)
 
 
 def reader_of(
@@ -28,15 +43,27 @@ def reader_of(
     options: FrameOptions,
     limits: MediaLimits = DEFAULT_LIMITS,
     isolate: bool = False,
+    times: Sequence[float] | None = None,
+    fps: float | None = None,
+    color: str = "rgb",
 ) -> FrameReader:
-    """A reader for a path, or for frames that the app passes. Raises MediaError."""
-    if isinstance(source, (str, os.PathLike)):
-        return open_source(source, limits, isolate)
-    if options.frames is not None:
-        raise MediaError(
-            "frames and a sequence of images don't go together: all images that are given are used"
-        )
-    return ArrayReader(source)
+    """A reader for a path, or for frames that the app passes.
+
+    Args:
+        source: A path, or frames.
+        options: `start` and `end` choose among frames.
+        limits: What the source may cost.
+        isolate: Open and decode a path in a child process.
+        times: When each frame was taken; see ArrayReader.
+        fps: Frames per second, instead of times.
+        color: The order of the frames' channels.
+
+    Raises:
+        MediaError: If the source is unusable; in one line.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return ArrayReader(source, times, fps, color, options.start, options.end, limits)
+    return open_source(source, limits, isolate)
 
 
 def encode_source(
@@ -68,9 +95,8 @@ def encode_source(
         raise MediaError(
             f"--select guided needs pooling that the question guides; {m.name} pools with {m.pooling.method}"
         )
-    given = isinstance(reader, ArrayReader)  # frames from the app are all used
-    guided = options.select == "guided" and not given
-    count = reader.count if given else options.count(m, reader)
+    guided = options.select == "guided"
+    count = _count(pipeline, reader, options)
     pipeline.check_frames(count)
     options.windows(m, count)  # refuses a token budget that can't be kept, before anything is decoded
     encoder = FrameEncoder(pipeline, engine_lock, reader, to_array=guided)
@@ -85,7 +111,7 @@ def encode_source(
         elif len(reader.indices) > count:
             video.candidates = Candidates(pipeline, encoder.states(reader.indices))
         else:  # a short clip has nothing to choose from
-            video.indices = choose_frames(reader, count, options.start, options.end)
+            video.indices = _chosen(reader, count, options)
             video.times = [encoder.times[i] for i in video.indices]
             video.features = pipeline.branch(encoder.states(video.indices))
         pipeline.wait()
@@ -96,8 +122,28 @@ def encode_source(
 def _choice(reader: FrameReader, options: FrameOptions, count: int, guided: bool) -> list[int]:
     """The numbers of the frames to encode: `count`, or the candidates that the question chooses among."""
     many = max(options.candidates, count) if guided else count
-    chosen = choose_frames(reader, many, options.start, options.end)
+    chosen = _chosen(reader, many, options)
     return list(dict.fromkeys(chosen)) if guided else chosen
+
+
+def _count(pipeline: BasePipeline, reader: FrameReader, options: FrameOptions) -> int:
+    """How many frames the model sees. Of frames from the app: all, unless the options say otherwise."""
+    if not isinstance(reader, ArrayReader):
+        return options.count(pipeline.manifest, reader)
+    if options.frames is None and options.select == "uniform":
+        return len(reader.selected)
+    return replace(options, start=None, end=reader.selected_seconds).count(pipeline.manifest, reader)
+
+
+def _chosen(reader: FrameReader, frames: int, options: FrameOptions) -> list[int]:
+    """Numbers of so many frames, evenly spaced from start to end."""
+    if not isinstance(reader, ArrayReader):
+        return choose_frames(reader, frames, options.start, options.end)
+    if frames == len(reader.selected):
+        return list(reader.selected)
+    if not 1 <= frames <= MAX_FRAMES:
+        raise MediaError(f"frames must be from 1 to {MAX_FRAMES}, not {frames}")
+    return [reader.selected[i] for i in sample_indices(len(reader.selected), 1.0, frames)]
 
 
 def _described(reader: FrameReader, encoder: FrameEncoder, count: int) -> EncodedVideo:

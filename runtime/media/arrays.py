@@ -2,44 +2,145 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import bisect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.engines.plugins.prepare_frame.kernel import is_device_frame
-from ppllava_edge.runtime.media.limits import check_size
+from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits, check_size
 from ppllava_edge.runtime.media.readers import Frame, FrameReader
 
 CHANNELS = {"rgb": 3, "bgr": 3, "rgba": 4, "bgra": 4, "gray": 1}  # of an array, by colour order
 
+MAX_FPS = 100_000
+LARGEST_SECONDS = 1e12
+
 
 class ArrayReader(FrameReader):
-    """A reader over frames in memory. All of them are used, one second apart.
+    """A reader over frames in memory.
+
+    The list is copied, the frames aren't: the app must not draw into them as long as the video is in use.
 
     Args:
-        images: RGB uint8 (H, W, 3) each, as `rgb_frame` accepts them.
+        images: Frames as `rgb_frame` accepts them.
+        times: When each was taken, ascending seconds; only the differences and `start` and `end` matter.
+        fps: Frames per second, instead of times. Without either, times are the frames' numbers.
+        color: The order of their channels; see `rgb_frame`.
+        start: Seconds; frames before it are left out. Needs times or fps.
+        end: Seconds; frames after it are left out. Needs times or fps.
+        limits: max_files frames are accepted, each as large as max_side and max_frame_pixels allow.
+
+    Attributes:
+        selected: Numbers of the frames from start to end.
+        selected_seconds: How long they last.
 
     Raises:
-        MediaError: If there are none, or one of them isn't such an image.
+        MediaError: If there are no frames, one of them can't be used, or the times don't fit them.
     """
 
-    takes_all = True
-
-    def __init__(self, images: Sequence[Any]):
-        self.images = [rgb_frame(image, f"frame {i}") for i, image in enumerate(images)]
+    def __init__(
+        self,
+        images: Iterable[Any],
+        times: Iterable[float] | None = None,
+        fps: float | None = None,
+        color: str = "rgb",
+        start: float | None = None,
+        end: float | None = None,
+        limits: MediaLimits = DEFAULT_LIMITS,
+    ):
+        listed = _listed(images, limits.max_files, "frames")
+        self.images = [rgb_frame(image, f"frame {i}", color, limits) for i, image in enumerate(listed)]
+        count = len(self.images)
         if not self.images:
             raise MediaError("there are no frames")
-        super().__init__("the frames", len(self.images), 1.0, float(len(self.images)))
+        timed = times is not None or fps is not None
+        self.seconds, rate = _times(times, fps, count, limits.max_files)
+        super().__init__("the frames", count, rate, count / rate)
+        self.selected = self._between(start, end, timed)
+        self.selected_seconds = (
+            self.duration if len(self.selected) == count else self._span(self.selected) + 1 / rate
+        )
+        if not timed:
+            self.notes = ["the frames came without times or fps: their times are their numbers"]
+
+    def _between(self, start: float | None, end: float | None, timed: bool) -> range:
+        """The numbers of the frames from start to end."""
+        if start is None and end is None:
+            return range(self.count)
+        if not timed:
+            raise MediaError("start and end need to know when the frames were taken: give times or fps")
+        for name, value in (("start", start), ("end", end)):
+            if value is not None and not _is_finite(value):
+                raise MediaError(f"{name} must be seconds, not {value!r}")
+        first = 0 if start is None else bisect.bisect_left(self.seconds, start)
+        stop = self.count if end is None else bisect.bisect_right(self.seconds, end)
+        if first >= stop:
+            raise MediaError(
+                f"there are no frames from {'the beginning' if start is None else f'{start:g} s'} to "
+                f"{'the end' if end is None else f'{end:g} s'}: "
+                f"they were taken from {self.seconds[0]:g} to {self.seconds[-1]:g} s"
+            )
+        return range(first, stop)
+
+    def _span(self, numbers: range) -> float:
+        return self.seconds[numbers[-1]] - self.seconds[numbers[0]]
 
     def frames(self, choice: Callable[[FrameReader], Sequence[int]]) -> Iterator[Frame]:
         """See FrameReader.frames."""
         self.indices = list(choice(self))
-        return (Frame(i, self.images[i], float(i)) for i in sorted(set(self.indices)))
+        return (Frame(i, self.images[i], self.seconds[i]) for i in sorted(set(self.indices)))
 
 
-def rgb_frame(image: Any, what: str, color: str = "rgb") -> np.ndarray:
+def _listed(values: Iterable[Any], limit: int, what: str) -> list[Any]:
+    """A list of an iterable's items, at most `limit`."""
+    try:
+        listed = list(islice(iter(values), limit + 1))
+    except TypeError:
+        raise MediaError(
+            f"a source is a path or a sequence of frames; {type(values).__name__} isn't a sequence of {what}"
+        ) from None
+    if len(listed) > limit:
+        raise MediaError(f"there are more than {limit} {what}; raise the limit max_files")
+    return listed
+
+
+def _times(
+    times: Iterable[float] | None, fps: float | None, count: int, limit: int
+) -> tuple[list[float], float]:
+    """When each frame was taken, in seconds, and the frames per second on average."""
+    if times is not None and fps is not None:
+        raise MediaError("give times or fps, not both")
+    if times is None:
+        if fps is not None and not (_is_finite(fps) and 0 < fps <= MAX_FPS):
+            raise MediaError(f"fps must be above 0 and at most {MAX_FPS:g}, not {fps!r}")
+        rate = 1.0 if fps is None else float(fps)
+        return [i / rate for i in range(count)], rate
+    seconds = _listed(times, limit, "times")
+    for i, t in enumerate(seconds):
+        if not _is_finite(t):
+            raise MediaError(f"times must be seconds, but times[{i}] is {t!r}")
+        if i and t < seconds[i - 1]:
+            raise MediaError(f"times must ascend, but times[{i}] = {t:g} follows {seconds[i - 1]:g}")
+    if len(seconds) != count:
+        raise MediaError(f"there must be one time for each frame: {len(seconds)} times, {count} frames")
+    seconds = [float(t) for t in seconds]
+    span = seconds[-1] - seconds[0]
+    return seconds, min((count - 1) / span, MAX_FPS) if span > 0 else 1.0
+
+
+def _is_finite(value: object) -> bool:
+    """Whether it is a number, and a plausible one: up to 31 700 years of seconds."""
+    try:
+        return not isinstance(value, (str, bytes)) and abs(float(value)) < LARGEST_SECONDS  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def rgb_frame(image: Any, what: str, color: str = "rgb", limits: MediaLimits = DEFAULT_LIMITS) -> np.ndarray:
     """Check a frame from the app and view it as an RGB numpy array.
 
     Args:
@@ -48,6 +149,7 @@ def rgb_frame(image: Any, what: str, color: str = "rgb") -> np.ndarray:
             (H, W, 1) for "gray".
         what: The frame's name, for error messages.
         color: The order of the channels.
+        limits: max_side and max_frame_pixels hold.
 
     Returns:
         RGB uint8 (H, W, 3); shares memory with the image where the order allows a view. A grey frame's view
@@ -76,7 +178,7 @@ def rgb_frame(image: Any, what: str, color: str = "rgb") -> np.ndarray:
     channels = CHANNELS[color]
     if array.ndim != 3 or array.shape[2] != channels or array.dtype != np.uint8:
         raise MediaError(_wrong_array(array, what, color))
-    check_size(array.shape[1], array.shape[0], what)
+    check_size(array.shape[1], array.shape[0], what, limits)
     if color == "rgb":
         return array
     if color == "gray":

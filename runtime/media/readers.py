@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -79,10 +80,11 @@ class FrameReader(ABC):
 
     Attributes:
         kind: "video" or "image".
-        takes_all: Every frame is used, however many are asked for (frames in memory, a single image).
+        takes_all: Every frame is used, however many are asked for (a single image).
         indices: The last choice, without frames that turned out to be missing. Final once `frames` is
             exhausted.
         notes: Notes for the user. Final once `frames` is exhausted.
+        reading: Held by threads that share the reader while they read frames: it has only one choice.
     """
 
     kind = "video"
@@ -95,6 +97,7 @@ class FrameReader(ABC):
         self.duration = duration
         self.indices: list[int] = []
         self.notes: list[str] = []
+        self.reading = threading.Lock()
 
     @abstractmethod
     def frames(self, choice: Callable[[FrameReader], Sequence[int]]) -> Iterator[Frame]:

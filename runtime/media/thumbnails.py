@@ -12,8 +12,15 @@ MAX_SIDE = 448  # pixels
 
 
 def read_pictures(reader: FrameReader, indices: Sequence[int]) -> dict[int, np.ndarray]:
-    """Read frames by number and shrink them. Returns frame number → RGB uint8 (h, w, 3)."""
-    return {frame.number: small_picture(frame.image) for frame in reader.frames(lambda r: sorted(indices))}
+    """Read frames by number and shrink them. Safe to call from several threads.
+
+    Returns:
+        Frame number → RGB uint8 (h, w, 3).
+    """
+    with reader.reading:
+        return {
+            frame.number: small_picture(frame.image) for frame in reader.frames(lambda r: sorted(indices))
+        }
 
 
 def small_picture(image: np.ndarray) -> np.ndarray:

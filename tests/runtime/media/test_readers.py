@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 
 from helpers.commands import frame_number
-from helpers.encoded_clips import encode_clip
+from helpers.encoded_clips import Clips, encode_clip
+from ppllava_edge.runtime.media.readers import open_reader
+from ppllava_edge.runtime.media.thumbnails import read_pictures
 from ppllava_edge.runtime.media.writing import write_video
 from ppllava_edge.runtime.vision.frame_choice import read_frames, sample_indices
 
@@ -85,3 +88,15 @@ print(av.logging.get_level())
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.stdout.strip() == "None" and not run.stderr, run.stderr
+
+
+def test_threads_share_a_reader_for_pictures(clips: Clips) -> None:
+    """A view's pictures are read again on demand, perhaps by several threads at once."""
+    reader = open_reader(clips.path("h264 with B-frames"))
+    wanted = [[i, 40 + i, 90 + 2 * i] for i in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda numbers: read_pictures(reader, numbers), wanted))
+    for numbers, pictures in zip(wanted, found):
+        assert sorted(pictures) == numbers
+        for number in numbers:
+            np.testing.assert_array_equal(pictures[number], clips.frames("h264 with B-frames")[number])
