@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,13 +20,16 @@ from ppllava_edge.calibration.gate.report import Outcome, write_report
 from ppllava_edge.calibration.keep import MAX_TRIES, KeptLayers
 from ppllava_edge.calibration.model.streamed_model import FLOAT, StreamedModel
 from ppllava_edge.calibration.observe import Observation
+from ppllava_edge.calibration.saved_decisions import write_text
 from ppllava_edge.calibration.sensitivity import sensitivity
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.integrity import write_manifest
-from ppllava_edge.engines.bundle.manifest import Manifest
+from ppllava_edge.engines.bundle.manifest import MANIFEST, Manifest
+from ppllava_edge.engines.bundle.manifest_parser import read_manifest
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.engines.graphs.rewrite import to_float32
+from ppllava_edge.engines.staging import locked_folder
 from ppllava_edge.export.convert import StageReport, convert
 from ppllava_edge.export.options import Options
 from ppllava_edge.export.output import check_output
@@ -36,6 +40,7 @@ from ppllava_edge.export.sources.source import Source, open_source
 from ppllava_edge.runtime.pipeline.factory import Pipeline
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+JOB, DRAWN = "job", "drawn"  # in the state's folder: a file with the job's key, and a folder of drawn clips
 
 
 @dataclass
@@ -86,18 +91,24 @@ def quantize_with_data(
         PPLLaVAError: For anything else that the user can fix.
     """
     progress = progress or Progress()
-    output = check_output(options)
+    output = Path(os.path.abspath(options.output))
+    state = output.parent / f".{output.name}.calibration"
+    try:
+        check_output(options)
+    except PPLLaVAError:
+        _remove_finished_state(state, output)
+        raise
     if not options.tokenizer:
         raise PPLLaVAError("calibration asks questions and needs the tokenizers: leave out --no-tokenizer")
-    state = output.parent / f".{output.name}.calibration"
     with contextlib.closing(source or open_source(options)) as model_source:
         state.mkdir(parents=True, exist_ok=True)
-        manifest = model_source.manifest(FLOAT)
-        data = _data(job, manifest, state)
-        _discard_other_job(state, options, job, data, manifest)
-        run = _Run(model_source, options, job, data, state, progress)
         try:
-            result = run.run()
+            with locked_folder(state):
+                result = _calibrate(model_source, options, job, state, progress)
+                _remove_state(state)
+                return result
+        except BlockingIOError:
+            raise PPLLaVAError(f"another command is calibrating {options.output}; wait for it") from None
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
@@ -106,12 +117,39 @@ def quantize_with_data(
                 "free some space and run the command again to continue"
             ) from None
         except PPLLaVAError:  # a final refusal, not an interrupt: there is nothing to continue
-            shutil.rmtree(state, ignore_errors=True)
+            _remove_state(state)
             raise
-        finally:
-            run.model.close()
+
+
+def _calibrate(source: Source, options: Options, job: Job, state: Path, progress: Progress) -> Result:
+    manifest = source.manifest(FLOAT)
+    data = _data(job, manifest, state)
+    key = _job_key(options, job, data, manifest)
+    _discard_other_job(state, key)
+    run = _Run(source, options, job, data, state, progress, key)
+    try:
+        return run.run()
+    finally:
+        run.model.close()
+
+
+def _remove_state(state: Path) -> None:
+    """Remove the state; the job's name goes last, so that a killed removal can be told and completed."""
+    with contextlib.suppress(OSError):
+        for path in state.iterdir():
+            if path.name != JOB:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     shutil.rmtree(state, ignore_errors=True)
-    return result
+
+
+def _remove_finished_state(state: Path, output: Path) -> None:
+    """Remove the state of a calibration that was killed after its bundle was in place."""
+    with contextlib.suppress(OSError, PPLLaVAError):
+        made_by = (read_manifest(output / MANIFEST).calibration or {}).get("job")
+        job = state / JOB
+        if made_by and state.is_dir() and (not job.exists() or job.read_text() == made_by):
+            with locked_folder(state):
+                _remove_state(state)
 
 
 def _data(job: Job, manifest: Manifest, state: Path) -> Data:
@@ -119,13 +157,13 @@ def _data(job: Job, manifest: Manifest, state: Path) -> Data:
         return from_folder(job.folder, job.questions, manifest, job.frames, job.clips)
     if job.drawn is None:
         raise PPLLaVAError("calibration needs videos: name a folder of them with --calibrate")
-    folder = state / "drawn"
+    folder = state / DRAWN
     folder.mkdir(exist_ok=True)
     return job.drawn(manifest, folder)
 
 
-def _discard_other_job(state: Path, options: Options, job: Job, data: Data, manifest: Manifest) -> None:
-    """Delete the state of an interrupted run, unless that run was the same job."""
+def _job_key(options: Options, job: Job, data: Data, manifest: Manifest) -> str:
+    """A digest of everything that decides what a calibration observes and chooses."""
     facts = [
         manifest.checkpoint.get("sha256"),
         data.hash,
@@ -134,20 +172,32 @@ def _discard_other_job(state: Path, options: Options, job: Job, data: Data, mani
         vars(options.overrides),
         job.frames,
     ]
-    key = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
-    file = state / "job"
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+
+
+def _discard_other_job(state: Path, key: str) -> None:
+    """Delete the state of an interrupted run, unless that run was the same job."""
+    file = state / JOB
     if not file.exists() or file.read_text() != key:
+        file.unlink(missing_ok=True)  # first: what a kill leaves of another job is no job's
         for path in state.iterdir():
-            if path.is_dir() and path.name != "drawn":
-                shutil.rmtree(path)
-        file.write_text(key)
+            if path.name != DRAWN:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_text(file, key)
 
 
 class _Run:
     """One calibration: observe and decide, keep layers in float, then write and check the bundle."""
 
     def __init__(
-        self, source: Source, options: Options, job: Job, data: Data, state: Path, progress: Progress
+        self,
+        source: Source,
+        options: Options,
+        job: Job,
+        data: Data,
+        state: Path,
+        progress: Progress,
+        key: str,
     ):
         self.source = _Borrowed(source)
         self.options = options
@@ -155,6 +205,7 @@ class _Run:
         self.data = data
         self.state = state
         self.progress = progress
+        self.key = key
         self.observation = Observation(source, options, data, state, progress)
         self.model = self.observation.model
         self.int4 = options.precision.of_stage("decoder") == "int4"
@@ -234,7 +285,8 @@ class _Run:
         parity: dict[str, Any] = {"holds": not outcome.violations, **scores.as_dict()}
         if outcome.violations:
             parity["drift"] = outcome.violations
-        used = {"hash": self.data.hash, "clips": len(self.data.clips), "skipped": len(self.data.skipped)}
+        counts = {"clips": len(self.data.clips), "skipped": len(self.data.skipped)}
+        used = {"hash": self.data.hash, "job": self.key, **counts}
         manifest = replace(manifest, calibration=used, parity=parity)
         write_report(staging, manifest, outcome, records, self.data)
         return manifest

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
 from ppllava_edge.calibration.layer_choice import Choice
+from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.export.quantisation.plan import Scheme
 
 
@@ -41,14 +45,25 @@ def save_decisions(file: Path, decisions: Sequence[GroupDecision]) -> None:
                 arrays[f"importance{i}.{k}"] = choice.scheme.importance
             plain.append(asdict(replace(choice, scheme=replace(choice.scheme, importance=None))))
         groups.append([group, plain])
-    part = file.with_suffix(".part")
-    with open(part, "wb") as f:
+    with _replaced(file) as f:
         np.savez(f, told=np.frombuffer(json.dumps(groups).encode(), np.uint8), **arrays)
-    part.replace(file)
 
 
 def read_decisions(file: Path) -> list[GroupDecision]:
-    """Read the decisions that `save_decisions` wrote."""
+    """Read the decisions that `save_decisions` wrote.
+
+    Raises:
+        PPLLaVAError: If the file is damaged.
+    """
+    try:
+        return _parse(file)
+    except (EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
+        raise PPLLaVAError(
+            f"{file} is damaged ({error}); run the command again, it starts from the beginning"
+        ) from None
+
+
+def _parse(file: Path) -> list[GroupDecision]:
     decisions = []
     with np.load(file, allow_pickle=False) as stored:
         for i, (group, plain_choices) in enumerate(json.loads(stored["told"].tobytes())):
@@ -63,6 +78,21 @@ def read_decisions(file: Path) -> list[GroupDecision]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
+    write_text(path, json.dumps(value))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text atomically."""
+    with _replaced(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator[BinaryIO]:
+    """A file that replaces `path` when it is complete and synced: a power cut leaves no empty one."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(value))
+    with open(part, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)

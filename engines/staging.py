@@ -152,6 +152,28 @@ def _prefix(target: Path) -> str:
     return f".{target.name[:MAX_NAME]}.{_host_mark()}-"
 
 
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that one process at a time may use.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+    """
+    lock = None
+    try:
+        if fcntl is not None:
+            lock = _lock(folder, wait=False)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # this file system can't lock folders
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
 def _create_locked(target: Path) -> tuple[Path, int | None]:
     """A new staging folder and its open, locked descriptor; None where folders can't be locked."""
     while True:

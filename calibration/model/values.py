@@ -8,6 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+from ppllava_edge.engines.errors import PPLLaVAError
+
 
 class Values(Protocol):
     """Arrays by sample and name."""
@@ -49,8 +51,19 @@ class DiskValues:
         part.replace(path)
 
     def get(self, sample: int, name: str) -> np.ndarray:
-        """Load an array."""
-        array: np.ndarray = np.load(self._path(sample, name), allow_pickle=False)
+        """Load an array.
+
+        Raises:
+            PPLLaVAError: If its file is damaged, as a power cut may leave it: values aren't synced to disk.
+        """
+        path = self._path(sample, name)
+        try:
+            with open(path, "rb") as file:
+                array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise PPLLaVAError(
+                f"{path} is damaged ({error}); run the command again, it starts from the beginning"
+            ) from None
         return array
 
     def has(self, sample: int, name: str) -> bool:
