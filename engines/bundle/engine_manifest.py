@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypedDict
 from msgspec import Meta
 
 from ppllava_edge.engines.bundle.bundle import Bundle
-from ppllava_edge.engines.bundle.integrity import damaged_file, hash_file
+from ppllava_edge.engines.bundle.integrity import damaged_file, hash_file, remember_hashes
 from ppllava_edge.engines.bundle.manifest import FileEntry, KVDtype, Label, Manifest, one_of
 from ppllava_edge.engines.bundle.manifest_parser import LARGEST_MANIFEST, file_name_problem
 from ppllava_edge.engines.bundle.untrusted import decode_json, file_size, read_limited
@@ -137,8 +137,15 @@ def fingerprint(manifest: Manifest) -> str:
 
 
 def engine_folder(bundle: Path, target: str) -> Path:
-    """The folder of a target's engine."""
-    return bundle / "engines" / target
+    """The folder of a target's engine, whether it exists or not.
+
+    Raises:
+        BundleError: It is outside the bundle: building there would replace a folder of somebody else.
+    """
+    folder = bundle / "engines" / target
+    if not folder.resolve().is_relative_to(bundle.resolve()):
+        raise BundleError(f"{folder} is a link that leaves the bundle; remove the link")
+    return folder
 
 
 def find_engine(bundle: Bundle, target: str, verify: bool = False) -> tuple[Engine | None, str]:
@@ -153,11 +160,11 @@ def find_engine(bundle: Bundle, target: str, verify: bool = False) -> tuple[Engi
     Returns:
         The engine and "", or None and why it can't be used ("" if there is none).
     """
-    folder = engine_folder(bundle.path, target)
-    if not os.path.lexists(folder / ENGINE):
-        return None, ""
     rebuild = f"rebuild it: ppllava-build {bundle.path} --target {target} --force"
     try:
+        folder = engine_folder(bundle.path, target)
+        if not os.path.lexists(folder / ENGINE):
+            return None, ""
         engine = read_engine(folder)
         if engine.bundle != fingerprint(bundle.manifest):
             return None, f"{folder} was built from another version of this bundle; {rebuild}"
@@ -184,6 +191,7 @@ def write_engine(staging: Path, engine: Engine) -> Engine:
     engine = replace(engine, files=files)
     (staging / ENGINE).write_text(json.dumps(engine.as_json(), indent=1) + "\n", encoding="utf-8")
     publish(staging, engine.folder)
+    remember_hashes(engine.folder, files)
     return engine
 
 

@@ -27,8 +27,7 @@ def damaged_file(folder: Path, files: dict[str, FileEntry], verify: bool = False
     Returns:
         The name of the first damaged file, or None.
     """
-    large = sum(entry.bytes for entry in files.values()) > ALWAYS_HASHED
-    stamp = _stamp(folder, files) if large else None
+    stamp = _stamp(folder, files) if _are_large(files) else None
     if stamp and not verify and _stamp_known(stamp):
         return None
     for name, entry in files.items():
@@ -38,6 +37,17 @@ def damaged_file(folder: Path, files: dict[str, FileEntry], verify: bool = False
     if stamp:
         _remember_stamp(stamp)
     return None
+
+
+def remember_hashes(folder: Path, files: dict[str, FileEntry]) -> None:
+    """Leave a stamp for large files whose hashes were computed as they were written.
+
+    Args:
+        folder: The files' folder.
+        files: Their sizes and hashes, by name.
+    """
+    if _are_large(files):
+        _remember_stamp(_stamp(folder, files))
 
 
 def hash_file(path: Path) -> str:
@@ -87,6 +97,10 @@ def _hash_blocks(file: Any) -> str:
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+def _are_large(files: dict[str, FileEntry]) -> bool:
+    return sum(entry.bytes for entry in files.values()) > ALWAYS_HASHED
 
 
 def _stamp(folder: Path, files: dict[str, FileEntry]) -> str:

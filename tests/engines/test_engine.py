@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from helpers.commands import SAMPLE, assert_one_line_error, run_command
+from ppllava_edge.engines.bundle import integrity
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.engine_manifest import find_engine
 from ppllava_edge.engines.bundle.packed import packed_bundle
@@ -144,6 +145,21 @@ def test_an_engine_that_does_not_fit_is_not_used(nano: Path, tmp_path: Path) -> 
     run = run_command("ppllava-build", built, "--target", "cpu")
     assert run.returncode == 0
     assert find_engine(Bundle.open(built), "cpu")[0] is not None, "building again repairs it"
+
+
+def test_a_large_engine_is_not_hashed_again_after_its_build(
+    nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(integrity, "ALWAYS_HASHED", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    built = Path(shutil.copytree(nano, tmp_path / "b"))
+    bundle = Bundle.open(built)
+    build.build_cpu(bundle)
+    hashed: list[str] = []
+    real = integrity._sha256
+    monkeypatch.setattr(integrity, "_sha256", lambda path, f: hashed.append(path.name) or real(path, f))
+    assert find_engine(bundle, "cpu")[0] is not None and hashed == []
+    assert find_engine(bundle, "cpu", verify=True)[0] is not None and "decoder.onnx" in hashed
 
 
 def test_a_build_that_fails_leaves_nothing(

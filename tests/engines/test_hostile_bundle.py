@@ -228,6 +228,8 @@ def test_an_engine_folder_outside_the_bundle_is_not_used(bundle: Path, tmp_path:
     (bundle / name).symlink_to(tmp_path / "elsewhere")
     engine, problem = find_engine(Bundle.open(bundle), "cpu")
     assert engine is None and "link that leaves the bundle" in problem
+    assert_one_line_error(run_command("ppllava-build", bundle, "--force"), "link that leaves the bundle")
+    assert list((tmp_path / "elsewhere").rglob("engine.json")), "building doesn't replace it"
 
 
 def test_links_inside_and_a_link_to_the_bundle_work(bundle: Path, tmp_path: Path) -> None:
