@@ -41,7 +41,8 @@ class Answer:
         text: The answer.
         model: The model's name.
         finish: Why generation ended: "stop" (a stop token), "length" (max_new_tokens or the end of the
-            context), "stop string", "cancelled" or "timeout".
+            context), "stop string", "cancelled" (closed, abandoned or interrupted), "timeout" or "error" (the
+            stream raised it).
         frame_indices: Numbers of the frames that the model saw.
         frame_times: When they are shown, seconds.
         visual_tokens: Tokens of the pooled video.
@@ -125,7 +126,7 @@ class GenerationOptions:
         sampling: Temperature and the like; greedy by default.
         stop: A text that ends the answer, or several.
         look_ahead: Draft tokens from the prompt and verify several in a pass (language/prompt_lookup.py).
-        timeout: Seconds after which generation stops with finish "timeout"; a question that still waits for
+        timeout: Seconds after which the answer ends with finish "timeout"; a question that still waits for
             admission then raises BusyError. None: no limit.
 
     Raises:

@@ -7,7 +7,6 @@ first question (docs/runtime.md).
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,9 +16,9 @@ import numpy as np
 from ppllava_edge.engines.errors import BusyError, EngineError, PromptError
 from ppllava_edge.runtime.language.text_processor import TextProcessor
 from ppllava_edge.runtime.pipeline.base import BasePipeline
-from ppllava_edge.runtime.session.admission import FairSemaphore
+from ppllava_edge.runtime.session.admission import EndedEarly, FairSemaphore, Holder, Patience, Slot
 from ppllava_edge.runtime.session.answer import GenerationOptions
-from ppllava_edge.runtime.session.prepared import Patience, PooledVideo, PreparedQuestion
+from ppllava_edge.runtime.session.prepared import PooledVideo, PreparedQuestion
 
 HEADROOM = 512  # positions that a new cache reserves for later turns
 
@@ -31,75 +30,91 @@ class Chat:
         pipeline: The model.
         text: Its tokenizers and prompt template.
         history: Whether the model sees the earlier turns.
+        waiting: How many questions may wait for the last answer's end; None: any number.
 
     Attributes:
+        answered: Whether a question was answered, in part at least. Until then the next one is the first.
         before: Token ids before the visual tokens.
         after: Token ids of everything that follows them: questions and answers.
         sequence: The KV cache; None until the first turn, and after a turn that produced no token.
         turn: Held while a question is answered: one at a time.
     """
 
-    def __init__(self, pipeline: BasePipeline, text: TextProcessor, history: bool = True):
+    def __init__(
+        self, pipeline: BasePipeline, text: TextProcessor, history: bool = True, waiting: int | None = None
+    ):
         self.pipeline, self.text, self.history = pipeline, text, history
+        self.answered = False
         self.pooled: PooledVideo | None = None
         self.before: list[int] = []
         self.after: list[int] = []
         self.sequence: Any = None
-        self.turn = FairSemaphore()
+        self.turn = FairSemaphore(
+            waiting=waiting,
+            what="questions of this chat",
+            unfinished="answer",
+            advice="exhaust or close its streams first, or use `with video.stream(…) as stream:`",
+        )
+
+    def take_turn(self, patience: Patience, holder: Holder, elsewhere: int) -> Slot:
+        """Wait for the last answer's end.
+
+        Args:
+            patience: When to give up.
+            holder: The thread that takes the answer's pieces.
+            elsewhere: Unfinished answers of the calling thread. If it has any it doesn't wait, because the
+                chat may wait for one of their slots.
+
+        Returns:
+            The turn; release it after the answer.
+
+        Raises:
+            PromptError: If the calling thread's own last answer in this chat is not finished.
+            BusyError: At the deadline, if too many wait, or if the calling thread may not wait.
+            EndedEarly: If the question was cancelled.
+        """
+        if self.turn.held_here():
+            raise PromptError(
+                "the chat's last answer is not finished: exhaust its stream, or close it, first"
+            )
+        slot = self.turn.acquire(patience, holder, elsewhere)
+        if slot is not None:
+            return slot
+        if patience.cancelled():
+            raise EndedEarly("cancelled")
+        raise BusyError(f"the chat's last question was still being answered after {patience.timeout:g} s")
 
     def prepare(
         self,
         question: str,
         options: GenerationOptions,
         timings: dict[str, float],
-        patience: Patience,
         pool: Callable[[], PooledVideo],
-    ) -> PreparedQuestion | None:
-        """Wait for the last answer's end, then take a turn.
+    ) -> PreparedQuestion:
+        """Continue the chat with a question. The caller holds the turn.
 
         Args:
             question: The question.
             options: How to answer it.
             timings: Records seconds of question tower and pooling: 0 from the second turn on.
-            patience: The deadline and the cancel check.
             pool: Pools the video, for the first turn.
 
         Returns:
-            The question, ready to be answered; None if it was cancelled.
+            The question, ready to be answered.
 
         Raises:
             EngineError: If the options ask for look-ahead.
-            PromptError: If the caller's own last answer is not finished.
-            BusyError: At the deadline.
         """
         if options.look_ahead:
             raise EngineError('looking ahead and keep="tokens" or "prefix" don\'t go together')
-        if self.turn.held_here():
-            raise PromptError(
-                "the chat's last answer is not finished: exhaust its stream, or close it, first"
-            )
-        if not self.turn.acquire(patience.deadline, patience.cancelled):
-            if patience.cancelled():
-                return None
-            raise BusyError(f"the chat's last question was still being answered after {options.timeout:g} s")
-        thread = threading.get_ident()
-        try:
-            pooled, text_ids, new_ids = self._turn(question, timings, pool)
-        except BaseException:
-            self.turn.release()
-            raise
-        return PreparedQuestion(
-            pooled,
-            text_ids,
-            lambda lookup: self.generate(new_ids, options),
-            lambda answer: self.turn.release(thread),
-        )
+        pooled, text_ids, new_ids = self._turn(question, timings, pool)
+        return PreparedQuestion(pooled, text_ids, lambda lookup: self.generate(new_ids, options))
 
     def _turn(
         self, question: str, timings: dict[str, float], pool: Callable[[], PooledVideo]
     ) -> tuple[PooledVideo, list[int], list[int]]:
         """The pooled video, the prompt's token ids for the answer, and the ids to read."""
-        if self.pooled is None:
+        if self.pooled is None or not self.answered:
             pooled = pool()
             before, new_ids = self.text.prompt_pieces(question)
             self.begin(pooled, before)
@@ -110,7 +125,7 @@ class Chat:
 
     def begin(self, pooled: PooledVideo, before: Sequence[int]) -> None:
         """Start with the video, pooled for the first question, and the token ids before it."""
-        self.pooled, self.before = pooled, list(before)
+        self.pooled, self.before, self.after = pooled, list(before), []
 
     @property
     def prefix(self) -> int:
@@ -142,7 +157,7 @@ class Chat:
             options: How to answer.
         """
         stop_ids = self.pipeline.manifest.stop_ids
-        answer, earlier = list[int](), list(self.after)
+        answer, earlier, is_kept = list[int](), list(self.after), True
         self.after += new_ids
         try:
             prompt, most = self._unread(options.max_new_tokens), options.max_new_tokens
@@ -151,12 +166,18 @@ class Chat:
                 for token in ids:
                     answer.append(token)
                     yield token
+        except GeneratorExit:  # the answer was ended early: the chat goes on from there
+            raise
+        except BaseException:
+            is_kept = False
+            raise
         finally:
-            if answer:
+            if answer and is_kept:
+                self.answered = True
                 self.after += [
                     token for token in answer if token not in stop_ids
                 ]  # the template writes the end
-            else:  # nothing was read, or not all of it: as if the question hadn't been asked
+            else:  # not everything was read, or the engine failed: as if the question hadn't been asked
                 self.after = earlier
                 self._drop_cache()
 

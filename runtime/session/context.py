@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from ppllava_edge.runtime.pipeline.base import BasePipeline
 from ppllava_edge.runtime.session.admission import FairSemaphore
 
 log = logging.getLogger(__name__)
+MAX_LATE = 1024  # events of abandoned streams that wait to be reported
 # The event ("open", "answer", "frame", "live") and its figures, in seconds unless stated otherwise.
 Metrics = Callable[[str, dict[str, Any]], None]
 
@@ -41,9 +44,16 @@ class Session:
         metrics: Metrics | None = None,
     ):
         self.pipeline, self.text = pipeline, text
-        self.admission = FairSemaphore(parallel, queue, "questions", own_first=True)
+        self.admission = FairSemaphore(
+            parallel,
+            queue,
+            "questions",
+            unfinished="answer",
+            advice="exhaust or close its streams first, or use `with video.stream(…) as stream:`",
+        )
         self.engine_lock = FairSemaphore()
         self._metrics = metrics
+        self._late: deque[tuple[str, dict[str, Any]]] = deque(maxlen=MAX_LATE)
         self._process = os.getpid()
         self._closed = False
 
@@ -79,6 +89,16 @@ class Session:
 
     def report(self, event: str, figures: dict[str, Any]) -> None:
         """Tell the app's metrics callback and the log. A callback that fails is logged, not raised."""
+        while self._late:
+            with contextlib.suppress(IndexError):  # another thread took it
+                self._tell(*self._late.popleft())
+        self._tell(event, figures)
+
+    def report_later(self, event: str, figures: dict[str, Any]) -> None:
+        """`report`, together with the next event. For destructors, which run at any point of any thread."""
+        self._late.append((event, figures))
+
+    def _tell(self, event: str, figures: dict[str, Any]) -> None:
         log.debug("%s %s", event, figures)
         if self._metrics is not None:
             try:

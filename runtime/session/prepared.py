@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ppllava_edge.runtime.language.prompt_lookup import PromptLookup
+from ppllava_edge.runtime.session.admission import Holder, Patience
 from ppllava_edge.runtime.session.answer import Answer, GenerationOptions, Moment
 
 
@@ -37,38 +39,35 @@ class PreparedQuestion:
         pooled: The video, pooled for it.
         text_ids: Token ids of the prompt, beside the visual tokens.
         generate: Drafts or None → new token ids.
-        finished: Called with the answer.
     """
 
     pooled: PooledVideo
     text_ids: list[int]
     generate: Callable[[PromptLookup | None], Generator[int, None, None]]
-    finished: Callable[[Answer], None] = lambda answer: None
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a question waits.
-
-    Attributes:
-        deadline: By time.monotonic(); None: as long as it takes.
-        cancelled: Polled while waiting.
-    """
-
-    deadline: float | None
-    cancelled: Callable[[], bool]
 
 
 class Askable(Protocol):
-    """The part of a video that an AnswerStream uses."""
+    """The part of a video that an answer uses."""
+
+    def turn(self, patience: Patience, holder: Holder) -> AbstractContextManager[Any]:
+        """Wait until the video takes a question; held until it is answered. A chat takes one at a time.
+
+        Raises:
+            BusyError: If too many wait, at the deadline, or if the calling thread may not wait.
+            EndedEarly: If it was cancelled.
+        """
 
     def prepare(
         self, question: str, options: GenerationOptions, timings: dict[str, float], patience: Patience
-    ) -> PreparedQuestion | None:
-        """Question tower, choice of frames and pooling; records their seconds in timings. None: cancelled."""
+    ) -> PreparedQuestion:
+        """Question tower, choice of frames and pooling; records their seconds in timings.
+
+        Raises:
+            EndedEarly: At the deadline, or if it was cancelled.
+        """
 
     def take_encoding_times(self) -> dict[str, float]:
         """Seconds of decoding and encoding, for the first question; zeros afterwards."""
 
     def empty_answer(self, question: str, finish: str) -> Answer:
-        """The answer of a question that was cancelled while it waited."""
+        """An answer that ended before its first token."""

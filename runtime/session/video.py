@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from ppllava_edge.runtime.language.prompt_lookup import PromptLookup
 from ppllava_edge.runtime.language.sampling import Sampling
 from ppllava_edge.runtime.language.text_processor import clean_question
 from ppllava_edge.runtime.media.readers import Frames
+from ppllava_edge.runtime.session.admission import Holder, Patience
 from ppllava_edge.runtime.session.answer import (
     STAGES,
     Answer,
@@ -27,7 +30,7 @@ from ppllava_edge.runtime.session.answer_stream import AnswerStream
 from ppllava_edge.runtime.session.asynchronous import finished
 from ppllava_edge.runtime.session.chat import Chat
 from ppllava_edge.runtime.session.context import Session
-from ppllava_edge.runtime.session.prepared import Patience, PooledVideo, PreparedQuestion
+from ppllava_edge.runtime.session.prepared import PooledVideo, PreparedQuestion
 
 KEEP = ("features", "tokens", "prefix")
 
@@ -49,7 +52,9 @@ class Video:
             "vision": encoded_video.vision,
         }
         self._lock = threading.Lock()
-        self._chat = Chat(qa.pipeline, qa.text, keep == "tokens") if keep != "features" else None
+        self._chat: Chat | None = None
+        if keep != "features":
+            self._chat = Chat(qa.pipeline, qa.text, keep == "tokens", qa.admission.max_waiting)
 
     @property
     def frames(self) -> Frames:
@@ -87,15 +92,17 @@ class Video:
             sampling: Temperature and the like; greedy by default.
             stop: A text that ends the answer, or several.
             look_ahead: Draft tokens from the prompt and verify several in a pass (prompt lookup).
-            timeout: Seconds after which generation stops; the answer so far is returned.
+            timeout: Seconds after which the answer ends, with the text so far. Noticed between calls of the
+                engine (a pooling, the prefill, one token), none of which can be interrupted.
 
         Returns:
             The answer, with timings and token counts.
 
         Raises:
             PromptError: If the question is empty or too long.
-            EngineError: If the engine can't look ahead.
-            BusyError: If too many questions wait, or none was admitted in time.
+            EngineError: If the engine fails or can't look ahead, or the model was closed.
+            BusyError: If too many questions wait, this one was not admitted in time, or no slot is free and
+                the calling thread has unfinished streams.
         """
         return self.stream(question, max_new_tokens, sampling, stop, look_ahead, timeout).exhaust()
 
@@ -105,10 +112,11 @@ class Video:
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
+        look_ahead: bool = False,
         timeout: float | None = None,
     ) -> Answer:
         """`ask` for asyncio. Cancelling the task ends the answer within one token."""
-        return await finished(self.stream(question, max_new_tokens, sampling, stop, timeout=timeout))
+        return await finished(self.stream(question, max_new_tokens, sampling, stop, look_ahead, timeout))
 
     def stream(
         self,
@@ -119,7 +127,10 @@ class Video:
         look_ahead: bool = False,
         timeout: float | None = None,
     ) -> AnswerStream:
-        """`ask`, as an iterator of text pieces; `answer` is set once it is exhausted or closed."""
+        """`ask`, as an iterator of text pieces; `answer` is set once it is exhausted or closed.
+
+        `with video.stream(…) as stream:` closes it when it is left, whatever happens.
+        """
         self.qa.check_usable()
         question = clean_question(question)
         options = GenerationOptions(max_new_tokens, sampling or Sampling(), stop, look_ahead, timeout)
@@ -155,25 +166,22 @@ class Video:
             weights = np.asarray(pipeline.window_weights(features, q))
             return pipeline.similarity(features, q), weights, indices, times
 
-    # -- what an AnswerStream needs (session/prepared.py) ----------------------------------------------------
+    # -- what an AnswerRun needs (session/prepared.py) -------------------------------------------------------
+
+    def turn(self, patience: Patience, holder: Holder) -> AbstractContextManager[Any]:
+        """Wait until the video takes a question: a chat's last answer has to end first. See Askable."""
+        if self._chat is None:
+            return nullcontext()
+        return self._chat.take_turn(patience, holder, self.qa.admission.held_here())
 
     def prepare(
         self, question: str, options: GenerationOptions, timings: dict[str, float], patience: Patience
-    ) -> PreparedQuestion | None:
-        """Question tower, choice of frames and pooling; a chat waits for its last answer first.
-
-        Returns:
-            The question, ready to be answered; None if it was cancelled.
-
-        Raises:
-            PromptError: If the prompt is too long.
-            BusyError: At the deadline.
-        """
+    ) -> PreparedQuestion:
+        """Question tower, choice of frames and pooling. See Askable."""
         if self._chat is not None:
-            return self._chat.prepare(
-                question, options, timings, patience, lambda: self._pool(question, timings)
-            )
-        pipeline, pooled = self.qa.pipeline, self._pool(question, timings)
+            pool = partial(self._pool, question, timings, patience)
+            return self._chat.prepare(question, options, timings, pool)
+        pipeline, pooled = self.qa.pipeline, self._pool(question, timings, patience)
         before, after = self.qa.text.prompt_pieces(question)
 
         def generate(lookup: PromptLookup | None) -> Generator[int, None, None]:
@@ -186,11 +194,11 @@ class Video:
         kernel = self.qa.pipeline.manifest.pooling.video.kernel
         return self.encoded_video.view(q, kernel[0] if kernel else 1)
 
-    def _pool(self, question: str, timings: dict[str, float]) -> PooledVideo:
+    def _pool(self, question: str, timings: dict[str, float], patience: Patience) -> PooledVideo:
         """Pool the video under the guidance of the question; records the seconds of each stage."""
         qa, video, q, weights = self.qa, self.encoded_video, None, None
         pipeline, notes = qa.pipeline, list(video.notes)
-        with qa.engine_lock:
+        with patience.hold(qa.engine_lock):
             at = time.perf_counter()
             if pipeline.manifest.pooling.guided:
                 ids, cut = qa.text.question_ids(question)
@@ -201,8 +209,10 @@ class Video:
                         "its end did not guide the pooling"
                     )
             at = record_elapsed(timings, "question", at)
+            patience.check()
             features, indices, times = self._view(q)
             at = record_elapsed(timings, "select", at)
+            patience.check()
             if video.media == "video" and q is not None:
                 weights = pipeline.window_weights(features, q)
             visual = pipeline.visual_tokens(
@@ -217,7 +227,7 @@ class Video:
         return PooledVideo(visual, indices, times, moments, notes)
 
     def empty_answer(self, question: str, finish: str) -> Answer:
-        """The answer of a question that was cancelled while it waited."""
+        """An answer that ended before its first token."""
         return Answer(
             question=question,
             text="",
