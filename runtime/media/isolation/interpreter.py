@@ -112,10 +112,8 @@ def _import_path() -> list[str]:
     Relative ones are left out: they depend on the current folder, which may hold foreign files by now. The
     folder that this package was imported from is added in their place.
     """
-    import ppllava_edge
-
     path = [entry for entry in sys.path if os.path.isabs(entry)]
-    home = Path(ppllava_edge.__file__ or "").absolute().parent
+    home = Path(sys.modules[__name__.partition(".")[0]].__file__ or "").absolute().parent
     if home.name == "ppllava_edge" and str(home.parent) not in path:
         path.append(str(home.parent))
     return path
