@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppllava_edge.engines.bundle.untrusted import printable
 from ppllava_edge.engines.errors import BundleError, PromptError
 
 if TYPE_CHECKING:
@@ -171,6 +172,8 @@ def _rename(added_tokens: list[dict[str, Any]], mark: str) -> dict[str, str]:
     names: dict[str, str] = {}
     for token in added_tokens:
         content = token["content"]
+        if not isinstance(content, str):
+            raise ValueError("an added token isn't a text")
         if content and (token["special"] or _LOOKS_LIKE_CONTROL.fullmatch(content)):
             token["content"] = names.setdefault(content, mark + _as_letters(len(names)))
     return names
@@ -231,7 +234,7 @@ def _raise_unless_failure(error: BaseException) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def _random_letters(count: int) -> str:
