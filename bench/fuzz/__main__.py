@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,9 @@ from ppllava_edge.bench.fuzz.outcome import Outcome
 from ppllava_edge.bench.fuzz.targets.registry import TARGETS
 from ppllava_edge.bench.fuzz.targets.target import Target
 from ppllava_edge.engines.terminal import Command, progress_steps, table
+
+Progress = Callable[[str, int, int], None]
+LINE_SECONDS = 120
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -50,9 +56,11 @@ def main(
     """
     chosen = _chosen(targets)
     campaign = Campaign(chosen, Corpus(corpus, chosen), seed, _print_finding)
-    with progress_steps("inputs") as progress:
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT otherwise
+        signal.signal(number, signal.default_int_handler)
+    with progress_steps("inputs") as draw:
         try:
-            campaign.run(jobs or os.cpu_count() or 1, 60 * minutes, inputs, progress)
+            campaign.run(jobs or os.cpu_count() or 1, 60 * minutes, inputs, _with_lines(draw))
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
     found = {s for tally in campaign.tallies.values() for s in tally.findings}
@@ -61,6 +69,20 @@ def main(
     else:
         _show(campaign)
     sys.exit(1 if any(not known_reason(signature) for signature in found) else 0)
+
+
+def _with_lines(draw: Progress) -> Progress:
+    """Also print a line every few minutes, where there is no progress bar."""
+    last = time.monotonic()
+
+    def progress(target: str, done: int, total: int) -> None:
+        nonlocal last
+        draw(target, done, total)
+        if not sys.stderr.isatty() and time.monotonic() - last > LINE_SECONDS:
+            last = time.monotonic()
+            click.echo(f"{done} inputs", err=True)
+
+    return progress
 
 
 def _chosen(names: str | None) -> list[Target]:
