@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ppllava_edge.runtime.live.latest_slot import LatestSlot
+from ppllava_edge.runtime.live.threads import Worker, call_app, one_line
 from ppllava_edge.runtime.live.window import LiveFrame, Window
 from ppllava_edge.runtime.media.thumbnails import small_picture
 from ppllava_edge.runtime.session.context import Session
@@ -18,6 +19,7 @@ from ppllava_edge.runtime.vision.preprocess import preprocess_video
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-6  # seconds that a frame may be early
+MAX_STEP = 1e9  # seconds
 
 
 class FramePacer:
@@ -33,7 +35,7 @@ class FramePacer:
 
         Times may restart, when a stream is reconnected or a clock is set.
         """
-        step = 1 / self.fps
+        step = min(1 / self.fps, MAX_STEP)
         with self._lock:
             if self._next is None or self._next - step > t + step:
                 self._next = t
@@ -50,7 +52,7 @@ class LiveEncoder:
         session: The model, the engine lock, the metrics.
         window: Takes the encoded frames.
         on_progress: Called after every frame, encoded or failed.
-        on_error: Called with the reason when a frame can't be encoded.
+        on_problem: Called with the reason when a frame can't be encoded, and with "" when one was.
 
     Attributes:
         encoded, failed: Frames so far.
@@ -63,16 +65,17 @@ class LiveEncoder:
         session: Session,
         window: Window,
         on_progress: Callable[[], None],
-        on_error: Callable[[str], None],
+        on_problem: Callable[[str], None],
     ):
         self.encoded = self.failed = 0
         self.last_encoded = time.monotonic()
         self.lag = 0.0
         self._session, self._window = session, window
-        self._on_progress, self._on_error = on_progress, on_error
+        self._on_progress, self._on_problem = on_progress, on_problem
+        self._last_problem = ""
         self._slot: LatestSlot[tuple[Any, float, float]] = LatestSlot()  # image, seconds, arrival
         self._last_time = float("-inf")
-        self._thread = threading.Thread(target=self._run, name="ppllava-live-encoder", daemon=True)
+        self._thread = Worker(self._run, "ppllava-live-encoder")
 
     @property
     def dropped(self) -> int:
@@ -81,7 +84,7 @@ class LiveEncoder:
 
     @property
     def pending(self) -> int:
-        """Frames still to be encoded; after close, a frame dropped by it counts too."""
+        """Frames still to be encoded."""
         return self._slot.put_in - self._slot.dropped - self.encoded - self.failed
 
     def start(self) -> None:
@@ -93,31 +96,51 @@ class LiveEncoder:
         self._slot.close()
 
     def join(self) -> None:
-        """Wait for the thread's end, after close."""
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        """Wait for the thread's end, after close. In a callback, don't."""
+        self._thread.wait_for_end()
 
-    def put(self, image: Any, t: float, wait: bool) -> None:
+    def put(self, image: Any, t: float, wait: bool) -> bool:
         """Hand over a frame.
 
         Args:
             image: RGB uint8 (H, W, 3), on the host or on the engine's GPU.
             t: When it was taken, seconds.
-            wait: Block until the previous frame was taken, instead of replacing it.
+            wait: Block until the previous frame was taken, instead of replacing it; in the encoder's own
+                thread (in a callback), which would take it, don't.
+
+        Returns:
+            Whether it was taken: not after close.
         """
-        self._slot.put((image, t, time.monotonic()), wait)
+        wait = wait and threading.current_thread() is not self._thread
+        return self._slot.put((image, t, time.monotonic()), wait)
+
+    def wait_until_idle(self, wait_for: Callable[[Callable[[], bool], float | None], None]) -> None:
+        """Wait until no frame is left; `wait_for` is ViewState's. In the encoder's own thread, don't."""
+        if threading.current_thread() is not self._thread:
+            wait_for(lambda: self.pending <= 0, None)
 
     def _run(self) -> None:
-        while (item := self._slot.take()) is not None:
+        while True:
+            item = self._slot.take()
+            if item is None:
+                return
+            problem = ""
             try:
-                self._encode(*item)
-            except Exception as error:
-                log.exception("a live frame could not be encoded")
+                figures = self._encode(*item)
+            except BaseException as error:  # a thread that dies here would leave the view blind
                 self.failed += 1
-                self._on_error(f"a frame could not be encoded: {error}")
+                problem = f"a frame could not be encoded: {one_line(error)}"
+                level = logging.DEBUG if problem == self._last_problem else logging.ERROR
+                log.log(level, "a live frame could not be encoded", exc_info=True)
+            else:
+                call_app("metrics", self._session.report, "frame", figures)
+            del item  # not to keep the picture while waiting for the next one
+            self._last_problem = problem
+            self._on_problem(problem)
             self._on_progress()
 
-    def _encode(self, image: Any, t: float, arrived: float) -> None:
+    def _encode(self, image: Any, t: float, arrived: float) -> dict[str, Any]:
+        """Encode a frame into the window. Returns figures for the metrics."""
         session, pipeline = self._session, self._session.pipeline
         started = time.perf_counter()
         if isinstance(image, np.ndarray):
@@ -137,4 +160,4 @@ class LiveEncoder:
         self.last_encoded = time.monotonic()
         self.lag = self.last_encoded - arrived
         vision = time.perf_counter() - started
-        session.report("frame", {"vision": vision, "lag": self.lag, "dropped": self.dropped})
+        return {"vision": vision, "lag": self.lag, "dropped": self.dropped}

@@ -23,15 +23,26 @@ class LatestSlot(Generic[T]):
         self._changed = threading.Condition()
         self._closed = False
 
-    def put(self, item: T, wait: bool = False) -> None:
-        """Put an item in. wait: block until the previous item was taken, instead of replacing it."""
+    def put(self, item: T, wait: bool = False) -> bool:
+        """Put an item in.
+
+        Args:
+            item: The item.
+            wait: Block until the previous item was taken, instead of replacing it.
+
+        Returns:
+            Whether the slot took it: not once it is closed.
+        """
         with self._changed:
             while wait and self._item and not self._closed:
                 self._changed.wait()
+            if self._closed:
+                return False
             self.put_in += 1
             self.dropped += len(self._item)
             self._item.append(item)
             self._changed.notify_all()
+            return True
 
     def take(self) -> T | None:
         """Block until there is an item and take it; None when the slot is closed."""
@@ -48,5 +59,6 @@ class LatestSlot(Generic[T]):
         """Drop the item and wake all waiting threads."""
         with self._changed:
             self._closed = True
+            self.dropped += len(self._item)
             self._item.clear()
             self._changed.notify_all()

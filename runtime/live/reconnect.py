@@ -8,6 +8,7 @@ import threading
 from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.live.source import LiveSource
 from ppllava_edge.runtime.live.status import CLOSED, ENDED, PLAYING, RECONNECTING, OnState
+from ppllava_edge.runtime.live.threads import Worker, one_line
 
 log = logging.getLogger(__name__)
 # Seconds before each attempt; the last is repeated. The sequence restarts after an attempt that delivered
@@ -35,7 +36,7 @@ class StreamReader:
         self._reconnect = reconnect and not source.is_file
         self._on_state = on_state
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="ppllava-live-source", daemon=True)
+        self._thread = Worker(self._run, "ppllava-live-source")
 
     def start(self) -> None:
         """Start the thread."""
@@ -46,10 +47,10 @@ class StreamReader:
 
         Args:
             grace: Seconds to wait for it. A read that hangs in the network ends by itself at its timeout.
+                In a callback, it isn't waited for.
         """
         self._closed.set()
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(grace)
+        self._thread.wait_for_end(grace)
 
     def _run(self) -> None:
         attempt = 0
@@ -76,7 +77,7 @@ class StreamReader:
             return str(error)
         except Exception as error:
             log.exception("reading %s failed", self.source.name)
-            return f"{type(error).__name__}: {error}"
+            return f"{type(error).__name__}: {one_line(error)}"
         return END_OF_STREAM
 
     def _pause(self, attempt: int, why: str) -> None:

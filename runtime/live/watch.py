@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Callable
 
-from ppllava_edge.engines.errors import PPLLaVAError
+from ppllava_edge.engines.errors import EngineError, PPLLaVAError
+from ppllava_edge.runtime.live.threads import Worker, call_app, one_line
 from ppllava_edge.runtime.session.answer import Answer
 from ppllava_edge.runtime.session.answer_stream import AnswerStream
 
 log = logging.getLogger(__name__)
 
-MIN_EVERY = 0.01  # seconds between the questions of a watch
+MIN_EVERY, MAX_EVERY = 0.01, 1e6  # seconds between the questions of a watch
 
 
 class Watch:
@@ -21,7 +22,8 @@ class Watch:
 
     Args:
         question: The question.
-        ask: Starts an answer from the live view's current window.
+        ask: Starts an answer from the live view's current window, unless the function it is given says that
+            nobody waits for the answer any more.
         every: Seconds between questions. An answer that takes longer delays the next; none pile up.
         on_answer: Called with each answer, in the watch's thread.
         changes_only: Call on_answer only when the text differs from the last answer's.
@@ -35,7 +37,7 @@ class Watch:
     def __init__(
         self,
         question: str,
-        ask: Callable[[], AnswerStream],
+        ask: Callable[[Callable[[], bool]], AnswerStream],
         every: float,
         on_answer: Callable[[Answer], None] | None,
         changes_only: bool,
@@ -49,7 +51,7 @@ class Watch:
         self._stopped = threading.Event()
         self._stream: AnswerStream | None = None
         self._last_text: str | None = None
-        self._thread = threading.Thread(target=self._run, name="ppllava-watch", daemon=True)
+        self._thread = Worker(self._run, "ppllava-watch")
         self._thread.start()
 
     @property
@@ -57,13 +59,18 @@ class Watch:
         """Whether the watch is still running."""
         return self._thread.is_alive()
 
-    def stop(self) -> None:
-        """Stop asking; an answer under way ends within one token."""
+    def stop(self, wait: bool = True) -> None:
+        """Stop asking; an answer under way ends within one token. May be called twice, and in any callback.
+
+        Args:
+            wait: Wait for the thread's end. In callbacks of watches and views, it isn't waited for.
+        """
         self._stopped.set()
-        if self._stream is not None:
-            self._stream.close()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        stream = self._stream
+        if stream is not None:
+            stream.close()
+        if wait:
+            self._thread.wait_for_end()
 
     def _run(self) -> None:
         while not self._stopped.is_set():
@@ -71,23 +78,32 @@ class Watch:
             try:
                 self._ask_once()
             except PPLLaVAError as error:
-                self.errors += 1
-                if self._on_error is not None:
-                    self._on_error(error)
-                log.debug("watch: %s", error)
-            except Exception:
-                log.exception("a watch's callback failed")
+                self._failed(error)
+            except Exception as error:
+                log.exception("the watch %r failed to ask", self.question)
+                self._failed(EngineError(f"the question could not be answered: {one_line(error)}"))
             self._stopped.wait(max(self.every - (time.monotonic() - began), 0))
 
-    def _ask_once(self) -> None:
-        self._stream = self._ask()
-        for _ in self._stream:
-            if self._stopped.is_set():
-                self._stream.close()
+    def _failed(self, error: PPLLaVAError) -> None:
         if self._stopped.is_set():
             return
-        answer = self._stream.answer
+        self.errors += 1
+        log.debug("watch: %s", error)
+        if self._on_error is not None:
+            call_app("on_error", self._on_error, error)
+
+    def _ask_once(self) -> None:
+        self._stream = stream = self._ask(self._stopped.is_set)
+        try:
+            if self._stopped.is_set():  # `stop` may have come before there was a stream to close
+                stream.close()
+                return
+            answer = stream.exhaust()
+        finally:
+            self._stream = None
+        if self._stopped.is_set():
+            return
         self.answers += 1
-        if self._on_answer is not None and not (self._changes_only and answer.text == self._last_text):
-            self._on_answer(answer)
-        self._last_text = answer.text
+        changed, self._last_text = answer.text != self._last_text, answer.text
+        if self._on_answer is not None and (changed or not self._changes_only):
+            call_app("on_answer", self._on_answer, answer)

@@ -49,8 +49,8 @@ class Window:
             frames = self._frames
             frames.append(frame)
             if self.history is not None:
-                while len(frames) > 1 and frames[0].seconds < frame.seconds - self.history:
-                    frames.pop(0)
+                oldest = frame.seconds - self.history
+                del frames[: next(i for i, f in enumerate(frames) if f.seconds >= oldest)]
             if len(frames) > self.capacity:
                 frames.pop(frame_to_evict([f.seconds for f in frames]))
 

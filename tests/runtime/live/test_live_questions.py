@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import threading
 import time
+import traceback
 from typing import Any
 
 import numpy as np
 import pytest
 
 from helpers.stream_server import wait_until
-from ppllava_edge import MediaError, VideoQA
+from ppllava_edge import BusyError, MediaError, PromptError, VideoQA
 
 QUESTION, ANSWER = "What color is the circle?", "red"
 
@@ -83,3 +86,104 @@ def test_asyncio(pushed: Any) -> None:
 
     text, watched, ticked = asyncio.run(main())
     assert text.startswith("a red circle moves right") and watched == [ANSWER] * 3 and ticked
+
+
+def test_a_snapshot_that_is_asked_twice_counts_its_encoding_once(pushed: Any) -> None:
+    first, second = pushed.ask(QUESTION, last=1.0), pushed.ask(QUESTION, last=1.0)
+    assert first.timings["vision"] > 0 == second.timings["vision"]
+    assert first.time_to_first_token["first_ask"] and second.time_to_first_token["first_ask"] is None
+    assert first.text == second.text == ANSWER
+
+
+def test_the_timeout_counts_waiting_for_the_engine(pushed: Any) -> None:
+    with pushed.qa.engine_lock:
+        asking = threading.Thread(target=lambda: errors.append(error_of(pushed)))
+        errors: list[Exception] = []
+        asking.start()
+        asking.join(10)
+        assert not asking.is_alive(), "it waits for the engine although its time is over"
+    assert isinstance(errors[0], BusyError) and "the engine was busy for 0.1 s" in str(errors[0])
+    assert pushed.ask(QUESTION, timeout=60).text == ANSWER
+
+
+def error_of(live: Any) -> Exception:
+    try:
+        live.ask(QUESTION, last=1.0, timeout=0.1)
+    except BusyError as error:
+        return error
+    raise AssertionError("the engine is held by another thread")
+
+
+def test_cancelling_a_task_ends_its_waiting(qa: VideoQA) -> None:
+    async def main() -> None:
+        task = asyncio.create_task(live.ask_async(QUESTION, wait=1000))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    def waiting() -> bool:
+        stacks = [traceback.walk_stack(frame) for frame in sys._current_frames().values()]
+        return any(frame.f_code.co_name == "_wait_for" for stack in stacks for frame, _ in stack)
+
+    with qa.live() as live:
+        asyncio.run(main())
+        assert wait_until(lambda: not waiting(), 30), "no thread waits for a frame any more"
+
+
+def test_watching_with_asyncio_goes_on_while_the_engine_is_busy(
+    pushed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, calls = pushed._video, 0
+
+    def sometimes_busy(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls % 2:
+            raise (BusyError if calls % 4 == 1 else MediaError)("try again later")
+        return ask(*arguments)
+
+    async def main() -> list[str]:
+        watched = []
+        async for answer in pushed.watch_async(QUESTION, every=0.01):
+            watched.append(answer.text)
+            if len(watched) == 3:
+                return watched
+        return watched
+
+    monkeypatch.setattr(pushed, "_video", sometimes_busy)
+    assert asyncio.run(main()) == [ANSWER] * 3 and calls == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"every": float("nan")}, MediaError),
+        ({"every": 0}, MediaError),
+        ({"last": -1}, MediaError),
+        ({"stop": 5}, PromptError),
+        ({"timeout": 0}, PromptError),
+    ],
+)
+def test_watching_with_asyncio_what_could_never_be_answered(
+    pushed: Any, options: dict[str, Any], error: type[Exception]
+) -> None:
+    async def main() -> None:
+        async for _ in pushed.watch_async(QUESTION, **options):
+            pass
+
+    with pytest.raises(error):
+        asyncio.run(main())
+
+
+def test_watching_with_asyncio_ends_with_the_view(qa: VideoQA, frames: np.ndarray) -> None:
+    async def main(question: str, every: float) -> list[str]:
+        return [answer.text async for answer in live.watch_async(question, every=every)]
+
+    live = qa.live()
+    live.push(frames[0])
+    assert live.wait_for(1, 20)
+    threading.Timer(0.3, live.close).start()
+    began = time.monotonic()
+    assert asyncio.run(main(QUESTION, 1000)) == [ANSWER]
+    assert time.monotonic() - began < 60, "it doesn't sleep until the next question"

@@ -75,7 +75,7 @@ def test_a_file_is_played_in_real_time_and_ends(qa: VideoQA) -> None:
 def test_a_broken_file_ends(qa: VideoQA, tmp_path: Path) -> None:
     (tmp_path / "junk.mp4").write_bytes(b"junk" * 100)
     with qa.live(tmp_path / "junk.mp4") as live:
-        assert wait_until(lambda: live.status.state == "ended") and "can't be opened" in live.status.why
+        assert wait_until(lambda: live.status.state == "ended") and "is not a video" in live.status.why
         assert not live.wait_for(1, 5)
 
 
