@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 
 from helpers.commands import SAMPLE
 from helpers.gpu_engine import asking
-from ppllava_edge import BusyError, MediaError, PromptError, VideoQA
+from helpers.stream_server import wait_until
+from ppllava_edge import BusyError, EngineError, MediaError, PromptError, VideoQA
 from ppllava_edge.runtime.session.chat import Chat
 
 QUESTION, ANSWER, DESCRIBE = "What color is the circle?", "red", "Describe the video."
@@ -136,3 +138,111 @@ def test_prefix_over_a_cache_that_cannot_forget(
     answers = [chat.ask(question, max_new_tokens=8).text for question in ("Is there a red circle?", longer)]
     assert prompts[1] == (36, qa.text.prompt_pieces(longer)[1])
     assert answers[0] == "yes" and answers[1]
+
+
+@pytest.mark.parametrize("failure", ["too long", "closed before the first token", "engine error"])
+def test_a_chat_whose_first_question_failed_begins_afresh(
+    qa: VideoQA, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    want = qa.open(SAMPLE, keep="tokens").ask(QUESTION)
+    video = qa.open(SAMPLE, keep="tokens")
+    if failure == "too long":
+        with pytest.raises(PromptError):
+            video.ask("Where is the blue square? " * 400)
+    elif failure == "engine error":
+        generate = qa.pipeline.generate
+
+        def broken(*arguments: Any) -> Iterator[int]:
+            yield from itertools.islice(generate(*arguments), 2)
+            raise EngineError("out of memory")
+
+        monkeypatch.setattr(qa.pipeline, "generate", broken)
+        with pytest.raises(EngineError, match="out of memory"):
+            video.ask(DESCRIBE)
+        monkeypatch.undo()
+    else:
+        stream = video.stream(DESCRIBE)
+        prepare = video.prepare
+
+        def cancelled(*arguments: Any) -> Any:
+            prepared = prepare(*arguments)
+            stream.close()  # after the video was pooled for this question
+            return prepared
+
+        monkeypatch.setattr(video, "prepare", cancelled)
+        assert stream.exhaust().finish == "cancelled" and stream.answer.new_tokens == 0
+        monkeypatch.undo()
+    answer = video.ask(QUESTION)
+    assert (answer.text, answer.text_tokens) == (want.text, want.text_tokens) == (ANSWER, want.text_tokens)
+    assert answer.timings["pooling"] > 0, "it pools for this question"
+    assert video.ask(QUESTION).timings["pooling"] == 0, "now the chat has begun"
+    assert qa.admission.held == 0
+
+
+def test_an_engine_error_in_a_later_answer_leaves_the_chat_as_it_was(
+    qa: VideoQA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, whole = (qa.open(SAMPLE, keep="tokens") for _ in range(2))
+    assert broken.ask(QUESTION).text == whole.ask(QUESTION).text
+    generate = qa.pipeline.generate
+
+    def failing(*arguments: Any) -> Iterator[int]:
+        yield from itertools.islice(generate(*arguments), 2)
+        raise EngineError("out of memory")
+
+    monkeypatch.setattr(qa.pipeline, "generate", failing)
+    with pytest.raises(EngineError):
+        broken.ask(DESCRIBE)
+    monkeypatch.undo()
+    assert broken.ask(DESCRIBE).text == whole.ask(DESCRIBE).text
+
+
+def test_questions_that_wait_for_a_chat_hold_no_slot_and_are_bounded() -> None:
+    qa = VideoQA(device="cpu", parallel=2, queue=3)
+    chat, other = qa.open(SAMPLE, keep="prefix"), qa.open(SAMPLE)
+    unfinished, answers, errors = chat.stream(QUESTION), list[str](), list[Exception]()
+    next(unfinished)
+
+    def ask() -> None:
+        try:
+            answers.append(chat.ask(QUESTION).text)
+        except BusyError as error:
+            errors.append(error)
+
+    assert chat._chat is not None
+    waiting = [threading.Thread(target=ask) for _ in range(3)]
+    for n, thread in enumerate(waiting):
+        thread.start()
+        assert wait_until(lambda n=n: chat._chat.turn.waiting == n + 1)  # type: ignore[misc, union-attr]
+    assert qa.admission.held == 1 and qa.admission.waiting == 0
+    fourth = threading.Thread(target=ask)
+    fourth.start()
+    fourth.join(10)
+    assert [str(error) for error in errors] == [
+        "3 questions of this chat are waiting already, 1 under way; try again later"
+    ]
+    found: list[str] = []
+    elsewhere = threading.Thread(target=lambda: found.append(other.ask(QUESTION, timeout=20).text))
+    elsewhere.start()
+    elsewhere.join(20)
+    assert found == [ANSWER]
+    unfinished.close()
+    for thread in waiting:
+        thread.join(20)
+    assert answers == [ANSWER] * 3 and qa.admission.held == chat._chat.turn.held == 0
+
+
+def test_a_thread_with_an_unfinished_answer_does_not_wait_for_a_chat() -> None:
+    """The chat's question may be waiting for this thread's slot."""
+    qa = VideoQA(device="cpu", parallel=1, queue=2)
+    chat, other = qa.open(SAMPLE, keep="tokens"), qa.open(SAMPLE)
+    answers: list[str] = []
+    with other.stream(DESCRIBE) as unfinished:
+        next(unfinished)
+        thread = threading.Thread(target=lambda: answers.append(chat.ask(QUESTION).text))
+        thread.start()  # takes the turn, waits for the slot
+        assert wait_until(lambda: qa.admission.waiting == 1)
+        with pytest.raises(BusyError, match="1 unfinished answer itself"):
+            chat.ask(QUESTION)
+    thread.join(20)
+    assert answers == [ANSWER] and chat.ask(QUESTION).text and qa.admission.held == 0
