@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -10,6 +11,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from ppllava_edge.engines.bundle.untrusted import file_size
+from ppllava_edge.engines.errors import BundleError
 from ppllava_edge.engines.graphs.tensors import ONNX_TYPE, TYPE_NAME, Tensor, Weight, stored_bytes
 
 INLINE_BYTES = 1024  # smaller weights stay inside the .onnx file
@@ -52,28 +55,43 @@ def external_weight(folder: Path, proto: onnx.TensorProto) -> Weight:
         proto: An initializer with external data.
 
     Raises:
-        ValueError: If the data file isn't in that folder.
+        BundleError: If the data file isn't in that folder.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is too short, or the weight is of a type that graphs don't have.
     """
-    dtype = TYPE_NAME[proto.data_type]
+    dtype = _type_name(proto)
     return Weight(Tensor(proto.name, tuple(proto.dims), _mapped(folder, proto, dtype)), dtype)
 
 
 def inline_weight(proto: onnx.TensorProto) -> Weight:
-    """A weight that is stored inside the .onnx file. INT4 values stay packed, as in a data file."""
-    dtype = TYPE_NAME[proto.data_type]
+    """A weight that is stored inside the .onnx file. INT4 values stay packed, as in a data file.
+
+    Raises:
+        ValueError: If it holds fewer values than its shape says, or is of a type that graphs don't have.
+    """
+    dtype = _type_name(proto)
     packed = dtype == "int4"
     array = np.frombuffer(proto.raw_data, np.uint8) if packed else numpy_helper.to_array(proto)
     return Weight(Tensor(proto.name, tuple(proto.dims), lambda: array), dtype)
 
 
+def _type_name(proto: onnx.TensorProto) -> str:
+    name = TYPE_NAME.get(proto.data_type)
+    if name is None:
+        raise ValueError(f"{proto.name} is of type {proto.data_type}")
+    return name
+
+
 def _mapped(folder: Path, proto: onnx.TensorProto, dtype: str) -> Callable[[], np.ndarray]:
     entries = {entry.key: entry.value for entry in proto.external_data}
-    location = entries["location"]
+    location = entries.get("location", "")
     if Path(location).name != location:
-        raise ValueError(f"{proto.name} is outside the bundle")
-    offset = int(entries.get("offset", 0))
-    shape = tuple(proto.dims)
+        raise BundleError(f"{proto.name} is outside the bundle")
+    offset, shape = int(entries.get("offset", 0)), tuple(proto.dims)
+    size = stored_bytes(math.prod(shape), dtype)
+    held = file_size(folder, folder / location)
+    if any(side < 0 for side in shape) or not 0 <= offset <= held - size:
+        raise ValueError(f"{location} has {held} bytes, too few for {proto.name}")
     if dtype == "int4":
-        packed = stored_bytes(int(np.prod(shape, dtype=np.int64)), dtype)
-        return lambda: np.memmap(folder / location, "uint8", "r", offset, packed)
+        return lambda: np.memmap(folder / location, "uint8", "r", offset, size)
     return lambda: np.memmap(folder / location, dtype, "r", offset, shape)

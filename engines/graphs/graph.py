@@ -16,8 +16,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 
+from ppllava_edge.engines.bundle.untrusted import printable
+from ppllava_edge.engines.errors import BundleError
 from ppllava_edge.engines.graphs.external_data import external_weight, inline_weight, write_weight
 from ppllava_edge.engines.graphs.tensors import ONNX_TYPE, SCALE, Tensor, Weight
 
@@ -202,8 +205,21 @@ class Graph:
 
     @classmethod
     def read(cls, path: Path) -> Graph:
-        """Read a graph. Its weights are mapped from the data file when they are loaded."""
-        model = onnx.load(str(path), load_external_data=False)
+        """Read a graph. Its weights are mapped from the data file when they are loaded.
+
+        Raises:
+            BundleError: It isn't an ONNX graph, or its weights aren't in its folder; in one line.
+        """
+        try:
+            return cls._parse(path, onnx.load(str(path), load_external_data=False))
+        except (DecodeError, OSError, KeyError, ValueError, StopIteration) as error:
+            reason = printable(error)
+            raise BundleError(
+                f"{path} is not a graph that ppllava-export wrote ({reason}); export the bundle again"
+            ) from None
+
+    @classmethod
+    def _parse(cls, path: Path, model: onnx.ModelProto) -> Graph:
         g = cls(model.graph.name)
         g.nodes = list(model.graph.node)
         g.inputs = list(model.graph.input)

@@ -195,6 +195,29 @@ def test_mutated_graphs_are_searched_or_refused(weights: Path, data: st.DataObje
         one_line(error)
 
 
+@pytest.mark.parametrize("damage", ["garbage", "type", "link", "above", "short", "missing"])
+def test_a_build_and_an_export_refuse_foreign_graphs_in_one_line(bundle: Path, damage: str) -> None:
+    """Both read graphs with the package onnx, and copy their weights."""
+    path = bundle / "trunk.onnx"
+    model = onnx.load(path, load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    location = next(entry for entry in tensor.external_data if entry.key == "location")
+    if damage == "type":
+        tensor.data_type = TensorProto.BFLOAT16
+    elif damage == "short":
+        tensor.dims[0] = 1 << 40
+    else:
+        location.value = {"link": "link", "above": "../bundle/trunk.onnx.data"}.get(damage, "missing")
+    (bundle / "link").symlink_to(packed_bundle() / "trunk.onnx.data")
+    path.write_bytes(b"\xff" * 100 if damage == "garbage" else model.SerializeToString())
+    rehash(bundle / MANIFEST)
+    output = bundle.parent / "output"
+    assert_one_line_error(run_command("ppllava-build", bundle))
+    assert_one_line_error(run_command("ppllava-export", bundle, "-o", output))
+    assert_one_line_error(run_command("ppllava-info", bundle, "--fit", "8GB"))
+    assert not (bundle / "engines" / "cpu").exists() and not output.exists()
+
+
 # -- graphs that don't fit -----------------------------------------------------------------------------------
 
 
