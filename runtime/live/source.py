@@ -187,5 +187,5 @@ class LiveSource:
 
 
 def _is_camera(name: str) -> bool:
-    """Whether a path is a V4L2 device (/dev/video0, or a link to one)."""
-    return os.path.realpath(name).startswith("/dev/video")
+    """Whether a path is a V4L2 device (/dev/video0, or a link to one), which may be missing now."""
+    return name.startswith("/dev/v4l/") or os.path.realpath(name).startswith("/dev/video")

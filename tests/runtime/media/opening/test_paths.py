@@ -159,3 +159,10 @@ def test_numbers_in_names_are_sorted_as_numbers(tmp_path: Path, moving_frames: n
 def test_names_in_messages_are_short_and_printable() -> None:
     assert display_name("a\nb\x1b[31m\udcff—é.mp4") == r"a\nb\x1b[31m\udcff—é.mp4"
     assert len(display_name("x" * 10_000)) < 400
+
+
+def test_a_camera_that_is_not_plugged_in_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "cam").symlink_to("/dev/video99")
+    for name in ("/dev/video99", "/dev/v4l/by-id/usb-none", tmp_path / "cam"):
+        source = LiveSource(name, lambda t: True, lambda image, t: None)
+        assert not source.is_file and source.format == "v4l2"
