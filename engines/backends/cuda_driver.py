@@ -7,6 +7,7 @@ work gets into its graph. Tests replace the driver with a double.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 from collections.abc import Callable
@@ -54,8 +55,28 @@ class CudaDevice:
         self._pinned: list[PinnedBuffer] = []
         self._pool = BlockPool(
             allocate=lambda size: int(self.call("cuMemAlloc", size)),
-            free=lambda address: self.call("cuMemFree", address),
+            free=self._free,
         )
+        self._unused_graphs: list[Any] = []  # any thread may append to it
+
+    def _free(self, address: int) -> None:
+        self.enter()  # a destructor may come here in any thread
+        self.call("cuMemFree", address)
+
+    def close(self) -> None:
+        """Free all unused memory now, and what is still in use as soon as nothing refers to it."""
+        with self.lock:
+            self.enter()
+            self._destroy_unused_graphs()
+            self._pool.close()
+            while self._pinned:
+                self._pinned.pop().close()
+
+    def __del__(self) -> None:
+        # At exit the driver may be gone; before the constructor has ended, there is nothing to free.
+        with contextlib.suppress(Exception):
+            self.close()
+            self.call("cuStreamDestroy", self.stream_handle)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a driver function.
@@ -184,6 +205,7 @@ class CudaDevice:
         """
         mode = self.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         with self.lock:
+            self._destroy_unused_graphs()
             self.synchronize()
             self.call("cuStreamBeginCapture", self.stream_handle, mode)
             try:
@@ -191,13 +213,35 @@ class CudaDevice:
             finally:
                 graph = self.call("cuStreamEndCapture", self.stream_handle)
             executable = self.call("cuGraphInstantiate", graph, 0)
+            self.call("cuGraphDestroy", graph)
+        return _CapturedGraph(self, executable)
 
-        def launch() -> None:
-            with self.lock:
-                self.enter()
-                self.call("cuGraphLaunch", executable, self.stream_handle)
+    def launch(self, executable: Any) -> None:
+        """Queue an executable graph."""
+        with self.lock:
+            self.enter()
+            self.call("cuGraphLaunch", executable, self.stream_handle)
 
-        return launch
+    def drop_graph(self, executable: Any) -> None:
+        """Destroy an executable graph before the next capture. Safe in a destructor, in any thread."""
+        self._unused_graphs.append(executable)
+
+    def _destroy_unused_graphs(self) -> None:
+        while self._unused_graphs:
+            self.call("cuGraphExecDestroy", self._unused_graphs.pop())
+
+
+class _CapturedGraph:
+    """A captured graph: calling it queues the graph's work."""
+
+    def __init__(self, device: CudaDevice, executable: Any):
+        self._device, self._executable = device, executable
+
+    def __call__(self) -> None:
+        self._device.launch(self._executable)
+
+    def __del__(self) -> None:
+        self._device.drop_graph(self._executable)
 
 
 def _import_driver() -> Any:

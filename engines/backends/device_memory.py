@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from ppllava_edge.engines.errors import EngineError
+
+MAX_SPARE = 512 << 20  # bytes of unused blocks
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,13 @@ Values = dict[str, Buffer | np.ndarray]  # a stage's inputs by name; host arrays
 class Block:
     """A block of device memory. It returns to its pool when nothing refers to it any more."""
 
-    def __init__(self, returned: list[tuple[int, int]], size: int, address: int):
-        self._returned = returned
+    def __init__(self, pool: BlockPool, size: int, address: int):
+        self._pool = pool
         self._size = size
         self.address = address
 
     def __del__(self) -> None:
-        self._returned.append((self._size, self.address))
+        self._pool.give_back(self._size, self.address)
 
 
 class BlockPool:
@@ -76,11 +79,16 @@ class BlockPool:
     Args:
         allocate: Allocates a number of bytes and returns the address; raises EngineError if memory runs out.
         free: Frees an address.
+        max_spare: Bytes of unused blocks at which they are freed before a new one is allocated.
     """
 
-    def __init__(self, allocate: Callable[[int], int], free: Callable[[int], Any]):
+    def __init__(
+        self, allocate: Callable[[int], int], free: Callable[[int], Any], max_spare: int = MAX_SPARE
+    ):
         self._allocate = allocate
         self._free = free
+        self._max_spare = max_spare
+        self._is_closed = False
         self._returned: list[tuple[int, int]] = []  # (size, address); any thread may append to it
         self._spare: dict[int, list[int]] = {}  # size → addresses of unused blocks
 
@@ -90,21 +98,50 @@ class BlockPool:
         Raises:
             EngineError: Out of GPU memory.
         """
-        while self._returned:
-            known, address = self._returned.pop()
-            self._spare.setdefault(known, []).append(address)
-        if self._spare.get(size):
-            return Block(self._returned, size, self._spare[size].pop())
+        self._collect()
+        with contextlib.suppress(KeyError, IndexError):  # IndexError: a destructor freed them, after `close`
+            return Block(self, size, self._spare[size].pop())
+        spare = sum(known * len(addresses) for known, addresses in self._spare.items())
+        if spare > self._max_spare:
+            self._free_spare()
         try:
-            return Block(self._returned, size, self._allocate(size))
+            return Block(self, size, self._allocate(size))
         except EngineError:
             if not any(self._spare.values()):
                 raise
-        for addresses in self._spare.values():
-            for address in addresses:
-                self._free(address)
-        self._spare.clear()
-        return Block(self._returned, size, self._allocate(size))
+        self._free_spare()
+        return Block(self, size, self._allocate(size))
+
+    def give_back(self, size: int, address: int) -> None:
+        """Take a block's memory back, in any thread, also in a destructor."""
+        self._returned.append((size, address))
+        if self._is_closed:
+            with contextlib.suppress(EngineError):
+                self.free_all()
+
+    def close(self) -> None:
+        """Free all unused blocks, and from now on each block as soon as nothing refers to it."""
+        self._is_closed = True
+        self.free_all()
+
+    def free_all(self) -> None:
+        """Free all unused blocks."""
+        self._collect()
+        self._free_spare()
+
+    def _collect(self) -> None:
+        while self._returned:
+            try:
+                size, address = self._returned.pop()
+            except IndexError:  # another thread took it
+                return
+            self._spare.setdefault(size, []).append(address)
+
+    def _free_spare(self) -> None:
+        while self._spare:
+            _, addresses = self._spare.popitem()
+            while addresses:
+                self._free(addresses.pop())
 
 
 class PinnedBuffer:
@@ -121,6 +158,13 @@ class PinnedBuffer:
         self._event = device.call("cuEventCreate", 2)  # CU_EVENT_DISABLE_TIMING
         self._busy = False
         self.address = int(device.call("cuMemHostAlloc", size, 0))
+
+    def close(self) -> None:
+        """Free it, after the last copy."""
+        if self._busy:
+            self._device.call("cuEventSynchronize", self._event)
+        self._device.call("cuMemFreeHost", self.address)
+        self._device.call("cuEventDestroy", self._event)
 
     def mark_used(self) -> None:
         """Record that a copy from this buffer was queued."""

@@ -57,6 +57,12 @@ class GpuPipeline(BasePipeline):
         self.gpu = gpu or CudaDevice()
         self._on_cpu = on_cpu
 
+    def close(self) -> None:
+        """As BasePipeline says; GPU memory that nothing uses is freed at once."""
+        super().close()
+        self.__dict__.pop("_preparer", None)
+        self.gpu.close()
+
     def wait(self) -> None:
         """Block until queued GPU work completes."""
         self.gpu.synchronize()

@@ -49,6 +49,7 @@ class Chat:
         self.before: list[int] = []
         self.after: list[int] = []
         self.sequence: Any = None
+        self._is_answering = self._is_released = False
         self.turn = FairSemaphore(
             waiting=waiting,
             what="questions of this chat",
@@ -157,6 +158,7 @@ class Chat:
             options: How to answer.
         """
         stop_ids = self.pipeline.manifest.stop_ids
+        self._is_answering = True
         answer, earlier, is_kept = list[int](), list(self.after), True
         self.after += new_ids
         try:
@@ -180,6 +182,15 @@ class Chat:
             else:  # not everything was read, or the engine failed: as if the question hadn't been asked
                 self.after = earlier
                 self._drop_cache()
+            self._is_answering = False
+            if self._is_released:
+                self._drop_cache()
+
+    def release(self) -> None:
+        """The model is closed: release the KV cache, at once or at the end of the answer under way."""
+        self._is_released = True  # before the other flag is read; `generate` does it the other way round
+        if not self._is_answering:
+            self._drop_cache()
 
     def _unread(self, new_tokens: int) -> Any:
         """The part of the prompt that the cache doesn't hold; creates a cache if none has room."""
@@ -201,6 +212,6 @@ class Chat:
         return pipeline.prompt(self.before, self.pooled.visual, self.after)
 
     def _drop_cache(self) -> None:
-        if self.sequence is not None:
-            self.pipeline.decoder.finish(self.sequence)
-            self.sequence = None
+        sequence, self.sequence = self.sequence, None
+        if sequence is not None:
+            self.pipeline.finish(sequence)

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
+import threading
+import weakref
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
 
 from ppllava_edge.engines.errors import EngineError
 from ppllava_edge.runtime.language.text_processor import TextProcessor
 from ppllava_edge.runtime.pipeline.base import BasePipeline
 from ppllava_edge.runtime.session.admission import FairSemaphore
+from ppllava_edge.runtime.session.memory import Memory, is_mapped
 
 log = logging.getLogger(__name__)
 MAX_LATE = 1024  # events of abandoned streams that wait to be reported
 # The event ("open", "answer", "frame", "live") and its figures, in seconds unless stated otherwise.
 Metrics = Callable[[str, dict[str, Any]], None]
+S = TypeVar("S", bound="Session")
+
+
+class Dependent(Protocol):
+    """A video or a live view, which holds features and caches of a model."""
+
+    def arrays(self) -> Iterable[Any]:
+        """The arrays that it holds: numpy's or device buffers."""
+
+    def release(self) -> None:
+        """The model is closed: end what is under way, and release the KV caches."""
 
 
 class Session:
@@ -56,6 +72,12 @@ class Session:
         self._late: deque[tuple[str, dict[str, Any]]] = deque(maxlen=MAX_LATE)
         self._process = os.getpid()
         self._closed = False
+        self._dependents: weakref.WeakSet[Dependent] = weakref.WeakSet()
+        # Re-entrant: a destructor may come here in any thread, and what it calls too.
+        self._life = threading.RLock()
+        _sessions.add(self)
+
+    # -- life ------------------------------------------------------------------------------------------------
 
     @property
     def closed(self) -> bool:
@@ -73,9 +95,82 @@ class Session:
             raise EngineError("the VideoQA is closed; create another one")
         if os.getpid() != self._process:
             raise EngineError(
-                "the VideoQA was loaded before this process was forked, and an engine's threads don't survive "
-                "a fork: create the VideoQA in the child, or start children with spawn"
+                "the VideoQA was loaded before this process was forked, and an engine's threads don't "
+                "survive a fork: create the VideoQA in the child, or start children with spawn"
             )
+
+    def register(self, dependent: Dependent) -> None:
+        """Remember a video or a live view, without keeping it alive, for `close` and `memory`.
+
+        Raises:
+            EngineError: If the model is closed.
+        """
+        with self._life:
+            self.check_usable()
+            self._dependents.add(dependent)
+
+    def load(self, what: str = "all") -> None:
+        """Open stages and tokenizers that aren't open yet. Call this before taking the engine lock.
+
+        Args:
+            what: "encoding", "answering" or "all", as BasePipeline.load takes it.
+
+        Raises:
+            BundleError, EngineError: If one can't be opened.
+        """
+        self.pipeline.load(what)
+        if what != "encoding":
+            _ = self.text.tokenizer
+            if self.pipeline.manifest.pooling.guided:
+                _ = self.text.question_tokenizer
+
+    def memory(self) -> Memory:
+        """What the model, its caches and its videos hold, in bytes."""
+        with self._life:
+            arrays = [array for dependent in self._dependents for array in dependent.arrays()]
+        distinct = {id(array): array for array in arrays}.values()
+        mapped = sum(array.nbytes for array in distinct if is_mapped(array))
+        return Memory(
+            weights=self.pipeline.weights_bytes(),
+            caches=self.pipeline.cache_bytes(),
+            features=sum(array.nbytes for array in distinct) - mapped,
+            mapped=mapped,
+        )
+
+    def close(self) -> None:
+        """Close the model: answers under way end within one token, and further use raises EngineError.
+
+        Answers end with finish "cancelled", questions that wait for admission raise EngineError, live views
+        and their watches are closed. Engines, KV caches and mapped weights are released when the last call
+        under way has ended; features when the app drops its videos. Safe from any thread, from callbacks,
+        and twice.
+        """
+        if os.getpid() != self._process:  # a forked child: other threads may have held these locks for ever
+            self._closed = True
+            return
+        with self._life:
+            if self._closed:
+                return
+            self._closed = True
+            dependents = list(self._dependents)
+        _sessions.discard(self)
+        for dependent in dependents:
+            try:
+                dependent.release()
+            except Exception:
+                log.exception("a video or a live view could not be closed")
+        self.pipeline.close()
+        self.text.close()
+
+    def __enter__(self: S) -> S:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- facts and reports -----------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
@@ -105,3 +200,13 @@ class Session:
                 self._metrics(event, figures)
             except Exception:
                 log.exception("the metrics callback failed")
+
+
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what the app left open: its threads must not run while the interpreter is taken down."""
+    for session in list(_sessions):
+        session.close()

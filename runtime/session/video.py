@@ -27,7 +27,7 @@ from ppllava_edge.runtime.session.answer import (
     record_elapsed,
 )
 from ppllava_edge.runtime.session.answer_stream import AnswerStream
-from ppllava_edge.runtime.session.asynchronous import finished
+from ppllava_edge.runtime.session.asynchronous import AsyncAnswerStream, finished
 from ppllava_edge.runtime.session.chat import Chat
 from ppllava_edge.runtime.session.context import Session
 from ppllava_edge.runtime.session.prepared import PooledVideo, PreparedQuestion
@@ -55,6 +55,7 @@ class Video:
         self._chat: Chat | None = None
         if keep != "features":
             self._chat = Chat(qa.pipeline, qa.text, keep == "tokens", qa.admission.max_waiting)
+        qa.register(self)
 
     @property
     def frames(self) -> Frames:
@@ -72,6 +73,15 @@ class Video:
             MediaError: If it can't be read again.
         """
         return self.encoded_video.pictures_of(indices)
+
+    def arrays(self) -> list[Any]:
+        """The arrays that it holds: features, or candidates, and small pictures."""
+        return self.encoded_video.arrays()
+
+    def release(self) -> None:
+        """The model is closed: release the chat's KV cache, at once or when its answer has ended."""
+        if self._chat is not None:
+            self._chat.release()
 
     # -- questions -------------------------------------------------------------------------------------------
 
@@ -136,6 +146,18 @@ class Video:
         options = GenerationOptions(max_new_tokens, sampling or Sampling(), stop, look_ahead, timeout)
         return AnswerStream(self.qa, self, question, options)
 
+    def stream_async(
+        self,
+        question: str,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        look_ahead: bool = False,
+        timeout: float | None = None,
+    ) -> AsyncAnswerStream:
+        """`stream` for asyncio: `async for piece in video.stream_async(…)`. Cancelling the task closes it."""
+        return AsyncAnswerStream(self.stream(question, max_new_tokens, sampling, stop, look_ahead, timeout))
+
     def similarity(self, question: str) -> np.ndarray:
         """Cosine (T, rows, columns) float32 of every patch with the question.
 
@@ -159,6 +181,7 @@ class Video:
             raise EngineError(
                 f"{self.qa.name} pools without the question ({pooling.method}): it has no similarity"
             )
+        self.qa.load("answering")
         ids, _ = self.qa.text.question_ids(clean_question(question))
         with self.qa.engine_lock:
             q = pipeline.encode_question(ids)
@@ -198,8 +221,11 @@ class Video:
         """Pool the video under the guidance of the question; records the seconds of each stage."""
         qa, video, q, weights = self.qa, self.encoded_video, None, None
         pipeline, notes = qa.pipeline, list(video.notes)
+        started = time.perf_counter()
+        qa.load("answering")
+        loading = time.perf_counter() - started
         with patience.hold(qa.engine_lock):
-            at = time.perf_counter()
+            at = time.perf_counter() - loading  # a first question's "question" includes opening its stages
             if pipeline.manifest.pooling.guided:
                 ids, cut = qa.text.question_ids(question)
                 q = pipeline.encode_question(ids)

@@ -138,6 +138,8 @@ class FakeDriver:
             work()
         return (0, None)
 
+    cuGraphDestroy = cuGraphExecDestroy = cuEventDestroy = cuStreamDestroy = lambda self, *_: (0, None)
+
     def cuGetErrorString(self, status: Any) -> tuple:
         return 0, b"a made-up error"
 

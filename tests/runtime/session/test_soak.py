@@ -1,0 +1,58 @@
+"""A long life: thousands of questions, many of them cancelled, abandoned or too late (bench/soak)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from ppllava_edge.bench.soak.run import soak
+
+MAX_GROWTH = 48 << 20  # bytes of resident memory; 8 threads' malloc arenas alone are worth some
+
+
+def assert_all_is_well(report: dict[str, Any]) -> None:
+    assert report["wrong"] == []
+    assert not any(report["left"].values()), report["left"]
+    assert sum(report["ended"].values()) == report["questions"], report["ended"]
+    assert report["growth"] < MAX_GROWTH, report["rss"]
+    assert {"stop", "cancelled", "busy"} <= set(report["ended"]) and report["watched"], report["ended"]
+
+
+@pytest.mark.slow
+def test_ten_thousand_questions_by_eight_threads() -> None:
+    report = soak(questions=10_000, threads=8, parallel=4, seed=0)
+    assert_all_is_well(report)
+    assert {"abandoned", "refused", "timeout", "chat"} <= set(report["ended"]), report["ended"]
+
+
+@pytest.mark.slow
+def test_two_thousand_questions_by_asyncio() -> None:
+    assert_all_is_well(soak(questions=2000, threads=0, parallel=4, seed=1, use_asyncio=True))
+
+
+@pytest.mark.slow
+def test_one_slot_for_all() -> None:
+    report = soak(questions=1000, threads=8, parallel=1, seed=2)
+    assert report["wrong"] == [] and not any(report["left"].values()), report
+
+
+@pytest.mark.slow
+def test_the_command_says_what_it_found() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "ppllava_edge.bench.soak",
+        "--questions",
+        "100",
+        "--threads",
+        "3",
+        "--json",
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert report["questions"] == sum(report["ended"].values()) == 100 and report["wrong"] == []
