@@ -82,7 +82,7 @@ def interrupt_in(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
 def test_another_job_uses_nothing_of_an_interrupted_one(
     tiny_checkpoint: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not its values and not its decisions, which lie beside them. The folder is empty when the job begins."""
+    """Neither its values nor its decisions, which lie beside them."""
     options, state, found = export_options(tiny_checkpoint, tmp_path / "b"), tmp_path / ".b.calibration", []
     interrupt_in(monkeypatch, "decoder")
     with pytest.raises(KeyboardInterrupt):
