@@ -21,7 +21,7 @@ class TextProcessor:
         template: A prompt template, or the name of one; None: the bundle's own.
 
     Raises:
-        PromptError: If no template has this name.
+        PromptError: If no template has this name, or this is none.
         BundleError: If the bundle was exported without tokenizers.
     """
 
@@ -32,6 +32,8 @@ class TextProcessor:
             if template not in TEMPLATES:
                 raise PromptError(f"prompt template {template!r} is unknown; choose {', '.join(TEMPLATES)}")
             template = TEMPLATES[template]
+        elif template is not None and not isinstance(template, PromptTemplate):
+            raise PromptError(f"template must be a name or a PromptTemplate, not {type(template).__name__}")
         self.template = template or bundle.manifest.prompt
         if not bundle.manifest.tokenizer:
             raise BundleError(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from ppllava_edge.engines.errors import MediaError
 
+CREDENTIALS = re.compile(r"^([a-z][a-z0-9+.-]*://)[^/]*@", re.IGNORECASE)
 LONGEST_NAME = 300  # characters of a name in an error message
 KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -40,8 +42,11 @@ def source_name(source: object) -> str:
 
 
 def display_name(source: str | os.PathLike[str]) -> str:
-    """A name for messages: one line, without control characters, shortened in the middle if it is long."""
-    name = os.fspath(source)
+    """A name for messages: one line, without control characters, shortened in the middle if it is long.
+
+    An address is shown without its user and password: messages go into logs.
+    """
+    name = CREDENTIALS.sub(r"\1***@", os.fspath(source))
     if len(name) > LONGEST_NAME:
         name = f"{name[: LONGEST_NAME // 2]}...{name[-LONGEST_NAME // 2 :]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)

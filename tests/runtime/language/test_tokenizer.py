@@ -174,3 +174,9 @@ def test_padding_and_truncation_of_a_tokenizer_file_are_ignored(tmp_path: Path) 
     plain = BundleTokenizer(packed_bundle() / "tokenizer.json")
     question = "what color is the circle?"
     assert changed.encode(question) == plain.encode(question)
+
+
+@pytest.mark.parametrize("template", ["unknown", 5, b"plain_v1", {"system": ""}])
+def test_what_is_no_template(template: Any) -> None:
+    with pytest.raises(PromptError, match="template"):
+        VideoQA(device="cpu", template=template)

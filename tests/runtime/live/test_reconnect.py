@@ -159,6 +159,18 @@ def test_an_rtsp_stream_that_is_cut_off_and_brought_back(
         server.wait()
 
 
+def test_passwords_are_not_shown(qa: VideoQA, caplog: pytest.LogCaptureFixture) -> None:
+    with qa.live("http://admin:se@cret@127.0.0.1:9/stream?x=a@b", timeout=0.5) as live:
+        assert wait_until(lambda: live.status.losses >= 1), live.status
+        assert "http://***@127.0.0.1:9/stream?x=a@b" in live.status.why
+        with pytest.raises(MediaError) as found:
+            live.ask(QUESTION)
+    with pytest.raises(MediaError) as wrong:
+        qa.live("sftp://admin:se@cret@host/x")
+    shown = caplog.text + str(found.value) + str(wrong.value)
+    assert "trying again" in caplog.text and "cret" not in shown and "admin" not in shown
+
+
 def test_logging_is_silent_unless_the_app_says_otherwise() -> None:
     code = """
 import logging, sys, time
