@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ppllava_edge.runtime import (
         Answer,
         AnswerStream,
+        AsyncAnswerStream,
         FeatureCache,
         Live,
         MediaLimits,
@@ -46,6 +47,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless t
 __all__ = [
     "Answer",
     "AnswerStream",
+    "AsyncAnswerStream",
     "BundleError",
     "BusyError",
     "EngineError",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ppllava_edge.runtime.pipeline.factory import Pipeline
     from ppllava_edge.runtime.session.answer import Answer, Moment
     from ppllava_edge.runtime.session.answer_stream import AnswerStream
+    from ppllava_edge.runtime.session.asynchronous import AsyncAnswerStream
     from ppllava_edge.runtime.session.video import Video
     from ppllava_edge.runtime.video_qa import VideoQA
     from ppllava_edge.runtime.vision.feature_cache import FeatureCache
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _WHERE = {  # loaded on first use: importing this package loads no engine
     "Answer": "session.answer",
     "AnswerStream": "session.answer_stream",
+    "AsyncAnswerStream": "session.asynchronous",
     "FeatureCache": "vision.feature_cache",
     "Live": "live.view",
     "MediaLimits": "media.limits",
@@ -36,6 +38,7 @@ _WHERE = {  # loaded on first use: importing this package loads no engine
 __all__ = [
     "Answer",
     "AnswerStream",
+    "AsyncAnswerStream",
     "FeatureCache",
     "Live",
     "MediaLimits",

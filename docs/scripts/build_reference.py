@@ -30,6 +30,7 @@ ORDER = (
     "Video",
     "Answer",
     "AnswerStream",
+    "AsyncAnswerStream",
     "Moment",
     "Live",
     "LiveStatus",

@@ -18,7 +18,7 @@ from ppllava_edge.runtime.live.watch import MAX_EVERY, MIN_EVERY, Watch
 from ppllava_edge.runtime.session.admission import EndedEarly, Patience
 from ppllava_edge.runtime.session.answer import MAX_TIMEOUT, Answer, AskOptions, GenerationOptions
 from ppllava_edge.runtime.session.answer_stream import AnswerStream
-from ppllava_edge.runtime.session.asynchronous import finished, in_thread
+from ppllava_edge.runtime.session.asynchronous import AsyncAnswerStream, finished, in_thread
 from ppllava_edge.runtime.session.video import Video
 
 if TYPE_CHECKING:
@@ -130,16 +130,31 @@ class LiveQuestions(ABC):
         **asking: Unpack[AskOptions],
     ) -> Answer:
         """`ask` for asyncio. Cancelling the task ends waiting at once, and the answer within one token."""
+        return await finished(await self._begin_async(question, last, frames, wait, asking))
+
+    async def stream_async(
+        self,
+        question: str,
+        last: float | None = None,
+        frames: int | None = None,
+        wait: float = 0.0,
+        **asking: Unpack[AskOptions],
+    ) -> AsyncAnswerStream:
+        """`stream` for asyncio: `async for piece in await live.stream_async(…)`."""
+        return AsyncAnswerStream(await self._begin_async(question, last, frames, wait, asking))
+
+    async def _begin_async(
+        self, question: str, last: float | None, frames: int | None, wait: float, asking: AskOptions
+    ) -> AnswerStream:
         cancelled = threading.Event()
         try:
-            stream = await in_thread(
+            return await in_thread(
                 lambda: self._begin(question, last, frames, wait, cancelled.is_set, asking)
             )
         except asyncio.CancelledError:
             cancelled.set()
             self._wake()
             raise
-        return await finished(stream)
 
     def watch(
         self,

@@ -56,6 +56,10 @@ class AnswerStream:
         self._run.closed.set()
         self._end_if_closed()
 
+    def request_close(self) -> None:
+        """`close`, but leave everything to the thread that takes pieces. Safe from a destructor."""
+        self._run.closed.set()
+
     def _end_if_closed(self) -> None:
         """Close the generator if `close` was called, unless a thread is running it: that one calls this."""
         if not self._run.closed.is_set() or not self._lock.acquire(blocking=False):

@@ -4,36 +4,121 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
 
 from ppllava_edge.runtime.session.answer import Answer
 from ppllava_edge.runtime.session.answer_stream import AnswerStream
 
+if TYPE_CHECKING:
+    import asyncio
+
 T = TypeVar("T")
-MAX_THREADS = 64  # answers generated or queued at once; admission decides which of them run
 
 
-@cache
-def _executor() -> ThreadPoolExecutor:
-    """Our own threads: queued answers would occupy all of asyncio's default ones."""
-    return ThreadPoolExecutor(MAX_THREADS, "ppllava-async")
+def _start(call: Callable[[], T]) -> asyncio.Future[T]:
+    """Start a function in a thread of its own.
+
+    A pool of threads would be a second queue before admission: once it were full of questions that wait, the
+    others would not even be refused, and those that a slot is free for could not run.
+    """
+    import asyncio  # on first use: it takes 10 ms to import, and most apps have none
+
+    executor = ThreadPoolExecutor(1, "ppllava-async")
+    try:
+        return asyncio.get_running_loop().run_in_executor(executor, call)
+    finally:
+        executor.shutdown(wait=False)  # the thread ends after the call
 
 
 async def in_thread(call: Callable[[], T]) -> T:
-    """Call a function that blocks, in a thread. Cancelling the task doesn't end the call."""
-    import asyncio  # on first use: it takes 10 ms to import, and most apps have none
-
-    return await asyncio.get_running_loop().run_in_executor(_executor(), call)
+    """Call a function that blocks, in a thread of its own. Cancelling the task doesn't end the call."""
+    return await _start(call)
 
 
 async def finished(stream: AnswerStream) -> Answer:
     """Exhaust a stream in a thread and return its answer. Cancelling the task closes the stream."""
+    try:
+        return await in_thread(stream.exhaust)
+    finally:
+        stream.close()
+
+
+class AsyncAnswerStream:
+    """AnswerStream for asyncio: an asynchronous iterator of strings, and a context manager.
+
+    A thread generates the answer from the first piece on, whether or not its pieces are taken (at most
+    max_new_tokens of them wait), so a task that takes them slowly doesn't hold its slot longer. Cancelling
+    the task that waits for a piece closes the stream.
+    """
+
+    def __init__(self, stream: AnswerStream):
+        self._stream = stream
+        self._pieces: asyncio.Queue[str | None] | None = None
+        self._thread: asyncio.Future[None] | None = None
+
+    def __aiter__(self) -> AsyncAnswerStream:
+        return self
+
+    async def __anext__(self) -> str:
+        if self._pieces is None or self._thread is None:
+            self._pieces, self._thread = _generate(self._stream)
+        try:
+            piece = await self._pieces.get()
+        except BaseException:  # cancelled
+            self._stream.close()
+            raise
+        if piece is None:
+            self._pieces.put_nowait(None)  # for the next call
+            await self._thread  # raises what ended the answer
+            raise StopAsyncIteration
+        return piece
+
+    @property
+    def answer(self) -> Answer:
+        """The finished answer.
+
+        Raises:
+            PromptError: While it is being generated.
+        """
+        return self._stream.answer
+
+    async def aclose(self) -> None:
+        """Stop generating, and wait until the answer has ended: for the engine's call under way."""
+        import asyncio
+
+        self._stream.close()
+        if self._thread is not None:
+            await asyncio.wait([self._thread])
+
+    async def __aenter__(self) -> AsyncAnswerStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        self._stream.request_close()  # the thread that generates ends the answer
+
+
+def _generate(stream: AnswerStream) -> tuple[asyncio.Queue[str | None], asyncio.Future[None]]:
+    """Generate an answer in a thread.
+
+    Returns:
+        Its pieces, with None at the end, and the thread's end.
+    """
     import asyncio
 
-    try:
-        await in_thread(stream.exhaust)
-    except asyncio.CancelledError:
-        stream.close()
-        raise
-    return stream.answer
+    loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+
+    def generate() -> None:
+        try:
+            with stream:
+                for piece in stream:
+                    loop.call_soon_threadsafe(pieces.put_nowait, piece)
+        finally:
+            loop.call_soon_threadsafe(pieces.put_nowait, None)
+
+    return pieces, _start(generate)
