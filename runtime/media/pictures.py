@@ -221,7 +221,7 @@ def _seconds(picture: Any, budget: Budget) -> list[float]:
         count = int(getattr(picture, "n_frames", 1)) if picture.format in ANIMATED_FORMATS else 1
     if count <= 1:
         return [0.0]
-    _check_animation(count, *picture.size, budget)
+    _check_animation(count, picture.size[0], picture.size[1], budget)
     seconds: list[float] = []
     with contextlib.suppress(MediaError):
         for number in range(count):

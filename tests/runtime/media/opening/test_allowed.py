@@ -37,6 +37,10 @@ class Watched:
         self._inotify = libc.inotify_init1(os.O_NONBLOCK)
         assert libc.inotify_add_watch(self._inotify, bytes(path), IN_OPEN) >= 0
 
+    def close(self) -> None:
+        """End the watch."""
+        os.close(self._inotify)
+
     @property
     def opened(self) -> bool:
         """Whether anybody opened it since the last look."""
@@ -46,7 +50,7 @@ class Watched:
 
 
 @pytest.fixture
-def canary(tmp_path: Path, video_file: Path) -> Watched:
+def canary(tmp_path: Path, video_file: Path) -> Iterator[Watched]:
     """A video whose opening is noticed."""
     if not sys.platform.startswith("linux"):
         pytest.skip("needs inotify")
@@ -54,7 +58,8 @@ def canary(tmp_path: Path, video_file: Path) -> Watched:
     canary = Watched(Path(shutil.copy(video_file, tmp_path / "elsewhere/canary.mp4")))
     canary.path.read_bytes()
     assert canary.opened and not canary.opened  # the watch works
-    return canary
+    yield canary
+    canary.close()
 
 
 def _ffconcat(target: Path) -> str:
