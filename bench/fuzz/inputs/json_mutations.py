@@ -117,6 +117,13 @@ def _another_string(container: Any, key: Any, donor: Any, random: Random) -> Non
         container[key] = random.choice(STRINGS)
 
 
+def _inside_a_string(container: Any, key: Any, donor: Any, random: Random) -> None:
+    """Mutate JSON that stands in a string, as in the metadata of safetensors files."""
+    old = container[key]
+    if isinstance(old, str) and old[:1] in ("{", "["):
+        container[key] = mutate_json(old.encode(errors="replace"), b"{}", random, 1).decode(errors="replace")
+
+
 def _drop(container: Any, key: Any, donor: Any, random: Random) -> None:
     del container[key]
 
@@ -158,6 +165,8 @@ MUTATIONS: tuple[Callable[[Any, Any, Any, Random], None], ...] = (
     _another_number,
     _another_number,
     _another_string,
+    _inside_a_string,
+    _inside_a_string,
     _drop,
     _take,
     _repeat,

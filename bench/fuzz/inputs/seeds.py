@@ -101,17 +101,22 @@ def _engines() -> list[bytes]:
 
 
 def _cache_entries() -> list[bytes]:
-    """Entries of the feature cache."""
+    """Entries of the feature cache, of the packed bundle's shapes."""
     facts = {
-        "kind": "video", "media": "video", "indices": [0, 5], "times": [0.0, 0.5], "fps": 10.0,
-        "duration": 2.0, "source_frames": 20, "count": 2, "image_size": None, "notes": [], "windows": None,
+        "kind": "video", "media": "video", "indices": [5], "times": [0.5], "fps": 10.0, "duration": 2.0,
+        "source_frames": 20, "count": 1, "image_size": None, "notes": [],
+        "windows": {"kernel": [1, 3, 3], "stride": [1, 3, 3], "output_size": None},
     }  # fmt: skip
-    features = np.arange(2 * 9 * 4, dtype=np.float32).reshape(2, 9, 4)
+    image = {**facts, "kind": "image", "media": "image", "image_size": [48, 64], "windows": None}
+    vision = Bundle.open(packed_bundle()).manifest.vision
+    features = np.zeros((1, vision.patches, vision.hidden_size), np.float16)
+    states = np.zeros((1, vision.states, vision.patches + vision.class_token, vision.hidden_size), np.float16)
     with tempfile.TemporaryDirectory() as name:
         cache = FeatureCache(name)
         videos = (
             CachedVideo({"features": features}, facts),
-            CachedVideo({"features": features.astype(np.float16), "states": features[None]}, facts),
+            CachedVideo({"features": features.astype(np.float32)}, image),
+            CachedVideo({"features": features, "states": states}, facts),
         )
         for number, video in enumerate(videos):
             if not cache.store(video, number):
@@ -144,6 +149,7 @@ OTHERS: dict[str, Callable[[], list[bytes]]] = {
     "isolated": _mixed_videos,
     "playlist": lambda: [text.encode() for text in PLAYLISTS],
     "manifest": _bundle_file(MANIFEST),
+    "answer": _bundle_file(MANIFEST),
     "engine": _engines,
     "onnx": _bundle_file("pooling.onnx", "similarity.onnx"),
     "embeddings": _bundle_file(FILE),

@@ -18,7 +18,7 @@ from ppllava_edge.engines.bundle.manifest import MANIFEST
 from ppllava_edge.engines.bundle.packed import packed_bundle
 from ppllava_edge.runtime.language.text_processor import TextProcessor
 from ppllava_edge.runtime.pipeline.embeddings import FILE, EmbeddingTable
-from ppllava_edge.runtime.vision.feature_cache import FeatureCache
+from ppllava_edge.runtime.video_qa import VideoQA
 from ppllava_edge.runtime.vision.preprocess import preprocess_image, preprocess_video
 
 QUESTION = "What color is the circle?"
@@ -66,6 +66,14 @@ def read_manifest(path: Path, scratch: Path) -> None:
     EmbeddingTable(bundle).rows([0, m.decoder.vocab - 1])
 
 
+def answer(path: Path, scratch: Path) -> None:
+    """Answer a question about two frames with this manifest."""
+    folder = copy_of_bundle(scratch, manifest__json=path.read_bytes())
+    frames = [np.full((48, 64, 3), grey, np.uint8) for grey in (0, 200)]
+    answered = VideoQA(folder, "cpu", threads=1).open(frames, fps=1.0).ask(QUESTION, max_new_tokens=4)
+    expect(answered.new_tokens <= 4, "answer: longer than asked for")
+
+
 def read_engine(path: Path, scratch: Path) -> None:
     """Look for the engine that this engine.json describes."""
     folder = copy_of_bundle(scratch)
@@ -100,20 +108,6 @@ def read_embeddings(path: Path, scratch: Path) -> None:
     expect(table.image_newline().shape == rows.shape[1:], "newline: of another shape")
 
 
-def read_cache(path: Path, scratch: Path) -> None:
-    """Load an entry of the feature cache: a damaged one counts as missing."""
-    cache = FeatureCache(scratch / "cache")
-    entry = cache.path("key")
-    entry.parent.mkdir()
-    entry.write_bytes(path.read_bytes())
-    video = cache.load("key")
-    if video is not None:
-        expect(
-            all(isinstance(array, np.ndarray) for array in video.arrays.values()), "arrays: of a wrong type"
-        )
-        expect(isinstance(video.facts, dict), "facts: of a wrong type")
-
-
 def read_tokenizer(path: Path, scratch: Path) -> None:
     """Tokenize a question, and turn ids into text, with a bundle's tokenizer."""
     text = _text_of(scratch, tokenizer__json=path.read_bytes())
@@ -142,10 +136,10 @@ def prepare_bundle(folder: Path) -> None:
 
 MODEL_TARGETS: tuple[Target, ...] = (
     Target("manifest", read_manifest, ".json", "json", 2),
+    Target("answer", answer, ".json", "json", 0.1),
     Target("engine", read_engine, ".json", "json"),
     Target("onnx", open_graph, ".onnx", "protobuf", 0.7),
     Target("embeddings", read_embeddings, ".safetensors", "safetensors", 0.7),
-    Target("cache", read_cache, ".features", "safetensors"),
     Target("tokenizer", read_tokenizer, ".json", "json"),
     Target("question-tokenizer", read_question_tokenizer, ".json", "json", 0.5),
 )

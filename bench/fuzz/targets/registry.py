@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+from ppllava_edge.bench.fuzz.targets.cache import CACHE_TARGETS
 from ppllava_edge.bench.fuzz.targets.checkpoint import CHECKPOINT_TARGETS
 from ppllava_edge.bench.fuzz.targets.media import MEDIA_TARGETS
 from ppllava_edge.bench.fuzz.targets.misbehaviour import MISBEHAVIOUR
@@ -14,7 +15,7 @@ from ppllava_edge.bench.fuzz.targets.text import TEXT_TARGETS
 
 # All but the one that only tests run.
 TARGETS: dict[str, Target] = {
-    t.name: t for t in (*MEDIA_TARGETS, *MODEL_TARGETS, *CHECKPOINT_TARGETS, *TEXT_TARGETS)
+    t.name: t for t in (*MEDIA_TARGETS, *MODEL_TARGETS, *CACHE_TARGETS, *CHECKPOINT_TARGETS, *TEXT_TARGETS)
 }
 RUNNABLE = {**TARGETS, MISBEHAVIOUR.name: MISBEHAVIOUR}
 IMPORTED = (  # not onnxruntime: importing it starts a thread, and a process with threads must not fork
