@@ -14,15 +14,14 @@ def main(source: str, question: str) -> None:
     capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
     rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
     qa = VideoQA()
-    with qa.live(fps=4, window=16) as live:
+    with qa.live(fps=4, window=16, color="bgr") as live:
         number = 0
         while True:
             success, frame = capture.read()
             if not success:
                 break
-            rgb = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)  # OpenCV's frames are BGR, the model wants RGB
             # wait=True encodes every due frame of a file. With a camera leave it out: the newest frame wins.
-            live.push(rgb, t=number / rate, wait=True)
+            live.push(frame, t=number / rate, wait=True)
             number += 1
         capture.release()
         if not live.wait_for(1, timeout=10):
