@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ppllava_edge.runtime.session.answer import Answer, Moment
     from ppllava_edge.runtime.session.answer_stream import AnswerStream
     from ppllava_edge.runtime.session.asynchronous import AsyncAnswerStream
+    from ppllava_edge.runtime.session.memory import Memory
     from ppllava_edge.runtime.session.video import Video
     from ppllava_edge.runtime.video_qa import VideoQA
     from ppllava_edge.runtime.vision.feature_cache import FeatureCache
@@ -29,6 +30,7 @@ _WHERE = {  # loaded on first use: importing this package loads no engine
     "FeatureCache": "vision.feature_cache",
     "Live": "live.view",
     "MediaLimits": "media.limits",
+    "Memory": "session.memory",
     "Moment": "session.answer",
     "Pipeline": "pipeline.factory",
     "Sampling": "language.sampling",
@@ -42,6 +44,7 @@ __all__ = [
     "FeatureCache",
     "Live",
     "MediaLimits",
+    "Memory",
     "Moment",
     "Pipeline",
     "Sampling",

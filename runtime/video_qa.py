@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ppllava_edge.engines.bundle.packed import find_bundle
 from ppllava_edge.engines.bundle.prompt_template import PromptTemplate
 from ppllava_edge.engines.errors import EngineError, MediaError
 from ppllava_edge.runtime.encoding.cached_features import CachedFeatures
 from ppllava_edge.runtime.encoding.encode_source import checked_source, encode_source, reader_of
 from ppllava_edge.runtime.encoding.frame_encoder import Progress
+from ppllava_edge.runtime.language.numbers import integer
 from ppllava_edge.runtime.language.text_processor import TextProcessor
 from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits
 from ppllava_edge.runtime.pipeline.factory import Pipeline
@@ -72,12 +71,16 @@ class VideoQA(Session):
         limits: MediaLimits | None = None,
         isolate: bool = False,
     ):
-        check_count("parallel", parallel, 1)
-        check_count("queue", queue, 0)
+        _check_types(
+            bundle=(bundle, (str, os.PathLike), "a folder's path"),
+            cache=(cache, (bool, str, os.PathLike, FeatureCache), "True, a folder's path or a FeatureCache"),
+            metrics=(metrics, (Callable,), "a function of (event, figures)"),  # type: ignore[arg-type]
+            limits=(limits, (MediaLimits,), "a MediaLimits"),
+        )
+        parallel = integer("parallel", parallel, 1, error=EngineError)
+        queue = integer("queue", queue, 0, error=EngineError)
         if threads is not None:
-            check_count("threads", threads, 1, MAX_THREADS)
-        if metrics is not None and not callable(metrics):
-            raise EngineError(f"metrics must be a function of (event, figures), not {metrics!r}")
+            threads = integer("threads", threads, 1, MAX_THREADS, EngineError)
         pipeline = Pipeline.open(find_bundle(bundle), device, threads, engine)
         super().__init__(pipeline, TextProcessor(pipeline.bundle, template), parallel, queue, metrics)
         self.limits, self.isolate = limits or DEFAULT_LIMITS, isolate
@@ -200,9 +203,8 @@ class VideoQA(Session):
         )
 
 
-def check_count(name: str, value: Any, least: int, most: int | None = None) -> None:
-    """Raise EngineError unless a parameter is an integer within its limits."""
-    is_number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not is_number or value < least or (most is not None and value > most):
-        limits = f"{least} or more" if most is None else f"from {least} to {most}"
-        raise EngineError(f"{name} must be a whole number, {limits}, not {value!r}")
+def _check_types(**arguments: tuple[Any, tuple[type, ...], str]) -> None:
+    """Raise EngineError for an argument of none of its types: name=(value, types, what it must be)."""
+    for name, (value, types, wanted) in arguments.items():
+        if value is not None and not isinstance(value, types):
+            raise EngineError(f"{name} must be {wanted}, not of type {type(value).__name__}")

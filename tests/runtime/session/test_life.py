@@ -267,6 +267,38 @@ def test_many_threads_may_close_while_others_ask() -> None:
     assert wrong == [] and alive(held) == []
 
 
+def test_closing_while_a_video_is_opened() -> None:
+    qa = VideoQA(device="cpu")
+    threads = threading.active_count()
+    with pytest.raises(EngineError, match="closed"):
+        qa.open(SAMPLE, progress=lambda *done: qa.close())
+    assert wait_until(lambda: threading.active_count() <= threads)  # the one that decodes ahead has ended
+
+
+@pytest.mark.parametrize("event", ["open", "answer", "frame"])
+def test_a_metrics_callback_may_ask_itself(event: str) -> None:
+    """With a single slot: no callback is called while its own question holds it."""
+    texts: list[str] = []
+    is_inside = False
+
+    def metrics(what: str, figures: dict[str, Any]) -> None:
+        nonlocal is_inside
+        if what == event and not is_inside:
+            is_inside = True
+            texts.append(video.ask(COLOUR).text)
+            is_inside = False
+            raise RuntimeError("the app's own mistake")
+
+    qa = VideoQA(device="cpu", parallel=1, queue=0)
+    video = qa.open(SAMPLE)
+    qa._metrics = metrics
+    assert qa.open(SAMPLE).ask(COLOUR).text == "red"
+    with qa.live(None) as live:
+        live.push(np.zeros((64, 64, 3), np.uint8))
+        assert live.wait_for(1, 60)
+    assert set(texts) == {"red"} and qa.admission.held == 0
+
+
 AT_EXIT = f"""
 import numpy as np
 from ppllava_edge import VideoQA
