@@ -93,9 +93,22 @@ class AnswerRun:
     def _admit(self, partial: _PartialAnswer) -> Generator[str, None, None]:
         """Wait for the chat's turn, then for admission: a question that waits for its turn holds no slot."""
         self._session.check_usable()
-        with self._video.turn(self._patience, self.holder), self._admission():
+        with self._turn(), self._admission():
             record_elapsed(partial.timings, "queue", partial.since)
             yield from self._prepare(partial)
+
+    def _turn(self) -> contextlib.AbstractContextManager[object]:
+        """Wait for the chat's turn."""
+        try:
+            return self._video.turn(self._patience, self.holder)
+        except EndedEarly:
+            self._check_open()
+            raise
+
+    def _check_open(self) -> None:
+        """Raise EngineError if the model was closed while the question waited, and not the stream itself."""
+        if not self.closed.is_set():
+            self._session.check_usable()
 
     def _admission(self) -> Slot:
         """Wait for admission."""
@@ -103,7 +116,7 @@ class AnswerRun:
         slot = admission.acquire(self._patience, self.holder)
         if slot is not None:
             return slot
-        self._session.check_usable()  # it may have been closed meanwhile
+        self._check_open()
         if self.closed.is_set():
             raise EndedEarly("cancelled")
         raise BusyError(
