@@ -57,7 +57,7 @@ def test_errors_of_asking_reach_on_error_as_errors_of_ours(
     pushed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     errors: list[Exception] = []
-    monkeypatch.setattr(pushed, "_video", raises(RuntimeError("onnxruntime said:\nno")))
+    monkeypatch.setattr(pushed.qa.pipeline, "branch", raises(RuntimeError("onnxruntime said:\nno")))
     watch = pushed.watch(QUESTION, every=0.02, on_error=errors.append)
     assert wait_until(lambda: len(errors) >= 2) and watch.running
     assert isinstance(errors[0], EngineError)
@@ -65,7 +65,9 @@ def test_errors_of_asking_reach_on_error_as_errors_of_ours(
 
 
 @pytest.mark.parametrize("where", ["on_state", "on_answer", "on_error", "metrics"])
-def test_any_callback_may_close_the_view(frames: np.ndarray, where: str) -> None:
+def test_any_callback_may_close_the_view(
+    frames: np.ndarray, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[str] = []
     views: list[Any] = []
 
@@ -82,9 +84,9 @@ def test_any_callback_may_close_the_view(frames: np.ndarray, where: str) -> None
         for on_error in ([close, close] if where == "on_error" else [None, None])
     ]
     views.append(live)
-    if where == "on_state":
-        live._encoder._on_problem("a frame could not be encoded")
-    elif where != "on_error":
+    if where == "on_state":  # it is called when a frame can't be encoded
+        monkeypatch.setattr(qa.pipeline, "encode_trunk", raises(RuntimeError("broken")))
+    if where != "on_error":
         live.push(frames[0])
     assert wait_until(lambda: live.closed and live.status.state == CLOSED), where
     assert wait_until(lambda: not any(watch.running for watch in watches)) and seen
