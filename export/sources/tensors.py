@@ -146,7 +146,7 @@ def _find_files(folder: Path) -> list[Path]:
 def _shards(folder: Path, index: Path) -> list[Path]:
     """The files that an index lists."""
     shards = read_json(index).get("weight_map", {})
-    files = list(shards.values()) if isinstance(shards, dict) else [None]
+    files: list[Any] = list(shards.values()) if isinstance(shards, dict) else [None]
     if any(not isinstance(name, str) or Path(name).name != name for name in files):
         raise PPLLaVAError(f"{index} names files outside the checkpoint, or isn't an index")
     names = sorted(set(files))

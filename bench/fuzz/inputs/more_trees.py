@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ppllava_edge.bench.fuzz.inputs.trees import MAX_DEPTH, Element
 
 TS_PACKET = 188  # bytes
@@ -47,14 +49,14 @@ def write_flat(elements: list[Element]) -> bytes:
 
 def parse_tiff(data: bytes, depth: int = 0) -> list[Element]:
     """A TIFF file: its header with the pictures' data, and the entries of its directories (12 bytes each)."""
-    order = "little" if data[:2] == b"II" else "big"
+    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
     entries = list[tuple[int, int]]()
-    at, seen = int.from_bytes(data[4:8], order), set[int]()  # type: ignore[arg-type]
+    at, seen = int.from_bytes(data[4:8], order), set[int]()
     while 8 <= at < len(data) - 2 and at not in seen:
         seen.add(at)
-        count = int.from_bytes(data[at : at + 2], order)  # type: ignore[arg-type]
+        count = int.from_bytes(data[at : at + 2], order)
         entries += [(at + 2 + 12 * i, at + 14 + 12 * i) for i in range(min(count, 100))]
-        at = int.from_bytes(data[at + 2 + 12 * count : at + 6 + 12 * count], order)  # type: ignore[arg-type]
+        at = int.from_bytes(data[at + 2 + 12 * count : at + 6 + 12 * count], order)
     found, last = list[Element](), 0
     for begin, end in sorted(entries):
         found += [Element(b"", data[last:begin]), Element(b"", data[begin:end])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from random import Random
+from typing import Literal
 
 # Numbers at which sizes, counts, offsets and times overflow, wrap or become negative.
 BOUNDARIES = tuple(
@@ -13,6 +14,7 @@ BOUNDARIES = tuple(
         | {2**n + d for n in (7, 8, 15, 16, 24, 31, 32, 62, 63, 64) for d in (-1, 0, 1)}
     )
 )
+ORDERS: tuple[Literal["big", "little"], ...] = ("big", "little")
 TEXT_NUMBERS = ("0", "-1", "1e999", "NaN", "0.0", "1e-400", "9" * 30, *map(str, BOUNDARIES))
 MAX_SIZE = 1 << 18  # bytes of a mutated input
 
@@ -37,7 +39,7 @@ def splice(first: bytes, second: bytes, random: Random) -> bytes:
 def number_bytes(random: Random, size: int) -> bytes:
     """A boundary number in `size` bytes, of either byte order."""
     value = random.choice(BOUNDARIES) * random.choice((1, 1, 1, -1))
-    return (value % (1 << 8 * size)).to_bytes(size, random.choice(("big", "little")))
+    return (value % (1 << 8 * size)).to_bytes(size, random.choice(ORDERS))
 
 
 def position(data: bytearray, random: Random) -> int:
@@ -66,7 +68,7 @@ def _set_number(data: bytearray, random: Random) -> None:
 
 def _add_to_number(data: bytearray, random: Random) -> None:
     size = random.choice((1, 2, 4))
-    start, order = position(data, random), random.choice(("big", "little"))
+    start, order = position(data, random), random.choice(ORDERS)
     value = int.from_bytes(data[start : start + size], order) + random.randint(-16, 16)
     data[start : start + size] = (value % (1 << 8 * size)).to_bytes(size, order)
 

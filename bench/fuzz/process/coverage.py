@@ -38,7 +38,7 @@ class LineCoverage:
     def stop(self) -> None:
         """Stop collecting in this thread and in new ones."""
         sys.settrace(None)
-        threading.settrace(None)  # type: ignore[arg-type]
+        threading.settrace(None)
 
     def features(self) -> list[int]:
         """A number for every line that ran."""
