@@ -246,3 +246,25 @@ def test_a_thread_with_an_unfinished_answer_does_not_wait_for_a_chat() -> None:
             chat.ask(QUESTION)
     thread.join(20)
     assert answers == [ANSWER] and chat.ask(QUESTION).text and qa.admission.held == 0
+
+
+def test_closing_the_model_wakes_questions_that_wait_for_a_chat() -> None:
+    qa = VideoQA(device="cpu", parallel=2)
+    chat = qa.open(SAMPLE, keep="tokens")
+    unfinished, errors = chat.stream(DESCRIBE), list[Exception]()
+    next(unfinished)
+    waiting = chat.stream(QUESTION)
+
+    def work() -> None:
+        try:
+            waiting.exhaust()
+        except EngineError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert chat._chat is not None and wait_until(lambda: chat._chat.turn.waiting == 1)  # type: ignore[union-attr]
+    qa.close()
+    thread.join(10)
+    assert len(errors) == 1 and "closed" in str(errors[0]) and waiting.answer.finish == "error"
+    assert unfinished.exhaust().finish == "cancelled" and chat._chat.turn.held == qa.admission.held == 0
