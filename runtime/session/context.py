@@ -142,8 +142,8 @@ class Session:
 
         Answers end with finish "cancelled", questions that wait for admission raise EngineError, live views
         and their watches are closed. Engines, KV caches and mapped weights are released when the last call
-        under way has ended; features when the app drops its videos. Safe from any thread, from callbacks,
-        and twice.
+        under way has ended (a stream that the app keeps unfinished: when it takes the next piece or drops the
+        stream); features when the app drops its videos. Safe from any thread, from callbacks, and twice.
         """
         if os.getpid() != self._process:  # a forked child: other threads may have held these locks for ever
             self._closed = True

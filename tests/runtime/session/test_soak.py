@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from typing import Any
@@ -12,6 +13,12 @@ import pytest
 from ppllava_edge.bench.soak.run import soak
 
 MAX_GROWTH = 48 << 20  # bytes of resident memory; 8 threads' malloc arenas alone are worth some
+
+
+@pytest.fixture(autouse=True)
+def unlogged(caplog: pytest.LogCaptureFixture) -> None:
+    """pytest would keep thousands of records of callbacks that fail, with their tracebacks."""
+    caplog.set_level(logging.CRITICAL + 1, "ppllava_edge")
 
 
 def assert_all_is_well(report: dict[str, Any]) -> None:
