@@ -51,6 +51,7 @@ QUESTIONS = (
     "\u00c4hnlich \u4e2d\u6587 \U0001f600 \u0301 END EN D",
     "# a comment\nWhat?\n\nWhy?\n",
 )
+LONG = 220  # frames: enough for seeking to pay
 CHECKPOINT_TYPES = (np.float32, np.float16, np.float64, np.int8)
 
 
@@ -68,6 +69,13 @@ def seeds(target: str) -> tuple[bytes, ...]:
 def _mixed_videos() -> list[bytes]:
     """A few videos of every container."""
     return [sample_path().read_bytes(), *seeds("mp4")[:3], *seeds("ts")[:1], *seeds("mkv")[:2]]
+
+
+def _long_videos() -> list[bytes]:
+    """Videos that are long enough for seeking, and the others."""
+    encodings = (VIDEOS["mp4"][0], VIDEOS["mp4"][2], VIDEOS["mkv"][0], VIDEOS["mkv"][1], VIDEOS["ts"][0])
+    encoded = [encode_video(encoding, LONG) for encoding in encodings]
+    return [*(data for data in encoded if data is not None), *_mixed_videos()]
 
 
 def _bundle_file(*names: str) -> Callable[[], list[bytes]]:
@@ -144,7 +152,7 @@ def _batches() -> list[bytes]:
 
 
 OTHERS: dict[str, Callable[[], list[bytes]]] = {
-    "range": _mixed_videos,
+    "range": _long_videos,
     "live": _mixed_videos,
     "isolated": _mixed_videos,
     "playlist": lambda: [text.encode() for text in PLAYLISTS],

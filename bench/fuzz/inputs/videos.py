@@ -89,15 +89,15 @@ IMAGES = {
 }
 
 
-def moving_frames() -> np.ndarray:
-    """(COUNT, HEIGHT, WIDTH, 3) uint8: blocks that move, so that frames differ and refer to earlier ones."""
+def moving_frames(count: int = COUNT) -> np.ndarray:
+    """(count, HEIGHT, WIDTH, 3) uint8: blocks that move, so that frames differ and refer to earlier ones."""
     rng = np.random.default_rng(5)
     blocks = np.repeat(np.repeat(rng.integers(0, 255, (6, 8, 3), np.uint8), 8, 0), 8, 1)
-    return np.stack([np.roll(blocks, (i, 2 * i), (0, 1)) // 2 + i for i in range(COUNT)])
+    return np.stack([np.roll(blocks, (i, 2 * i), (0, 1)) // 2 + i % 128 for i in range(count)])
 
 
-def encode_video(encoding: Encoding) -> bytes | None:
-    """A video file; None if this FFmpeg lacks the encoder."""
+def encode_video(encoding: Encoding, count: int = COUNT) -> bytes | None:
+    """A video file of `count` frames; None if this FFmpeg lacks the encoder."""
     import av
 
     if encoding.codec not in av.codecs_available:
@@ -108,7 +108,7 @@ def encode_video(encoding: Encoding) -> bytes | None:
             stream: Any = container.add_stream(encoding.codec, rate=FPS, options=dict(encoding.options))
             stream.width, stream.height = WIDTH, HEIGHT
             stream.pix_fmt = PIXEL_FORMATS.get(encoding.codec, "yuv420p")
-            for image in moving_frames():
+            for image in moving_frames(count):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             container.mux(stream.encode())
         return path.read_bytes()
