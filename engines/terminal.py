@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -53,11 +56,20 @@ class Command(click.Command):
             with formatter.section(title):
                 formatter.write_dl([(name.ljust(width), text) for name, text in records], HELP_COLUMN)
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run the command; see click. Streams that the caller closed become /dev/null."""
+        _open_standard_streams()
+        return super().main(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _terminated_is_raised():
+                return super().invoke(ctx)
         except PPLLaVAError as error:
-            fail(str(error), error.exit_status)
+            fail(self.with_options(str(error)), error.exit_status)
+        except Terminated:
+            click.echo("terminated", err=True)
+            sys.exit(128 + signal.SIGTERM)
         except BrokenPipeError:  # the output's reader has exited, as in `ppllava-info | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
@@ -69,7 +81,53 @@ class Command(click.Command):
         except OSError as error:
             if not error.strerror:
                 raise
-            fail(f"{error.filename or 'file'}: {error.strerror}")
+            fail(f"{error.filename or 'output'}: {error.strerror}")
+
+    def with_options(self, text: str) -> str:
+        """Write the arguments that a library's error names as this command's options.
+
+        Errors name arguments as "frames must be …" at their beginning, and "use device=cpu" anywhere.
+        """
+        given = [p for p in self.params if isinstance(p, click.Option) and p.name]
+        options = {str(p.name): max(p.opts, key=len) for p in given}
+        names = "|".join(map(re.escape, options))
+        text = re.sub(rf"^({names})(?= (?:must|needs)\b)", lambda m: options[m[1]], text)
+        return re.sub(rf"(?<![^\s(])({names})=(?=\w)", lambda m: f"{options[m[1]]} ", text)
+
+
+class Terminated(BaseException):
+    """The process received SIGTERM. Not an Exception: everything is cleaned up on its way."""
+
+
+@contextlib.contextmanager
+def _terminated_is_raised() -> Iterator[None]:
+    """Raise Terminated at SIGTERM, so that files and child processes are cleaned up as after an interrupt."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _open_standard_streams() -> None:
+    """Open /dev/null where the caller closed stdin, stdout or stderr: the next file would take its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def fail(message: str, status: int = 2) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,7 +204,6 @@ def main(checkpoint: str, output: Path | None, as_json: bool, **settings: Any) -
     CHECKPOINT is a directory in upstream's layout, a hub id (owner/name), a bundle in fp16 or fp32, or
     "nano". Weights are read one by one: the whole model is never in memory.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after an interrupt
     try:
         import ppllava_edge.export.convert  # noqa: F401  (loads onnx)
     except ModuleNotFoundError as error:

@@ -256,7 +256,7 @@ def _import_driver() -> Any:
     except Exception as error:  # cuda-core is installed, but the driver's library is not
         reason = " ".join(str(error).split())[:120]
         raise EngineError(
-            f"no NVIDIA driver was found on this machine ({reason}); use --device cpu"
+            f"no NVIDIA driver was found on this machine ({reason}); use device=cpu"
         ) from None
     return driver
 

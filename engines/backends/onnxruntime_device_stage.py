@@ -52,7 +52,7 @@ class OrtDeviceStage:
         if not on_cpu and "CUDAExecutionProvider" not in self.session.get_providers():
             raise EngineError(
                 "ONNX Runtime could not start its CUDA provider (driver, CUDA or cuDNN missing); "
-                "ppllava-doctor says what is missing; or use --device cpu"
+                "ppllava-doctor says what is missing; or use device=cpu"
             )
         keep_in_children(self)
         self.path = path

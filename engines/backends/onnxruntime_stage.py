@@ -51,11 +51,11 @@ def choose_device(device: str) -> str:
         return "cuda" if available and load_driver() is not None else "cpu"
     if not available:
         raise EngineError(
-            "--device cuda needs ONNX Runtime's CUDA build: pip uninstall onnxruntime, "
+            "device=cuda needs ONNX Runtime's CUDA build: pip uninstall onnxruntime, "
             "then pip install 'ppllava-edge[cuda]'"
         )
     if load_driver() is None:
-        raise EngineError("--device cuda: no NVIDIA driver was found on this machine; use --device cpu")
+        raise EngineError("device=cuda: no NVIDIA driver was found on this machine; use device=cpu")
     return "cuda"
 
 
@@ -114,7 +114,7 @@ class Stage:
         if device == "cuda" and "CUDAExecutionProvider" not in self.session.get_providers():
             raise EngineError(
                 "ONNX Runtime could not start its CUDA provider (driver, CUDA or cuDNN missing); "
-                "use --device cpu"
+                "use device=cpu"
             )
         keep_in_children(self)
         release_mapped_weights(path)

@@ -139,7 +139,7 @@ def within_budget(windows: Windows, size: Triple, tokens: int) -> Windows:
         PPLLaVAError: The budget is below 1.
     """
     if tokens < 1:
-        raise PPLLaVAError(f"--tokens must be 1 or more, not {tokens}")
+        raise PPLLaVAError(f"tokens must be 1 or more, not {tokens}")
     _, kernel, _ = windows.resolve(size)
     frames, rows, columns = size
     for grow in range(max(rows, columns)):

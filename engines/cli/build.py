@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -96,7 +95,6 @@ def main(bundle: str, target: str, force: bool, as_json: bool, **tensorrt_option
     orin        TensorRT 10.15 or later (JetPack 7), on the machine itself; any GPU with full TensorRT
     orin-jp6    TensorRT 10.3 (JetPack 6), on the machine itself
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after an interrupt
     try:
         import onnx  # noqa: F401
     except ImportError:

@@ -36,7 +36,7 @@ def select(bundle: Bundle, device: str, wanted: str = "auto") -> tuple[Engine | 
     candidates = _candidates(device, wanted)
     if not candidates:
         other = "cuda" if device == "cpu" else "cpu"
-        raise EngineError(f"--engine {wanted} doesn't run on the {device}; use --device {other}")
+        raise EngineError(f"engine={wanted} doesn't run on the {device}; use device={other}")
     notes: list[str] = []
     for target in candidates:
         engine, reason = find_engine(bundle, target)
@@ -53,7 +53,7 @@ def select(bundle: Bundle, device: str, wanted: str = "auto") -> tuple[Engine | 
 
 
 def check_name(wanted: str) -> None:
-    """Check the value of --engine.
+    """Check the name of an engine.
 
     Raises:
         EngineError: If it isn't auto, a family, a target or standard.

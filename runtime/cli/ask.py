@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ppllava_edge.engines.errors import PromptError
+from ppllava_edge.engines.errors import PPLLaVAError, PromptError
 
 if TYPE_CHECKING:
     from ppllava_edge.runtime.encoding.frame_encoder import Progress
@@ -42,12 +43,14 @@ def ask_video(
     as_json, attention = options["as_json"], options["save_attention"]
     with _progress() as progress:
         video = qa.open(source, progress=progress, **opening)
+    if attention and not qa.pipeline.manifest.pooling.guided:
+        raise PPLLaVAError(f"--save-attention: {qa.pipeline.manifest.name} pools without the question")
     for note in [*video.frames.notes, *filter(None, [qa.pipeline.engine_note])]:
         click.echo(f"note: {note}", err=True)
     if question is None:
-        _chat(video, asking, as_json)
+        _chat(video, asking, options)
         return
-    answer = _print_answer(video, question, asking, as_json)
+    answer = _print_answer(video, question, asking, as_json or options["verbose"], as_json)
     if attention:
         from ppllava_edge.runtime.session.attention_map import save_attention
 
@@ -55,24 +58,28 @@ def ask_video(
         click.echo(f"attention: {attention}", err=True)
 
 
-def _print_answer(video: Video, question: str, asking: dict[str, Any], as_json: bool) -> Answer:
-    """Print an answer as it is generated, or its JSON, then its notes."""
-    stream = video.stream(question, **asking)
-    for piece in stream:
-        if not as_json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    answer = stream.answer
-    print(json.dumps(answer.as_dict()) if as_json else "", flush=True)
+def _print_answer(
+    video: Video, question: str, asking: dict[str, Any], at_once: bool, as_json: bool
+) -> Answer:
+    """Print an answer as it is generated, or at once (a log would be mixed with it), then its notes."""
+    with contextlib.closing(video.stream(question, **asking)) as stream:
+        for piece in stream:
+            if not at_once:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        answer = stream.answer
+    text = answer.text if at_once else ""
+    print(json.dumps(answer.as_dict()) if as_json else text, flush=True)
     # The video's own notes come first; they were printed when it was opened.
     for note in answer.notes[len(video.frames.notes) :]:
         click.echo(f"note: {note}", err=True)
     return answer
 
 
-def _chat(video: Video, asking: dict[str, Any], as_json: bool) -> None:
+def _chat(video: Video, asking: dict[str, Any], options: dict[str, Any]) -> None:
     """Answer questions from stdin until it ends or, at a terminal, an empty line."""
-    interactive = sys.stdin.isatty()
+    as_json, interactive = options["as_json"], sys.stdin.isatty()
+    accept_any_bytes(sys.stdin)
     if interactive:
         click.echo("Ask away; an empty line ends.", err=True)
     while True:
@@ -84,11 +91,17 @@ def _chat(video: Video, asking: dict[str, Any], as_json: bool) -> None:
         if not line.strip():
             continue
         try:
-            _print_answer(video, line, asking, as_json)
+            _print_answer(video, line, asking, as_json or options["verbose"], as_json)
         except PromptError as error:
             if not interactive:
                 raise
             click.echo(f"error: {error}", err=True)
+
+
+def accept_any_bytes(stream: TextIO) -> None:
+    """Read bytes that aren't text as surrogates, which a question refuses in one line."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="surrogateescape")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ppllava_edge.engines.errors import MediaError, PPLLaVAError
+from ppllava_edge.runtime.cli.ask import accept_any_bytes
 from ppllava_edge.runtime.live.status import CLOSED, ENDED
 from ppllava_edge.runtime.live.view import Live
 
@@ -83,11 +84,14 @@ def _chat(live: Live, as_json: bool, asking: dict[str, Any]) -> None:
     if interactive:
         click.echo("Ask at any moment; an empty line ends.", err=True)
     lines: queue.Queue[str] = queue.Queue()
+    accept_any_bytes(sys.stdin)
 
     def read() -> None:
-        while line := sys.stdin.readline():
-            lines.put(line)
-        lines.put("")
+        try:
+            while line := sys.stdin.readline():
+                lines.put(line)
+        finally:
+            lines.put("")
 
     threading.Thread(target=read, daemon=True).start()
     while line := lines.get():

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ppllava_edge.engines.terminal import Command, option
+from ppllava_edge.runtime.cli.options import check_options
 
 DEMO_NOTE = (
     "nano is a tiny demonstration model: it knows drawn shapes, nothing of the real world. "
@@ -111,6 +112,14 @@ class FrameCount(click.ParamType):
     group="Frames",
     is_flag=True,
     help="Decode in a child process with a memory limit: a file that crashes the decoder is an error.",
+)
+@option(
+    "--limit",
+    "limits",
+    group="Frames",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="What a source may cost: max_side, max_pixels, decode_seconds, …; may be given several times.",
 )
 @option(
     "--max-new-tokens", group="Generation", type=int, default=256, show_default=True, help="Tokens at most."
@@ -243,9 +252,10 @@ def main(video: str, question: str | None, **options: Any) -> None:
     """Answer QUESTION about VIDEO (a file, an image, or a folder of images). Without QUESTION: a chat."""
     from ppllava_edge.runtime.language.sampling import Sampling
     from ppllava_edge.runtime.language.text_processor import clean_question
+    from ppllava_edge.runtime.media.limits import MediaLimits
     from ppllava_edge.runtime.video_qa import VideoQA
 
-    _check(question, options)
+    check_options(question, options)
     if options["verbose"]:
         logging.basicConfig(level=logging.DEBUG, format="%(asctime)s %(name)s: %(message)s")
         logging.getLogger("PIL").setLevel(logging.WARNING)
@@ -259,6 +269,7 @@ def main(video: str, question: str | None, **options: Any) -> None:
         template=options["template"],
         engine=options["engine"],
         cache=options["cache_folder"] or options["cache"],
+        limits=MediaLimits.parse(options["limits"]),
         isolate=options["isolate"],
     )
     if qa.is_demo:
@@ -277,26 +288,3 @@ def main(video: str, question: str | None, **options: Any) -> None:
         from ppllava_edge.runtime.cli.ask import ask_video
 
         ask_video(qa, video, question, options, opening, asking)
-
-
-def _check(question: str | None, options: dict[str, Any]) -> None:
-    """Refuse options that contradict each other."""
-    if options["max_new_tokens"] < 1:
-        raise click.UsageError("--max-new-tokens must be 1 or more")
-    if options["live"] and options["batch"]:
-        raise click.UsageError("--live and --batch don't go together")
-    if question is None and options["save_attention"]:
-        raise click.UsageError("--save-attention needs a QUESTION")
-    if options["save_attention"] and (options["live"] or options["batch"]):
-        raise click.UsageError("--save-attention is for one video and one question")
-    if options["batch"] and (question is None or not options["output"]):
-        raise click.UsageError("--batch needs QUESTION (a file of questions, or one) and -o answers.jsonl")
-    if options["output"] and not options["batch"]:
-        raise click.UsageError("-o goes with --batch")
-    if options["live"]:
-        given = [f"--{name}" for name in ("frames", "start", "end", "tokens") if options[name] is not None]
-        if given or options["select"] != "uniform" or options["keep"] != "features":
-            refused = given[0] if given else "--select and --keep"
-            raise click.UsageError(
-                f"{refused} and --live don't go together; --last says how far to look back"
-            )

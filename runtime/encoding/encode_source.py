@@ -93,7 +93,7 @@ def encode_source(
         return _encode_image(pipeline, engine_lock, reader)
     if options.select == "guided" and not m.pooling.guided:
         raise MediaError(
-            f"--select guided needs pooling that the question guides; {m.name} pools with {m.pooling.method}"
+            f"select=guided needs pooling that the question guides; {m.name} pools with {m.pooling.method}"
         )
     guided = options.select == "guided"
     count = _count(pipeline, reader, options)

@@ -65,7 +65,7 @@ def open_pipeline(
                 return GpuPipeline(bundle, chosen, threads)
         elif engine not in ("auto", "onnxruntime"):
             raise EngineError(
-                f"--engine {engine} needs an NVIDIA GPU, and no driver was found on this machine; "
+                f"engine={engine} needs an NVIDIA GPU, and no driver was found on this machine; "
                 "ppllava-doctor says what is missing"
             )
     return CpuPipeline(bundle, device, threads, engine)

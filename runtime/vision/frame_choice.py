@@ -56,8 +56,8 @@ def choose_frames(
     if reader.takes_all:
         return list(range(reader.count))
     if not 1 <= frames <= MAX_FRAMES:
-        raise MediaError(f"--frames must be from 1 to {MAX_FRAMES}, not {frames}")
-    for name, value in (("--start", start), ("--end", end)):
+        raise MediaError(f"frames must be from 1 to {MAX_FRAMES}, not {frames}")
+    for name, value in (("start", start), ("end", end)):
         if value is not None and not (0 <= value < 1e9):
             raise MediaError(f"{name} must be 0 or more seconds, not {value:g}")
     bound = None

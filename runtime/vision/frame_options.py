@@ -41,13 +41,13 @@ class FrameOptions:
 
     def __post_init__(self) -> None:
         if isinstance(self.frames, str) and self.frames != "auto":
-            raise MediaError(f"--frames must be a number or auto, not {self.frames!r}")
+            raise MediaError(f"frames must be a number or auto, not {self.frames!r}")
         if self.select not in SELECTIONS:
-            raise MediaError(f"--select must be {' or '.join(SELECTIONS)}, not {self.select!r}")
+            raise MediaError(f"select must be {' or '.join(SELECTIONS)}, not {self.select!r}")
         if not 1 <= self.candidates <= MAX_FRAMES:
-            raise MediaError(f"--candidates must be from 1 to {MAX_FRAMES}, not {self.candidates}")
+            raise MediaError(f"candidates must be from 1 to {MAX_FRAMES}, not {self.candidates}")
         if self.tokens is not None and self.tokens < 1:
-            raise MediaError(f"--tokens must be 1 or more, not {self.tokens}")
+            raise MediaError(f"tokens must be 1 or more, not {self.tokens}")
 
     def count(self, m: Manifest, reader: FrameReader) -> int:
         """Decide how many frames of a source the model sees.
@@ -87,7 +87,7 @@ class FrameOptions:
         if not m.pooling.windowed:
             if self.tokens is None:
                 return None
-            raise MediaError(f"--tokens needs windowed pooling; {m.name} pools with {m.pooling.method}")
+            raise MediaError(f"tokens needs windowed pooling; {m.name} pools with {m.pooling.method}")
         tokens = self.tokens
         if tokens is None:
             shape = m.pooling.video.resolve((m.vision.default_frames, *m.vision.grid))[0]
@@ -105,5 +105,5 @@ def check_clip_length(manifest: Manifest, frames: int) -> None:
     if limit is not None and frames > limit:
         raise MediaError(
             f"{frames} frames are too many: the temporal adapter of {manifest.name} knows at most {limit}; "
-            f"use --frames {limit} or fewer"
+            f"use frames={limit} or fewer"
         )

@@ -36,7 +36,7 @@ def test_the_fastest_engine_that_fits_is_chosen(
     )
     with pytest.raises(EngineError, match=re.escape("has no engine for rtx; build it: ppllava-build")):
         select.select(bundle, "cuda", "rtx")
-    with pytest.raises(EngineError, match="doesn't run on the cpu; use --device cuda"):
+    with pytest.raises(EngineError, match="doesn't run on the cpu; use device=cuda"):
         select.select(bundle, "cpu", "tensorrt")
     with pytest.raises(EngineError, match="engine 'fast' is unknown"):
         select.select(bundle, "cpu", "fast")
@@ -62,7 +62,7 @@ def test_a_gpu_engine_is_chosen_without_options(
     assert not isinstance(VideoQA(nano, device="cpu").pipeline, GpuPipeline)
     monkeypatch.setattr(factory, "load_driver", lambda: None)
     assert not isinstance(VideoQA(nano, device="auto").pipeline, GpuPipeline)
-    with pytest.raises(EngineError, match="--engine tensorrt needs an NVIDIA GPU, and no driver was found"):
+    with pytest.raises(EngineError, match="engine=tensorrt needs an NVIDIA GPU, and no driver was found"):
         VideoQA(nano, device="auto", engine="tensorrt")
 
 
