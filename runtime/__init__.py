@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from ppllava_edge.runtime.live.view import Live
     from ppllava_edge.runtime.media.limits import MediaLimits
     from ppllava_edge.runtime.pipeline.factory import Pipeline
+    from ppllava_edge.runtime.pipeline.memory import Memory
     from ppllava_edge.runtime.session.answer import Answer, Moment
     from ppllava_edge.runtime.session.answer_stream import AnswerStream
     from ppllava_edge.runtime.session.asynchronous import AsyncAnswerStream
-    from ppllava_edge.runtime.session.memory import Memory
     from ppllava_edge.runtime.session.video import Video
     from ppllava_edge.runtime.video_qa import VideoQA
     from ppllava_edge.runtime.vision.feature_cache import FeatureCache
@@ -30,7 +30,7 @@ _WHERE = {  # loaded on first use: importing this package loads no engine
     "FeatureCache": "vision.feature_cache",
     "Live": "live.view",
     "MediaLimits": "media.limits",
-    "Memory": "session.memory",
+    "Memory": "pipeline.memory",
     "Moment": "session.answer",
     "Pipeline": "pipeline.factory",
     "Sampling": "language.sampling",

@@ -6,7 +6,7 @@ question → encode_question → q ────┴→ similarity, visual_tokens 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
@@ -16,20 +16,16 @@ from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.engine_manifest import Engine
 from ppllava_edge.engines.bundle.windows import Windows
 from ppllava_edge.engines.errors import EngineError, MediaError, PromptError
-from ppllava_edge.runtime.decoding.decoder import Decoder
 from ppllava_edge.runtime.language.prompt_lookup import LOOKUP_SKIPPED, PromptLookup, rounds_activations
 from ppllava_edge.runtime.language.sampling import Sampling
-from ppllava_edge.runtime.lazy import LazyTable, locked_cached_property
-from ppllava_edge.runtime.pipeline.embeddings import FILE as EMBEDDINGS
-from ppllava_edge.runtime.pipeline.embeddings import EmbeddingTable
+from ppllava_edge.runtime.pipeline.parts import PipelineParts
 from ppllava_edge.runtime.vision import anyres
 from ppllava_edge.runtime.vision.frame_options import check_clip_length
 
-ENCODING = ("trunk", "temporal")  # the stages that frames need; a question needs the others
 MEDIA = ("video", "image", "multi-image")
 
 
-class BasePipeline(ABC):
+class BasePipeline(PipelineParts):
     """A bundle, opened. Stages load when they are first used. Safe to use from several threads.
 
     Arrays are numpy's on the CPU and device buffers on a GPU (np.asarray copies one to the host). Shapes: T
@@ -48,79 +44,15 @@ class BasePipeline(ABC):
     engine_note: str
 
     def __init__(self, bundle: Bundle, threads: int | None = None):
-        self.bundle, self.manifest, self.threads = bundle, bundle.manifest, threads
-        self._closed = False
-        self._stages: LazyTable[list[Any]] = LazyTable()  # name → the opened graphs, in order
+        super().__init__(bundle)
+        self.threads = threads
 
     @property
     def engine_name(self) -> str:
         """Which of the bundle's engines runs, "standard" for its own graphs."""
         return self.engine.target if self.engine else "standard"
 
-    # -- loading and closing ---------------------------------------------------------------------------------
-
-    def load(self, what: str = "all") -> None:
-        """Open stages now that aren't open yet.
-
-        Stages also open on first use. Opening takes seconds for a large model, so a thread that is about to
-        take the engine lock calls this before: the others then don't wait for the lock meanwhile.
-
-        Args:
-            what: "encoding" (the stages that frames need), "answering" (those that a question needs), "all".
-
-        Raises:
-            BundleError, EngineError: If a stage can't be opened, or the pipeline is closed.
-        """
-        for name in self.stage_names():
-            if what == "all" or (name in ENCODING) == (what == "encoding"):
-                self.open_stage(name)
-        if what != "encoding":
-            _ = self.embedding_table, self.decoder
-
-    @abstractmethod
-    def stage_names(self) -> list[str]:
-        """The stages that a question about a video runs, by the names of `open_stage`."""
-
-    @abstractmethod
-    def open_stage(self, name: str) -> list[Any]:
-        """The opened graphs of a stage, in order; opens them on first use.
-
-        Raises:
-            BundleError, EngineError: If they can't be opened, or the pipeline is closed.
-        """
-
-    def check_open(self) -> None:
-        """Raise EngineError if the pipeline is closed."""
-        if self._closed:
-            raise EngineError("the model is closed; open it again")
-
-    def close(self) -> None:
-        """Release the stages, the free KV caches and the mapped embeddings.
-
-        What a call under way uses is released when that call ends. Further use raises EngineError.
-        """
-        self._closed = True
-        for name in ("decoder", "embedding_table"):
-            value = self.__dict__.pop(name, None)
-            if isinstance(value, Decoder):
-                value.close()
-        self._stages.clear()
-
-    def weights_bytes(self) -> int:
-        """Bytes of the weights of the stages that are open; memory-mapped files count by their size."""
-        files = {
-            file for stages in self._stages.built().values() for stage in stages for file in stage.files()
-        }
-        if "embedding_table" in self.__dict__:
-            files.add(self.bundle.file(EMBEDDINGS))
-        return sum(file.stat().st_size for file in files if file.exists())
-
-    def cache_bytes(self) -> int:
-        """Bytes of all KV caches that exist."""
-        decoder = self.__dict__.get("decoder")
-        return decoder.cache_bytes() if isinstance(decoder, Decoder) else 0
-
-    def wait(self) -> None:  # noqa: B027  (on the CPU every call is complete when it returns)
+    def wait(self) -> None:
         """Block until queued GPU work completes."""
 
     # -- vision ----------------------------------------------------------------------------------------------
@@ -349,30 +281,13 @@ class BasePipeline(ABC):
 
     # -- decoder ---------------------------------------------------------------------------------------------
 
-    @locked_cached_property
-    def embedding_table(self) -> EmbeddingTable:
-        """The token embeddings, mapped from their file."""
-        self.check_open()
-        return EmbeddingTable(self.bundle)
-
     def embed_tokens(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Token ids (L,) → embeddings (L, D) float32. Raises PromptError for an unknown id."""
         return self.embedding_table.rows(ids)
 
-    @property
-    @abstractmethod
-    def decoder(self) -> Decoder:
-        """The decoder with its KV caches."""
-
     @abstractmethod
     def prompt(self, before: Sequence[int], visual: Any, after: Sequence[int]) -> Any:
         """Token ids, visual tokens (N, D), token ids → a prompt, as `prefill` and `generate` take it."""
-
-    def finish(self, sequence: Any) -> None:
-        """Give a sequence from decoder.start back: its cache may be used for the next answer."""
-        decoder = self.__dict__.get("decoder")  # none if the pipeline is closed
-        if isinstance(decoder, Decoder):
-            decoder.finish(sequence)
 
     def prefill(self, prompt: Any) -> np.ndarray:
         """A prompt, or embeddings (S, D) → logits (V,) float32 of the last position."""

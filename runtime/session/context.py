@@ -16,8 +16,8 @@ from typing import Any, Protocol, TypeVar
 from ppllava_edge.engines.errors import EngineError
 from ppllava_edge.runtime.language.text_processor import TextProcessor
 from ppllava_edge.runtime.pipeline.base import BasePipeline
+from ppllava_edge.runtime.pipeline.memory import Memory, is_mapped
 from ppllava_edge.runtime.session.admission import FairSemaphore
-from ppllava_edge.runtime.session.memory import Memory, is_mapped
 
 log = logging.getLogger(__name__)
 MAX_LATE = 1024  # events of abandoned streams that wait to be reported
