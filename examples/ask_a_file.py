@@ -23,6 +23,8 @@ def main(path: str, *questions: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     try:
         main(*sys.argv[1:])
     except PPLLaVAError as error:  # the base class of all errors: the message is one clear line

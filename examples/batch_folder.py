@@ -28,6 +28,8 @@ def main(folder: str, output: str, *questions: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     try:
         main(*sys.argv[1:])
     except PPLLaVAError as error:

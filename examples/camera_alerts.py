@@ -35,6 +35,8 @@ def main(source: str, question: str, word: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     try:
         main(*sys.argv[1:4])
     except PPLLaVAError as error:

@@ -5,13 +5,18 @@ python examples/opencv_frames.py nano/sample/shapes.mp4 "What color is the circl
 
 import sys
 
-import cv2
-
 from ppllava_edge import PPLLaVAError, VideoQA
+
+try:
+    import cv2
+except ImportError:
+    sys.exit("error: this example needs OpenCV: pip install opencv-python-headless")
 
 
 def main(source: str, question: str) -> None:
     capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
+    if not capture.isOpened():
+        sys.exit(f"error: OpenCV can't open {source}")
     rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
     qa = VideoQA()
     with qa.live(fps=4, window=16, color="bgr") as live:
@@ -30,6 +35,8 @@ def main(source: str, question: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     try:
         main(*sys.argv[1:3])
     except PPLLaVAError as error:

@@ -7,11 +7,12 @@ and end after a timeout. The program measures how late the loop was.
 """
 
 import asyncio
+import sys
 import time
 
 import numpy as np
 
-from ppllava_edge import BusyError, MediaError, VideoQA
+from ppllava_edge import BusyError, MediaError, PPLLaVAError, VideoQA
 from ppllava_edge.nano.clips import clip_frames, sample_scene_for_the_readme
 
 RATE = 50.0  # control steps a second
@@ -62,4 +63,9 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    except PPLLaVAError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

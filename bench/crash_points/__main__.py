@@ -21,7 +21,7 @@ from ppllava_edge.engines.terminal import Command, table
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--only", metavar="TEXT", help="Only commands whose names contain this.")
+@click.option("--only", metavar="NAME", help="Only this command, or all whose names contain this.")
 @click.option("--sample", type=click.IntRange(1), help="At most so many kills per command.  [default: all]")
 @click.option(
     "--faults",
@@ -46,8 +46,9 @@ def main(
         home = base / "home"
         home.mkdir()
         with Runner(compile_shim(base), home, base / "logs") as runner:
+            names = [scenario.name for scenario in SCENARIOS]
             for scenario in SCENARIOS:
-                if not only or only in scenario.name:
+                if not only or only == scenario.name or (only in scenario.name and only not in names):
                     show = lambda line, name=scenario.name: click.echo(f"{name}: {line}", err=True)  # noqa: E731
                     row = crash_row(
                         scenario, runner, base, sample, faults, show if verbose else lambda line: None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -95,3 +96,37 @@ def test_opencv_frames() -> None:
     done = run("opencv_frames.py", SAMPLE, QUESTION)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "red\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("ask_a_file", []),
+        ("batch_folder", ["videos", "o.jsonl"]),
+        ("camera_alerts", [SAMPLE]),
+        ("opencv_frames", [SAMPLE]),
+    ],
+)
+def test_too_few_arguments_print_how_to_use_it(name: str, arguments: list[object]) -> None:
+    if name == "opencv_frames":
+        pytest.importorskip("cv2")
+    done = run(f"{name}.py", *arguments)
+    assert (
+        done.returncode == 1
+        and f"python examples/{name}.py" in done.stderr
+        and "Traceback" not in done.stderr
+    )
+
+
+def test_opencv_that_is_missing_or_cannot_open_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "cv2.py").write_text("raise ImportError('no cv2')")
+    script = str(ROOT / "examples" / "opencv_frames.py")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, script, "nothing.mp4", QUESTION]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.stderr == "error: this example needs OpenCV: pip install opencv-python-headless\n"
+    (tmp_path / "cv2.py").write_text(
+        "class VideoCapture:\n    def __init__(self, source): ...\n    def isOpened(self): return False"
+    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.stderr == "error: OpenCV can't open nothing.mp4\n"
