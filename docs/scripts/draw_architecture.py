@@ -62,13 +62,13 @@ FRAME = (
 QUESTION = (
     Step("runtime/session/video.py", "Video.ask", "a question is asked", ("stream",)),
     Step(
-        "runtime/session/answer_run.py",
+        "runtime/session/answer_stream.py",
         "AnswerRun._admit",
         "waits for admission",
-        ("turn", "_admission", "_prepare"),
+        ("_turn", "_admission", "_prepare"),
     ),
     Step(
-        "runtime/session/answer_run.py",
+        "runtime/session/answer_stream.py",
         "AnswerRun._prepare",
         "the video is pooled for it",
         ("prepare", "_generate"),
@@ -88,7 +88,7 @@ QUESTION = (
         ("patch_weights",),
     ),
     Step("runtime/pipeline/cpu.py", "CpuPipeline.pool_windows", "features → visual tokens", ("stage",)),
-    Step("runtime/session/answer_run.py", "AnswerRun._generate", "one token a turn", ("stream_text",)),
+    Step("runtime/session/answer_stream.py", "AnswerRun._generate", "one token a turn", ("stream_text",)),
     Step("runtime/decoding/generate.py", "generate_ids", "prefill, then decode", ("feed", "verify")),
     Step("runtime/decoding/kv_cache.py", "InPlaceSequence.feed", "KV cache, written in place"),
     Step("runtime/language/detokenizer.py", "stream_text", "token ids → text"),
