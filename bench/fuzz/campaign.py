@@ -58,7 +58,7 @@ class Campaign:
     Args:
         targets: What to fuzz.
         corpus: Their inputs.
-        seed: Of the random choices. With one job, the same seed and corpus give the same inputs.
+        seed: Of the random choices. Seed files differ a little between runs, as encoders' output does.
         on_finding: Called with the outcome and a line about it, for every signature's first input.
 
     Attributes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from ppllava_edge.bench.fuzz.process.client import FuzzServer
 from ppllava_edge.bench.fuzz.targets.misbehaviour import MISBEHAVIOUR
 from ppllava_edge.bench.fuzz.targets.registry import TARGETS
 
+pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="fuzzing needs Linux")
 COMMAND = [sys.executable, "-m", "ppllava_edge.bench.fuzz"]
 FINDINGS = ROOT / "tests" / "fuzz_findings"  # a folder per target
 KEPT = sorted(path for path in FINDINGS.rglob("*") if path.is_file())

@@ -32,7 +32,8 @@ class Canaries:
         (folder.parent / "port").write_text(str(self._socket.getsockname()[1]))
         libc = ctypes.CDLL(None, use_errno=True)
         self._events = libc.inotify_init1(IN_NONBLOCK)
-        libc.inotify_add_watch(self._events, os.fsencode(folder), IN_OPEN)
+        if libc.inotify_add_watch(self._events, os.fsencode(folder), IN_OPEN) < 0:
+            raise OSError(ctypes.get_errno(), f"{folder} can't be watched with inotify")
 
     def touched(self) -> str:
         """What happened since the last call: "opened", "connected" or ""."""
