@@ -26,7 +26,8 @@ KEY_OF_OPTIONS = "Look"  # part of every entry's key: changing it would orphan u
 Number = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 Side = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 Seconds = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
-Many = msgspec.Meta(max_length=100_000)
+MOST = 100_000  # frames of an entry, or tiles of an image
+Many = msgspec.Meta(max_length=MOST)
 
 
 class _Facts(msgspec.Struct, forbid_unknown_fields=True):
@@ -39,7 +40,7 @@ class _Facts(msgspec.Struct, forbid_unknown_fields=True):
     fps: Seconds
     duration: Seconds
     source_frames: Number
-    count: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+    count: Annotated[int, msgspec.Meta(ge=1, le=MOST)]
     image_size: tuple[Side, Side] | None
     notes: Annotated[list[Annotated[str, msgspec.Meta(max_length=2000)]], msgspec.Meta(max_length=100)]
     windows: Any
@@ -127,9 +128,7 @@ def _check_shapes(pipeline: BasePipeline, facts: _Facts, arrays: dict[str, np.nd
         raise ValueError(f"features are {features.dtype} {features.shape}")
     if facts.media == "video" and len(features) != frames:
         raise ValueError(f"features of {len(features)} frames for {frames}")
-    if (facts.media == "image") != (facts.image_size is not None) or not 1 <= len(
-        features
-    ) <= Many.max_length:
+    if (facts.media == "image") != (facts.image_size is not None) or not 1 <= len(features) <= MOST:
         raise ValueError("an image's size or features are missing")
     if states is not None:
         rows = vision.patches + vision.class_token
