@@ -37,6 +37,8 @@ ORDER = (
     "Watch",
     "Sampling",
     "FeatureCache",
+    "MediaLimits",
+    "Memory",
     "run_batch",
     "BatchResult",
     "Pipeline",

@@ -37,7 +37,8 @@ class Step:
 
 FRAME = (
     Step("runtime/video_qa.py", "VideoQA.open", "a video is opened", ("encode_source",)),
-    Step("runtime/encoding/encode_source.py", "encode_source", "source → features", ("choose_frames", "run")),
+    Step("runtime/encoding/encode_source.py", "encode_source", "source → features", ("_chosen", "run")),
+    Step("runtime/encoding/encode_source.py", "_chosen", "which frames", ("choose_frames",)),
     Step("runtime/vision/frame_choice.py", "choose_frames", "the middle of equal parts"),
     Step("runtime/media/readers.py", "VideoReader.frames", "decoded from the key frame before each"),
     Step(
@@ -117,7 +118,8 @@ def files(room: str) -> list[str]:
     if not folder.is_dir():
         return []
     inner = [path.name for path in folder.iterdir() if path.is_dir() and (path / "__init__.py").is_file()]
-    return sorted(inner) or sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
+    modules = [] if room == "engines" else [p.stem for p in folder.glob("*.py") if p.stem != "__init__"]
+    return sorted(inner + modules)
 
 
 def function_node(step: Step) -> ast.AST | None:
