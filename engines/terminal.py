@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import re
 import signal
@@ -117,7 +118,10 @@ def _terminated_is_raised() -> Iterator[None]:
 
 
 def _open_standard_streams() -> None:
-    """Open /dev/null where the caller closed stdin, stdout or stderr: the next file would take its number."""
+    """Open /dev/null where the caller closed stdin, stdout or stderr: the next file would take its number.
+
+    Letters that stdout can't encode are written as escapes.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -128,6 +132,8 @@ def _open_standard_streams() -> None:
                 os.close(descriptor)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer in letters that the terminal lacks
 
 
 def fail(message: str, status: int = 2) -> None:

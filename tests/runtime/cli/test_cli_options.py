@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import click
 import pytest
 
 from helpers.commands import SAMPLE, assert_one_line_error, run_command
+from ppllava_edge.engines.bundle.packed import packed_bundle
 from ppllava_edge.engines.terminal import Command, option
 
 QUESTION, ANSWER = "What color is the circle?", "red"
@@ -108,6 +110,14 @@ def test_closed_streams(closed: str) -> None:
     )
     assert run.returncode == 0 and "Traceback" not in run.stderr
     assert run.stdout == ("" if ">&- " in f"{closed} " and not closed.startswith("2") else f"{ANSWER}\n")
+
+
+def test_letters_that_stdout_lacks_are_escaped(tmp_path: Path) -> None:
+    bundle = shutil.copytree(packed_bundle(), tmp_path / "ünïcode")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    info = str(Path(SCRIPT).with_name("ppllava-info"))
+    run = subprocess.run([info, str(bundle)], capture_output=True, text=True, env=environment, timeout=60)
+    assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
 
 
 def test_a_full_disk_behind_stdout_is_one_line() -> None:
