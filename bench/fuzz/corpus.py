@@ -50,7 +50,8 @@ class Corpus:
             return None
         self._write(path, data)
         cost = f"{outcome.seconds:.1f} s, {outcome.memory >> 20} MiB"
-        path.with_name(path.name + ".txt").write_text(f"{outcome.signature}\n{cost}\n{outcome.detail}\n")
+        text = f"{outcome.signature}\n{cost}\n{outcome.detail}\n".encode(errors="backslashreplace")
+        path.with_name(path.name + ".txt").write_bytes(text)
         return path
 
     def _write(self, path: Path, data: bytes) -> None:

@@ -58,6 +58,7 @@ def server() -> Iterator[FuzzServer]:
         "long": "message more than 300 characters",
         "control characters": "message control characters",
         "exception": "exception KeyError",
+        "surrogates": "exception ValueError",
         "base exception": "exception SystemExit",
         "wrong result": "unexpected frames",
         "print": "stdout",
@@ -126,14 +127,14 @@ def test_mutated_json_can_mostly_be_parsed() -> None:
 
 def test_findings_are_kept_small_once_per_signature(tmp_path: Path) -> None:
     corpus, lines = Corpus(tmp_path, []), list[str]()
-    corpus.kept["misbehaviour"] = [b"wrong result", b"wrong result", b"good"]
+    corpus.kept["misbehaviour"] = [b"wrong result", b"wrong result", b"good", b"surrogates"]
     corpus.accepted["misbehaviour"] = corpus.refused["misbehaviour"] = []
     campaign = Campaign([MISBEHAVIOUR], corpus, 0, lambda outcome, line: lines.append(line))
-    campaign.run(1, 60, 3, lambda what, done, total: None)
+    campaign.run(1, 60, 4, lambda what, done, total: None)
     tally = campaign.tallies["misbehaviour"]
-    assert tally.inputs == 3 and len(lines) == 1
-    (signature,) = tally.findings
-    assert tally.findings[signature] == 2
+    assert tally.inputs == 4 and len(lines) == 2
+    signature, other = tally.findings
+    assert (tally.findings[signature], tally.findings[other]) == (2, 1)
     kept = [path for path in (tmp_path / "findings" / signature).iterdir() if path.suffix == ".txt"]
     assert b"wrong result" in [path.read_bytes() for path in kept]
 

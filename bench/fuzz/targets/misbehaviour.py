@@ -70,6 +70,7 @@ BEHAVIOURS: dict[str, Callable[[Path], object]] = {
     "long": _refuse("x" * 301),
     "control characters": _refuse("\x1b[2J"),
     "exception": _raise(KeyError("x")),
+    "surrogates": _raise(ValueError("\ud800")),
     "base exception": _raise(SystemExit(0)),
     "wrong result": lambda scratch: expect(False, "frames: none"),
     "print": lambda scratch: print("x"),
