@@ -147,10 +147,10 @@ class Observation:
             observe = self._observer(stage, statistics, learning)
             stream.run_segment(index, samples, self.model.values, observe)
             decisions = self._decide(stage, statistics)
+            if self._writes_cache(stage):  # first: a segment whose decisions are saved is not run again
+                write_json(self.state / "cache.json", self.plans["decoder"].cache)
             save_decisions(file, decisions)
             self._apply(stage, decisions)
-            if self._writes_cache(stage):
-                write_json(self.state / "cache.json", self.plans["decoder"].cache)
             stream.drop_finished(index, samples, self.model.values)
         self.progress.step(stage, count, count)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,10 +92,9 @@ class Scores:
         return [(limit, value) for limit, value in measured if not limit.holds(value)]
 
     def as_dict(self) -> dict[str, Any]:
-        """For the manifest and the report."""
-        return {
-            name: round(value, 5) if isinstance(value, float) else value for name, value in vars(self).items()
-        }
+        """For the manifest and the report; None instead of NaN and infinity, which JSON doesn't have."""
+        scores = {name: round(value, 5) for name, value in vars(self).items()}
+        return {name: value if math.isfinite(value) else None for name, value in scores.items()}
 
 
 def describe(violations: Sequence[tuple[Limit, float]]) -> str:

@@ -128,7 +128,7 @@ def _scores(parity: Mapping[str, Any], limits: Sequence[Mapping[str, Any]]) -> s
         if value is not None:
             rows.append(_score_row(limit, value))
     for name in ("feature_sqnr", "token_sqnr"):
-        if name in parity:
+        if parity.get(name) is not None:
             label = name.replace("_sqnr", " SQNR")
             rows.append(
                 ["<td></td>", f"<td>{label}</td>", _number(f"{parity[name]:.1f} dB"), "<td></td>" * 2]

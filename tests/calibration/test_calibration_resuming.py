@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from helpers.exporting import export_options, file_hashes, small_job
-from ppllava_edge.calibration import calibrate
+from ppllava_edge.calibration import calibrate, observe
 from ppllava_edge.calibration.calibrate import quantize_with_data
 from ppllava_edge.calibration.model import streamed_model
 from ppllava_edge.calibration.model.stage_stream import StageStream
@@ -97,6 +97,29 @@ def test_another_job_uses_nothing_of_an_interrupted_one(
     with pytest.raises(KeyboardInterrupt):
         quantize_with_data(options, small_job(clips, frames=2))
     assert found == ["job"]
+
+
+def test_a_kill_between_the_decisions_and_the_scales_of_the_cache_changes_nothing(
+    tiny_checkpoint: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = (export_options(tiny_checkpoint, tmp_path / n, "int8,kv=int8") for n in ("whole", "cut"))
+    quantize_with_data(whole, small_job(clips))
+    for name in ("save_decisions", "write_json"):
+        real, files = getattr(observe, name), list[str]()
+
+        def kill(path: Path, value: Any, real: Any = real, files: list[str] = files) -> None:
+            files.append(path.name)
+            if path.name in ("decoder-0.npz", "cache.json"):
+                raise KeyboardInterrupt
+            real(path, value)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(observe, name, kill)
+            with pytest.raises(KeyboardInterrupt):
+                quantize_with_data(cut, small_job(clips))
+        assert files
+    quantize_with_data(cut, small_job(clips))
+    assert file_hashes(tmp_path / "whole") == file_hashes(tmp_path / "cut")
 
 
 def test_the_state_of_a_finished_calibration_is_removed(

@@ -119,3 +119,11 @@ def test_the_most_sensitive_layers_are_kept(
     told = json.loads((tmp_path / "b" / "report.json").read_text())
     assert {x["layer"] for x in told["layers"] if x["kept"]} == set(outcome.kept)
     assert all(x["kind"] in ("float", "w8") for x in told["layers"] if x["kept"])
+
+
+def test_scores_that_are_no_numbers_can_be_read_again() -> None:
+    """With --allow-drift such a bundle is written: JSON has neither NaN nor infinity."""
+    scores = parity.Scores(1.0, -np.inf, 1.0, 1.0, 30.0, np.nan, 1.0, 1, 1, 1)
+    assert [limit.score for limit, _ in scores.violations(int4=False)] == ["divergence"]
+    written = json.loads(json.dumps(scores.as_dict(), allow_nan=False))
+    assert written["divergence"] is None is written["feature_sqnr"] and written["clips"] == 1
