@@ -127,11 +127,14 @@ def _choice(reader: FrameReader, options: FrameOptions, count: int, guided: bool
 
 
 def _count(pipeline: BasePipeline, reader: FrameReader, options: FrameOptions) -> int:
-    """How many frames the model sees. Of frames from the app: all, unless the options say otherwise."""
+    """How many frames the model sees. Of frames from the app: all, unless the options say otherwise.
+
+    Too few for a pooling window are repeated.
+    """
     if not isinstance(reader, ArrayReader):
         return options.count(pipeline.manifest, reader)
     if options.frames is None and options.select == "uniform":
-        return len(reader.selected)
+        return max(len(reader.selected), pipeline.manifest.pooling.min_frames)
     return replace(options, start=None, end=reader.selected_seconds).count(pipeline.manifest, reader)
 
 

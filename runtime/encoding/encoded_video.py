@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ppllava_edge.engines.bundle.windows import Windows
+from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.encoding.candidates import Candidates
 from ppllava_edge.runtime.media.readers import Frames
 
@@ -62,8 +64,13 @@ class EncodedVideo:
         """RGB uint8 (H, W, 3) of these frames, at most 448 pixels a side; read again if they weren't kept.
 
         Raises:
-            MediaError: If they can't be read again.
+            MediaError: If the source has no such frame, or they can't be read again.
         """
+        for i in indices:
+            if not (isinstance(i, numbers.Integral) and 0 <= i < self.source_frames):
+                raise MediaError(
+                    f"there is no frame {i!r}; frames have the numbers 0 to {self.source_frames - 1}"
+                )
         missing = [i for i in dict.fromkeys(indices) if i not in self.pictures]
         read = self.read_again(missing) if missing and self.read_again is not None else {}
         known = self.pictures | read

@@ -70,7 +70,7 @@ class Video:
             RGB uint8 (H, W, 3), at most 448 pixels a side. The source is read again if they weren't kept.
 
         Raises:
-            MediaError: If it can't be read again.
+            MediaError: If there is no such frame, or the source can't be read again.
         """
         return self.encoded_video.pictures_of(indices)
 

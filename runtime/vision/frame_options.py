@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 
 from ppllava_edge.engines.bundle.manifest import Manifest
@@ -40,25 +41,34 @@ class FrameOptions:
     candidates: int = DEFAULT_CANDIDATES
 
     def __post_init__(self) -> None:
-        if isinstance(self.frames, str) and self.frames != "auto":
+        if self.frames not in (None, "auto") and not isinstance(self.frames, numbers.Integral):
             raise MediaError(f"frames must be a number or auto, not {self.frames!r}")
         if self.select not in SELECTIONS:
             raise MediaError(f"select must be {' or '.join(SELECTIONS)}, not {self.select!r}")
-        if not 1 <= self.candidates <= MAX_FRAMES:
-            raise MediaError(f"candidates must be from 1 to {MAX_FRAMES}, not {self.candidates}")
-        if self.tokens is not None and self.tokens < 1:
-            raise MediaError(f"tokens must be 1 or more, not {self.tokens}")
+        if not (isinstance(self.candidates, numbers.Integral) and 1 <= self.candidates <= MAX_FRAMES):
+            raise MediaError(f"candidates must be from 1 to {MAX_FRAMES}, not {self.candidates!r}")
+        if self.tokens is not None and not (isinstance(self.tokens, numbers.Integral) and self.tokens >= 1):
+            raise MediaError(f"tokens must be 1 or more, not {self.tokens!r}")
+        for name, seconds in (("start", self.start), ("end", self.end)):
+            if seconds is not None and not isinstance(seconds, numbers.Real):
+                raise MediaError(f"{name} must be a number of seconds, not {seconds!r}")
 
     def count(self, m: Manifest, reader: FrameReader) -> int:
         """Decide how many frames of a source the model sees.
 
         Raises:
-            MediaError: If there are more frames than its temporal adapter supports.
+            MediaError: If there are more frames than its temporal adapter supports, or fewer than a pooling
+                window has.
         """
         if self.frames == "auto":
             return self._auto_count(m, reader.duration)
         count = m.vision.default_frames if self.frames is None else int(self.frames)
         check_clip_length(m, count)
+        if 0 < count < m.pooling.min_frames:
+            least = m.pooling.min_frames
+            raise MediaError(
+                f"{count} frames are too few: a pooling window has {least}; use frames={least} or more"
+            )
         return count
 
     def _auto_count(self, m: Manifest, duration: float) -> int:

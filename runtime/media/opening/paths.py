@@ -12,6 +12,7 @@ from typing import BinaryIO
 from ppllava_edge.engines.errors import MediaError
 
 CREDENTIALS = re.compile(r"^([a-z][a-z0-9+.-]*://)[^/]*@", re.IGNORECASE)
+ADDRESS = re.compile(r"(https?|rtsps?|s?rtp|rtmp\w*|udp|tcp|tls|srt|rist):/", re.IGNORECASE)
 LONGEST_NAME = 300  # characters of a name in an error message
 KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -61,7 +62,7 @@ def stat_source(name: str | os.PathLike[str]) -> os.stat_result:
     try:
         return os.stat(name)
     except (FileNotFoundError, NotADirectoryError):
-        hint = "; for a stream or a camera: live" if "://" in os.fspath(name) else ""
+        hint = "; streams are watched live (live() or --live)" if ADDRESS.match(os.fspath(name)) else ""
         raise MediaError(f"no such file: {display_name(name)}{hint}") from None
     except OSError as error:
         raise MediaError(f"{display_name(name)} can't be opened ({error.strerror or error})") from None

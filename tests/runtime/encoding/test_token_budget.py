@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +67,34 @@ def test_auto_frames_and_tokens(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert_one_line_error(run_command("ppllava-run", SAMPLE, "What?", "--tokens", "0"), "--tokens")
     run = run_command("ppllava-run", SAMPLE, QUESTION, "--frames", "auto", "--tokens", "18", "--json")
     assert json.loads(run.stdout)["visual_tokens"] <= 18
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"frames": 1}, "use frames=2 or more"),
+        ({"frames": 2.5}, "frames must be a number or auto"),
+        ({"tokens": "2"}, "tokens must be"),
+        ({"candidates": "2", "select": "guided"}, "candidates must be"),
+        ({"start": "0:10"}, "start must be a number of seconds"),
+        ({"end": "2"}, "end must be a number of seconds"),
+    ],
+)
+def test_frame_options_that_cannot_be_used_are_refused_when_the_video_is_opened(
+    options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(MediaError, match=words):
+        VideoQA(device="cpu").open(SAMPLE, **options)
+
+
+def test_numpy_numbers_are_options() -> None:
+    video = VideoQA(device="cpu").open(SAMPLE, frames=np.int64(4), start=np.float32(0.5))  # type: ignore[arg-type]
+    assert len(video.ask(QUESTION, 1).frame_indices) == 4
+
+
+def test_one_frame_in_memory_fills_a_pooling_window() -> None:
+    video = VideoQA(device="cpu").open([np.zeros((64, 64, 3), np.uint8)])
+    assert video.ask(QUESTION).frame_indices == [0, 0]
 
 
 def test_a_token_budget_for_a_picture_that_is_read_as_a_video(tiny_checkpoint: Path, tmp_path: Path) -> None:

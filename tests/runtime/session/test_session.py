@@ -31,6 +31,13 @@ def test_streamed_pieces_add_up_to_the_answer(qa: VideoQA) -> None:
     )
 
 
+@pytest.mark.parametrize("numbers", [[40], [-1], ["a"], [10**30]])
+def test_pictures_of_frames_that_do_not_exist(qa: VideoQA, numbers: list[Any]) -> None:
+    video = qa.open(SAMPLE)
+    with pytest.raises(MediaError, match=r"there is no frame .* 0 to 39"):
+        video.pictures(numbers)
+
+
 def test_only_the_first_question_pays_for_the_video(qa: VideoQA) -> None:
     video = qa.open(SAMPLE)
     first, second = video.ask("What color is the circle?"), video.ask("What color is the circle?")

@@ -166,3 +166,9 @@ def test_a_camera_that_is_not_plugged_in_is_no_file(tmp_path: Path) -> None:
     for name in ("/dev/video99", "/dev/v4l/by-id/usb-none", tmp_path / "cam"):
         source = LiveSource(name, lambda t: True, lambda image, t: None)
         assert not source.is_file and source.format == "v4l2"
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1/x.mp4", "rtsp://user:secret@camera/1", "udp://@:1234"])
+def test_an_address_opened_as_a_file_is_referred_to_a_live_view(address: str) -> None:
+    with pytest.raises(MediaError, match=r"no such file.*--live"):
+        open_reader(address)
