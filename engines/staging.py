@@ -26,6 +26,7 @@ except ImportError:  # not on Windows: staging folders are not locked there, and
     fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".part"
+REPLACED = ".replaced"  # in a staging folder: the target's old folder, while the new one takes its name
 MAX_NAME = 64  # characters of the target's name in the folder's: file names end at 255
 MACHINE_ID = Path("/etc/machine-id")
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
@@ -80,6 +81,7 @@ def sweep(parent: Path) -> list[str]:
         with contextlib.suppress(OSError):
             lock = _lock(folder, wait=False)
             try:
+                _put_back(folder)
                 shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(lock)
@@ -88,34 +90,59 @@ def sweep(parent: Path) -> list[str]:
     return removed
 
 
-def publish(folder: Path, target: Path) -> None:
+def publish(folder: Path, target: Path, check: Callable[[], None] | None = None) -> None:
     """Rename a complete staging folder to its target, or exchange it with the folder that is there.
 
     After a kill the target is the old folder or the new one, as a whole. After a power cut too: files and
     names are synced to disk first. Only where folders can't be exchanged (not Linux, some network file
-    systems) the target is missing for a moment.
+    systems) the target is missing for a moment; after a kill in that moment, sweep puts the old folder back.
 
     Args:
         folder: The folder of `staging_folder`. If it was exchanged, it holds the old files afterwards.
         target: The final path: nothing, a folder, or a link, which is replaced.
+        check: Called after syncing, which may take minutes, and right before the renaming; may raise.
 
     Raises:
-        OSError: It can't be renamed or synced.
+        OSError: It can't be renamed or synced, or the target is a file.
     """
     folder.chmod(0o755)
     for path in sorted(folder.rglob("*")):
         _sync(path)
     _sync(folder)
+    if check:
+        check()
     if target.is_symlink():
         target.unlink()
     if not target.exists():
         folder.rename(target)
+    elif not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
     elif not _exchange(folder, target):
-        old = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=SUFFIX, dir=target.parent))
-        target.rename(old)
-        folder.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        _replace(folder, target)
     sync_folder(target.parent)
+
+
+def _replace(folder: Path, target: Path) -> None:
+    """Rename a folder to one that exists, in two steps. After a kill between them, sweep puts it back."""
+    aside, lock = _create_locked(target)
+    try:
+        (aside / REPLACED).mkdir()
+        try:
+            target.rename(aside / REPLACED / target.name)
+            folder.rename(target)
+        finally:
+            _put_back(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _put_back(aside: Path) -> None:
+    """Give the folder that _replace moved away its name again, unless something has that name."""
+    for old in (aside / REPLACED).glob("*"):
+        if not os.path.lexists(aside.parent / old.name):
+            old.rename(aside.parent / old.name)
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ppllava_edge.engines.bundle.manifest import MANIFEST
+from ppllava_edge.engines.bundle.manifest_parser import is_bundle
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.engines.staging import publish, staging_folder
 from ppllava_edge.export.options import Options
@@ -27,6 +27,7 @@ def check_output(options: Options) -> Path:
         raise PPLLaVAError(
             f"{options.output} exists already; name another directory, or replace it with --force"
         )
+    _check_replaceable(output)
     return output
 
 
@@ -64,10 +65,19 @@ def move_into_place(staging: Path, output: Path, force: bool) -> None:
     Raises:
         PPLLaVAError: The path holds something other than a bundle.
     """
-    if os.path.lexists(output):
-        if not force:
+
+    def check() -> None:
+        if os.path.lexists(output) and not force:
             raise PPLLaVAError(f"{output} was written by another command meanwhile; --force replaces it")
-        is_folder = not output.is_symlink() and output.is_dir()
-        if not is_folder or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
-            raise PPLLaVAError(f"{output} is not a bundle; --force replaces only bundles")
-    publish(staging, output)
+        _check_replaceable(output)
+
+    publish(staging, output, check)
+
+
+def _check_replaceable(output: Path) -> None:
+    """Raise PPLLaVAError unless the path is free, an empty folder, or a bundle, damaged or not."""
+    if not os.path.lexists(output):
+        return
+    is_folder = not output.is_symlink() and output.is_dir()
+    if not is_folder or (any(output.iterdir()) and not is_bundle(output)):
+        raise PPLLaVAError(f"{output} is not a bundle; --force replaces only bundles")

@@ -60,6 +60,14 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder's manifest.json is one of ours, of whatever version, and even if it is damaged."""
+    try:
+        return FORMAT.encode() in read_limited(folder, folder / MANIFEST, LARGEST_MANIFEST)
+    except (FileNotFoundError, BundleError):
+        return False
+
+
 def file_name_problem(names: Iterable[str]) -> str:
     """Why file names from a bundle are refused (one isn't plain, or leaves the directory), or ""."""
     for name in names:

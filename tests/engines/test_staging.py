@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -201,3 +202,44 @@ def test_an_exchange_that_the_system_refuses_is_its_error(tmp_path: Path) -> Non
     (tmp_path / "one").mkdir()
     with pytest.raises(FileNotFoundError):
         staging._exchange(tmp_path / "one", tmp_path / "nothing")
+
+
+REPLACE = """
+import os, sys
+from pathlib import Path
+from ppllava_edge.engines import staging
+target, how, real = Path(sys.argv[1]), sys.argv[2], Path.rename
+def rename(self, to):
+    if not (self / "new").exists():
+        return real(self, to)
+    if how == "fails":
+        raise OSError(5, "I/O error")
+    if how == "interrupted":
+        raise KeyboardInterrupt
+    os.kill(os.getpid(), 9)
+staging._exchange = lambda one, other: False
+Path.rename = rename
+with staging.staging_folder(target) as folder:
+    (folder / "new").write_text("new")
+    staging.publish(folder, target)
+"""
+
+
+@pytest.mark.parametrize("how", ["fails", "interrupted", "killed"])
+def test_without_an_exchange_the_old_folder_is_never_lost(tmp_path: Path, how: str) -> None:
+    """Whatever happens between the two renames."""
+    target = tmp_path / "bundle"
+    target.mkdir()
+    (target / "old").write_text("old")
+    run = subprocess.run([sys.executable, "-c", REPLACE, str(target), how], capture_output=True)
+    assert run.returncode and target.exists() == (how != "killed")
+    assert len(staging.sweep(tmp_path)) == (2 if how == "killed" else 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"] and (target / "old").exists()
+
+
+@pytest.mark.parametrize("put", [Path.touch, os.mkfifo])
+def test_a_file_in_the_place_of_a_folder_stays(tmp_path: Path, put: Callable[[Path], None]) -> None:
+    put(tmp_path / "engine")
+    with pytest.raises(NotADirectoryError), staging_folder(tmp_path / "engine") as folder:
+        staging.publish(folder, tmp_path / "engine")
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]

@@ -11,12 +11,13 @@ import pytest
 
 from helpers.commands import assert_one_line_error, run_command
 from helpers.exporting import nothing_left
+from ppllava_edge.engines.bundle.manifest import MANIFEST
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.engines.graphs import graph
 from ppllava_edge.engines.graphs.tensors import Tensor, Weight
 from ppllava_edge.export.convert import convert
 from ppllava_edge.export.options import Options
-from ppllava_edge.export.output import move_into_place
+from ppllava_edge.export.output import check_output, move_into_place
 from ppllava_edge.export.quantisation.precision import parse_precision
 
 FP32 = parse_precision("fp32")
@@ -91,8 +92,28 @@ def test_only_a_bundle_is_replaced(golden: Path) -> None:
         move_into_place(staging, output, force=True)
     with pytest.raises(PPLLaVAError, match="meanwhile"):
         move_into_place(staging, output, force=False)
+    (output / MANIFEST).write_text('{"name": "an app of the web", "icons": []}')
+    with pytest.raises(PPLLaVAError, match="not a bundle"):
+        move_into_place(staging, output, force=True)
+    with pytest.raises(PPLLaVAError, match="not a bundle"):  # before hours of work
+        check_output(Options(str(golden), output, FP32, force=True))
     link = golden.parent / "link"
     link.symlink_to(output)
     with pytest.raises(PPLLaVAError, match="not a bundle"):
         move_into_place(staging, link, force=True)
     assert (output / "thesis.tex").exists() and link.is_symlink() and staging.is_dir()
+
+
+def test_what_appears_while_files_are_synced_stays(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Syncing the files of a large bundle takes minutes."""
+    output, staging = golden.parent / "bundle", golden.parent / "staging"
+    staging.mkdir()
+
+    def write_meanwhile(path: Path) -> None:
+        output.mkdir(exist_ok=True)
+        (output / MANIFEST).write_text('{"format": "ppllava-edge bundle"}')
+
+    monkeypatch.setattr("ppllava_edge.engines.staging._sync", write_meanwhile)
+    with pytest.raises(PPLLaVAError, match="meanwhile"):
+        move_into_place(staging, output, force=False)
+    assert (output / MANIFEST).exists() and staging.is_dir()
