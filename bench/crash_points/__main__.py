@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -17,6 +18,7 @@ import click
 from ppllava_edge.bench.crash_points.runs import Runner, as_row, compile_shim
 from ppllava_edge.bench.crash_points.scenarios import SCENARIOS
 from ppllava_edge.bench.crash_points.table import Row, crash_row
+from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.engines.terminal import Command, table
 
 
@@ -39,6 +41,8 @@ def main(
     only: str | None, sample: int | None, faults: int, folder: Path | None, verbose: bool, as_json: bool
 ) -> None:
     """Kill commands at every write, rename and sync; run them again. Exit status 1 if a result differs."""
+    if find_spec("onnx") is None:
+        raise PPLLaVAError("the commands need the package onnx: pip install 'ppllava-edge[cpu,export]'")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         base = Path(scratch).resolve()

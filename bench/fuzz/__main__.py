@@ -13,13 +13,17 @@ from typing import Any
 
 import click
 
-from ppllava_edge.bench.fuzz.campaign import Campaign, Tally
-from ppllava_edge.bench.fuzz.corpus import Corpus
-from ppllava_edge.bench.fuzz.known import known_reason
-from ppllava_edge.bench.fuzz.outcome import Outcome
-from ppllava_edge.bench.fuzz.targets.registry import TARGETS
-from ppllava_edge.bench.fuzz.targets.target import Target
-from ppllava_edge.engines.terminal import Command, progress_steps, table
+from ppllava_edge.engines.terminal import Command, fail, progress_steps, table
+
+try:
+    from ppllava_edge.bench.fuzz.campaign import Campaign, Tally
+    from ppllava_edge.bench.fuzz.corpus import Corpus
+    from ppllava_edge.bench.fuzz.known import known_reason
+    from ppllava_edge.bench.fuzz.outcome import Outcome
+    from ppllava_edge.bench.fuzz.targets.registry import TARGETS
+    from ppllava_edge.bench.fuzz.targets.target import Target
+except ModuleNotFoundError as error:
+    fail(f"fuzzing needs the package {error.name}: pip install 'ppllava-edge[cpu,export]'")
 
 Progress = Callable[[str, int, int], None]
 LINE_SECONDS = 120

@@ -70,6 +70,8 @@ def _print_answer(
         answer = stream.answer
     text = answer.text if at_once else ""
     print(json.dumps(answer.as_dict()) if as_json else text, flush=True)
+    if answer.finish == "timeout":
+        click.echo(f"note: --timeout {asking['timeout']:g} ended the answer", err=True)
     # The video's own notes come first; they were printed when it was opened.
     for note in answer.notes[len(video.frames.notes) :]:
         click.echo(f"note: {note}", err=True)

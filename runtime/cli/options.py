@@ -13,7 +13,8 @@ from ppllava_edge.engines.errors import PPLLaVAError
 
 LIVE_ONLY = ("fps", "window", "every", "last", "answers", "no_reconnect")
 BATCH_ONLY = ("output", "retry")
-NOT_LIVE = ("frames", "start", "end", "tokens", "select", "candidates", "keep", "cache", "cache_folder")
+NOT_LIVE = ("tokens", "select", "candidates", "keep", "cache", "cache_folder")
+NOT_LIVE_TIME = ("frames", "start", "end")
 SAMPLED_ONLY = ("top_p", "top_k", "seed")
 REPEATED_ONLY = ("every", "answers")
 PICTURES = ("", ".png", ".gif", ".mp4", ".mkv", ".webm")  # suffixes of --save-attention
@@ -41,10 +42,17 @@ def check_options(question: str | None, options: dict[str, Any]) -> None:
         raise click.UsageError("--save-attention needs a QUESTION")
     if batch and (question is None or not options["output"]):
         raise click.UsageError("--batch needs QUESTION (a file of questions, or one) and -o answers.jsonl")
+    if options["output"] == "-":
+        raise click.UsageError(
+            "-o needs a file: a batch reads its earlier answers from it (for one named -: ./-)"
+        )
+    if not options["isolate"] and any(limit.startswith("memory=") for limit in options["limits"]):
+        raise click.UsageError("--limit memory goes with --isolate: it bounds the child process")
     if not batch:
         _refuse(BATCH_ONLY, "goes with --batch")
     if live:
-        _refuse(NOT_LIVE, "and --live don't go together; --last says how far to look back")
+        _refuse(NOT_LIVE_TIME, "and --live don't go together; --last says how far to look back")
+        _refuse(NOT_LIVE, "and --live don't go together")
         if question is None:
             _refuse(REPEATED_ONLY, "repeats a QUESTION; give one")
     else:

@@ -33,7 +33,10 @@ SCRIPT = str(Path(sys.executable).with_name("ppllava-run"))
         ([SAMPLE, "--live", "--every", "1"], ("--every", "give one")),
         ([SAMPLE, "--live", QUESTION, "--cache"], ("--cache", "--live don't go together")),
         ([SAMPLE, "--live", QUESTION, "--candidates", "9"], ("--candidates", "--live don't go together")),
+        ([SAMPLE, "--live", QUESTION, "--start", "1"], ("--start", "--last says how far")),
         ([SAMPLE, QUESTION, "--retry"], ("--retry", "goes with --batch")),
+        ([SAMPLE, QUESTION, "--batch", "-o", "-"], ("-o needs a file",)),
+        ([SAMPLE, QUESTION, "--limit", "memory=1e9"], ("--limit memory goes with --isolate",)),
         ([SAMPLE, QUESTION, "--candidates", "9"], ("--candidates", "--select guided")),
         ([SAMPLE, QUESTION, "--top-p", "0.5"], ("--top-p", "--temperature above 0")),
         ([SAMPLE, QUESTION, "--seed", "0"], ("--seed", "--temperature above 0")),
@@ -48,6 +51,11 @@ SCRIPT = str(Path(sys.executable).with_name("ppllava-run"))
 )
 def test_an_option_that_would_be_ignored_is_refused(arguments: list[str], words: tuple[str, ...]) -> None:
     assert_one_line_error(run_command("ppllava-run", *arguments), *words)
+
+
+def test_an_answer_that_its_timeout_ended_has_a_note() -> None:
+    run = run_command("ppllava-run", SAMPLE, QUESTION, "--timeout", "0.001")
+    assert run.returncode == 0 and "note: --timeout 0.001 ended the answer" in run.stderr
 
 
 @pytest.mark.parametrize("name", ["/nowhere/map.png", "map.jpg", "folder", "read-only/map.png"])
