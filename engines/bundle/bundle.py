@@ -42,9 +42,13 @@ class Bundle:
             BundleError: Not a bundle, incomplete, damaged or too new; in one line.
         """
         folder = find_bundle(path)
-        if not folder.exists():
+        try:
+            exists, is_folder = folder.exists(), folder.is_dir()
+        except OSError as error:  # a name too long, a folder above that may not be entered
+            raise BundleError(f"no bundle at {path}: {error.strerror}") from None
+        if not exists:
             raise BundleError(f"no bundle at {path}: no such directory")
-        if not folder.is_dir():
+        if not is_folder:
             raise BundleError(f"{path} is a file; a bundle is a directory, as ppllava-export writes it")
         bundle = cls(folder, read_manifest(folder / MANIFEST))
         bundle._check_sizes()

@@ -140,11 +140,16 @@ def engine_folder(bundle: Path, target: str) -> Path:
     """The folder of a target's engine, whether it exists or not.
 
     Raises:
-        BundleError: It is outside the bundle: building there would replace a folder of somebody else.
+        BundleError: It is outside the bundle, or not a folder: building there would replace what isn't ours.
     """
     folder = bundle / "engines" / target
-    if not folder.resolve().is_relative_to(bundle.resolve()):
-        raise BundleError(f"{folder} is a link that leaves the bundle; remove the link")
+    try:
+        if not folder.resolve().is_relative_to(bundle.resolve()):
+            raise BundleError(f"{folder} is a link that leaves the bundle; remove the link")
+        if folder.exists() and not folder.is_dir():
+            raise BundleError(f"{folder} is not a folder; remove it")
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        raise BundleError(f"{folder}: {getattr(error, 'strerror', None) or error}; remove the link") from None
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 from ppllava_edge.engines.bundle.manifest import MANIFEST, FileEntry, Manifest
 from ppllava_edge.engines.bundle.untrusted import open_inside
-from ppllava_edge.engines.errors import BundleError
+from ppllava_edge.engines.errors import BundleError, PPLLaVAError
 
 ALWAYS_HASHED = 256 << 20  # bytes; folders up to this total size are hashed on every open
 
@@ -26,14 +27,20 @@ def damaged_file(folder: Path, files: dict[str, FileEntry], verify: bool = False
 
     Returns:
         The name of the first damaged file, or None.
+
+    Raises:
+        BundleError: A file can't be read, or is gone: another command replaced the folder meanwhile.
     """
-    stamp = _stamp(folder, files) if _are_large(files) else None
-    if stamp and not verify and _stamp_known(stamp):
-        return None
-    for name, entry in files.items():
-        with open_inside(folder, folder / name) as file:
-            if _sha256(folder / name, file) != entry.sha256:
-                return name
+    try:
+        stamp = _stamp(folder, files) if _are_large(files) else None
+        if stamp and not verify and _stamp_known(stamp):
+            return None
+        for name, entry in files.items():
+            with open_inside(folder, folder / name) as file:
+                if _sha256(folder / name, file) != entry.sha256:
+                    return name
+    except FileNotFoundError as error:
+        raise BundleError(f"{error.filename} is gone; was it replaced meanwhile? Open it again") from None
     if stamp:
         _remember_stamp(stamp)
     return None
@@ -47,7 +54,8 @@ def remember_hashes(folder: Path, files: dict[str, FileEntry]) -> None:
         files: Their sizes and hashes, by name.
     """
     if _are_large(files):
-        _remember_stamp(_stamp(folder, files))
+        with contextlib.suppress(FileNotFoundError):  # another command replaced the folder already
+            _remember_stamp(_stamp(folder, files))
 
 
 def hash_file(path: Path) -> str:
@@ -77,8 +85,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def cache_folder() -> Path:
-    """This user's cache: $XDG_CACHE_HOME/ppllava-edge or ~/.cache/ppllava-edge."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppllava-edge"
+    """This user's cache: $XDG_CACHE_HOME/ppllava-edge or ~/.cache/ppllava-edge.
+
+    Raises:
+        PPLLaVAError: The user has no home folder, as in some containers.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppllava-edge"
+    except RuntimeError:
+        raise PPLLaVAError("this user has no home folder for the cache; set XDG_CACHE_HOME") from None
 
 
 def _sha256(path: Path, file: Any) -> str:
@@ -113,7 +128,10 @@ def _stamp(folder: Path, files: dict[str, FileEntry]) -> str:
 
 
 def _stamp_known(stamp: str) -> bool:
-    return (cache_folder() / "verified" / stamp).exists()
+    try:
+        return (cache_folder() / "verified" / stamp).exists()
+    except (OSError, PPLLaVAError):
+        return False
 
 
 def _remember_stamp(stamp: str) -> None:
@@ -121,5 +139,5 @@ def _remember_stamp(stamp: str) -> None:
         folder = cache_folder() / "verified"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / stamp).touch()
-    except OSError:
-        return  # a read-only home costs a hash on the next open, nothing else
+    except (OSError, PPLLaVAError):
+        return  # a read-only home, or none, costs a hash on the next open, nothing else

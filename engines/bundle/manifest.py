@@ -36,7 +36,8 @@ KVDtype = Annotated[str, one_of("float32", "float16", "int8")]
 Number = Annotated[float, Meta(gt=-1e6, lt=1e6)]
 # printable, so that nothing in a bundle can send control sequences to a terminal
 Label = Annotated[str, Meta(max_length=256, pattern=r"^[^\x00-\x1f\x7f-\x9f]*" + END)]
-Facts = Annotated[dict[Label, Any], Meta(max_length=256)]
+Plain = str | int | float | bool | None
+Facts = Annotated[dict[Label, Plain], Meta(max_length=256)]
 KEYS = (  # sections of manifest.json after "format" and "schema", in writing order
     "created_by",
     "name",

@@ -16,6 +16,14 @@ def packed_bundle() -> Path:
     return Path(str(resources.files("ppllava_edge.nano"))) / "bundle"
 
 
+def expanded(name: str | os.PathLike[str]) -> Path:
+    """A path with "~" expanded; one of an unknown user stays as it is, as in a shell."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def find_bundle(name: str | os.PathLike[str] | None) -> Path:
     """Resolve a bundle's name to its directory.
 
@@ -28,7 +36,7 @@ def find_bundle(name: str | os.PathLike[str] | None) -> Path:
     """
     if name is None:
         return packed_bundle()
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if str(name) == PACKED and not (folder / MANIFEST).is_file():
         return packed_bundle()
     return folder

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ppllava_edge.engines.bundle.packed import expanded
 from ppllava_edge.engines.bundle.untrusted import printable
 from ppllava_edge.engines.errors import PPLLaVAError
 
@@ -25,7 +26,7 @@ def locate(name: str, subfolder: str = "", patterns: Iterable[str] | None = None
     Raises:
         PPLLaVAError: No directory or repository of that name exists.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         raise PPLLaVAError(f"{name} is a file; name the checkpoint's directory (the one with config.json)")
     if path.is_dir():
@@ -45,7 +46,7 @@ def locate_checkpoint(name: str, subfolder: str = "") -> Path:
     These are the configuration, the tokenizers, and safetensors files, or .bin shards if there are none.
     """
     folder = locate(name, subfolder, [*_SMALL_FILES, "*.safetensors"])
-    if not Path(name).expanduser().is_dir() and not any(folder.glob("*.safetensors")):
+    if not expanded(name).is_dir() and not any(folder.glob("*.safetensors")):
         folder = locate(name, subfolder, [*_SMALL_FILES, "*.bin"])
     return folder
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ppllava_edge.engines.bundle.manifest import MANIFEST, Manifest
-from ppllava_edge.engines.bundle.packed import find_bundle
+from ppllava_edge.engines.bundle.packed import expanded, find_bundle
 from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.engines.graphs.tensors import Tensor
 from ppllava_edge.export.options import Options
@@ -58,7 +58,7 @@ def source_bundle(options: Options) -> Path | None:
 
     "nano" is the packed bundle, unless a folder of that name holds a bundle or a checkpoint.
     """
-    folder = Path(options.checkpoint).expanduser() / options.subfolder
+    folder = expanded(options.checkpoint) / options.subfolder
     if not options.subfolder and not (folder / "config.json").is_file():
         folder = find_bundle(options.checkpoint)
     return folder if (folder / MANIFEST).is_file() else None
