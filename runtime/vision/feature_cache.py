@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import numbers
 import os
 import shutil
 import stat
@@ -136,12 +137,15 @@ class FeatureCache:
         limit: Bytes of all files together.
 
     Raises:
-        PPLLaVAError: If other users may write to the folder: they could change what videos show.
+        PPLLaVAError: If the folder isn't one, other users may write to it (they could change what videos
+            show), or the limit isn't a number of bytes.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, limit: int = DEFAULT_LIMIT):
         self.folder = Path(folder) if folder is not None else cache_folder() / "features"
         self.limit = limit
+        if not isinstance(limit, numbers.Integral) or limit < 0:
+            raise PPLLaVAError(f"the cache's limit must be a number of bytes, 0 or more, not {limit!r}")
         self._swept = False
         _check_owner(self.folder)
 
@@ -226,6 +230,8 @@ def _check_owner(folder: Path) -> None:
         status = folder.stat()
     except OSError:
         return  # it will be created, or storing fails with a warning
+    if not stat.S_ISDIR(status.st_mode):
+        raise PPLLaVAError(f"the cache folder {folder} is a file; name a folder")
     user = os.geteuid() if hasattr(os, "geteuid") else 0
     if user and status.st_uid not in (user, 0):
         raise PPLLaVAError(f"the cache folder {folder} belongs to another user; name another one")

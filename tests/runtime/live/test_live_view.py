@@ -17,6 +17,23 @@ from ppllava_edge.runtime.live.status import LiveStatus
 QUESTION, ANSWER = "What color is the circle?", "red"
 
 
+@pytest.mark.parametrize(
+    ("source", "options", "words"),
+    [
+        (SAMPLE, {"color": "bgr"}, "color is for pushed frames"),
+        (None, {"format": "v4l2"}, "are for a source"),
+        (None, {"options": {"video_size": "64x64"}}, "are for a source"),
+        (SAMPLE, {"options": "video_size=64x64"}, "options must be strings by name"),
+        (SAMPLE, {"options": {"threads": 1}}, "options must be strings by name"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    qa: VideoQA, source: str | None, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(MediaError, match=words):
+        qa.live(source, **options)
+
+
 def test_file_live_and_pushed_frames_give_the_same_features(qa: VideoQA, frames: np.ndarray) -> None:
     """Bit for bit with frames encoded one by one; the opened video is encoded four frames at a time."""
     with qa.live(SAMPLE, fps=4, window=16, realtime=False) as played, qa.live(fps=4, window=16) as pushed:

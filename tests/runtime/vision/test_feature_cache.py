@@ -163,6 +163,18 @@ def test_nobody_else_may_write_to_the_folder(tmp_path: Path) -> None:
         FeatureCache(tmp_path / "cache")
 
 
+def test_a_file_is_no_cache_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PPLLaVAError, match="is a file; name a folder"):
+        FeatureCache(tmp_path / "file")
+
+
+@pytest.mark.parametrize("limit", [-1, "4GB", 1.5, None])
+def test_the_limit_is_a_number_of_bytes(tmp_path: Path, limit: Any) -> None:
+    with pytest.raises(PPLLaVAError, match="number of bytes"):
+        FeatureCache(tmp_path, limit)
+
+
 def test_what_a_killed_process_left_is_removed_at_once(tmp_path: Path) -> None:
     program = (
         "import os, sys; from ppllava_edge.engines.staging import staging_folder; from pathlib import Path\n"
