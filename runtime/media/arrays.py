@@ -52,6 +52,8 @@ class ArrayReader(FrameReader):
         end: float | None = None,
         limits: MediaLimits = DEFAULT_LIMITS,
     ):
+        if getattr(images, "ndim", 0) == (2 if color == "gray" else 3):
+            raise MediaError("this is a single frame; pass a list: [frame]")
         listed = _listed(images, limits.max_files, "frames")
         self.images = [rgb_frame(image, f"frame {i}", color, limits) for i, image in enumerate(listed)]
         count = len(self.images)
@@ -191,7 +193,7 @@ def _wrong_array(array: np.ndarray, what: str, color: str) -> str:
     channels = CHANNELS[color]
     wanted = "(height, width)" if color == "gray" else f"(height, width, {channels})"
     hint = ""
-    if array.dtype == object:
+    if array.dtype == object or array.dtype.kind in "US":
         return f"{what} is not a frame: {color} needs a uint8 array {wanted}"
     if array.dtype != np.uint8:
         scale = "; scale values from 0..1 by 255 and round" if array.dtype.kind == "f" else ""

@@ -185,6 +185,17 @@ def test_options_of_frames_are_refused_for_files(qa: VideoQA, video_file: Any, o
         qa.open(video_file, **options)
 
 
+@pytest.mark.parametrize(("shape", "color"), [((64, 64, 3), "rgb"), ((64, 64, 4), "bgra"), ((64, 64), "gray")])
+def test_a_single_frame_is_no_list(shape: tuple[int, ...], color: str) -> None:
+    with pytest.raises(MediaError, match=r"pass a list: \[frame\]"):
+        ArrayReader(np.zeros(shape, np.uint8), color=color)
+
+
+def test_names_of_files_are_no_frames() -> None:
+    with pytest.raises(MediaError, match="frame 0 is not a frame: rgb needs a uint8 array"):
+        ArrayReader(["a.png", "b.png"])
+
+
 def test_a_list_that_changes_while_it_is_read(images: list[np.ndarray]) -> None:
     given = list(images)
     reader = reader_of(given, FrameOptions(), fps=1.0)
