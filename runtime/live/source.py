@@ -16,7 +16,7 @@ from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.media.container import (
     check_memory,
     open_container,
-    read_packets,
+    read_all_packets,
     reason,
     to_rgb,
     video_stream,
@@ -104,6 +104,8 @@ class LiveSource:
             stream.thread_type = "AUTO" if self.is_file else "SLICE"
             try:
                 self._play(container, stream, closed, on_frame)
+            except av.error.ExitError:
+                raise MediaError(f"{self.name} was lost (nothing came for {self.timeout:g} s)") from None
             except av.error.FFmpegError as error:
                 raise MediaError(f"{self.name} was lost ({reason(error)})") from None
 
@@ -125,6 +127,8 @@ class LiveSource:
                 timeout=self.timeout,
                 metadata_errors="replace",
             )
+        except av.error.ExitError:
+            raise MediaError(f"{self.name} can't be opened (no answer in {self.timeout:g} s)") from None
         except (av.error.FFmpegError, ValueError, OSError, MemoryError) as error:
             raise MediaError(f"{self.name} can't be opened ({reason(error)})") from None
         with container:
@@ -144,7 +148,8 @@ class LiveSource:
                     seconds = self._file_time(frame)
                     first = seconds if first is None else first
                     seconds -= first
-                    if self.realtime and closed.wait(max(began + seconds - last_frame, 0)):
+                    wait = began + seconds - last_frame
+                    if self.realtime and closed.wait(min(max(wait, 0.0), threading.TIMEOUT_MAX)):
                         return
                 else:
                     seconds = last_frame - self._created
@@ -156,11 +161,14 @@ class LiveSource:
                 raise MediaError(f"{self.name} delivered no frame for {self.timeout:g} s")
 
     def _decode(self, container: Any, stream: Any) -> Iterator[list[Any]]:
-        """The frames of each packet; an empty list for a packet that can't be decoded."""
+        """The frames of each packet; an empty list for one that can't be decoded, or isn't video."""
         import av
 
         errors = 0
-        for packet in read_packets(container, stream):
+        for packet in read_all_packets(container, stream):
+            if packet is None:
+                yield []
+                continue
             try:
                 frames = packet.decode()
                 errors = 0
@@ -177,8 +185,8 @@ class LiveSource:
     def _count(self, frame: Any) -> None:
         self.seen += 1
         if self.size != (frame.width, frame.height):
-            self.size = (frame.width, frame.height)
             check_size(frame.width, frame.height, self.name, self.limits)
+            self.size = (frame.width, frame.height)
 
     def _file_time(self, frame: Any) -> float:
         if frame.pts is None or not frame.time_base:

@@ -100,6 +100,15 @@ def video_stream(container: Any, what: str, limits: MediaLimits = DEFAULT_LIMITS
 def read_packets(container: Any, stream: Any, budget: Budget | None = None) -> Iterator[Any]:
     """Yield a stream's packets, compressed frames in decoding order; empty ones mark the end.
 
+    See read_all_packets.
+    """
+    return (packet for packet in read_all_packets(container, stream, budget) if packet is not None)
+
+
+def read_all_packets(container: Any, stream: Any, budget: Budget | None = None) -> Iterator[Any]:
+    """As read_packets, with None for each packet of another stream.
+
+    A file or a server may send any amount of sound without a frame: the caller looks at its clock meanwhile.
     Reading stops with MediaError when the budget's time is over, also inside FFmpeg.
 
     PyAV raises IndexError where a new stream begins in the middle of a file (joined transport streams,
@@ -108,8 +117,8 @@ def read_packets(container: Any, stream: Any, budget: Budget | None = None) -> I
     import av
 
     try:
-        for packet in container.demux(stream):
-            yield packet
+        for packet in container.demux():
+            yield packet if packet.stream_index == stream.index else None
             if budget is not None:
                 budget.check()
     except av.error.ExitError:

@@ -80,7 +80,7 @@ class ImageFile(Pictures):
             if picture is None:
                 return None
             if picture.format == "GIF":
-                return cls(path, _gif_seconds(path, budget))
+                return cls(path, _gif_seconds(path, picture.size, budget))
             return cls(path, _seconds(picture, budget))
 
     def read(self, numbers: Sequence[int], budget: Budget) -> Iterator[tuple[int, np.ndarray]]:
@@ -203,10 +203,10 @@ def _upright(picture: Any, name: str) -> np.ndarray:
         return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
 
 
-def _gif_seconds(path: Path, budget: Budget) -> list[float]:
-    """How long each picture of a GIF is shown. Nothing is decoded."""
+def _gif_seconds(path: Path, size: tuple[int, int], budget: Budget) -> list[float]:
+    """How long each picture of a GIF with a canvas of this size is shown. Nothing is decoded."""
     seconds: list[float] = []
-    width = height = 1
+    width, height = size
     with open_regular(path) as file:
         for picture in scan_gif(file, budget):
             width, height = max(width, picture.right), max(height, picture.bottom)

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,27 @@ def test_a_process_that_stops_is_noticed(
         assert wait_until(lambda: live.status.losses >= 1), live.status
         assert wait_until(lambda: pid not in child_processes())
     assert child_processes() == before
+
+
+@pytest.mark.parametrize("kind", [LiveSource, IsolatedSource])
+def test_a_frame_of_the_far_future_is_waited_for(tmp_path: Path, kind: type[LiveSource]) -> None:
+    """Longer than the longest time that a thread can wait."""
+    frames = np.zeros((6, 64, 64, 3), np.uint8)
+    path = encode_clip(tmp_path / "late.mkv", "ffv1", {}, frames=frames, times=[0, 40, 80, 120, 160, 10**14])
+    closed, seen = threading.Event(), list[float]()
+    source = kind(path, lambda t: True, lambda image, t: seen.append(t))
+    thread = threading.Thread(target=source.read, args=(closed, lambda: None))
+    thread.start()
+    assert wait_until(lambda: source.seen == 6) and thread.is_alive()
+    closed.set()
+    thread.join()
+    assert len(seen) == 5
+
+
+def test_a_size_that_was_refused_is_refused_again(tmp_path: Path) -> None:
+    path = encode_clip(tmp_path / "large.mp4", "mpeg4", {})
+    source = LiveSource(path, lambda t: True, lambda image, t: None, realtime=False)
+    frame = types.SimpleNamespace(width=4, height=4)
+    for _ in range(2):
+        with pytest.raises(MediaError, match="too small"):
+            source._count(frame)

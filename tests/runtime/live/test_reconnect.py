@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 
 from helpers.commands import ROOT
 from helpers.stream_server import StreamServer, forever, wait_until
 from ppllava_edge import MediaError, VideoQA
+from ppllava_edge.runtime.live.isolated_source import IsolatedSource
+from ppllava_edge.runtime.live.source import LiveSource
 
 RTSP_SERVER = ROOT / "tests" / "helpers" / "rtsp_server.py"
 QUESTION, ANSWER = "What color is the circle?", "red"
@@ -46,7 +51,8 @@ def test_a_stream_that_is_cut_off_and_brought_back(qa: VideoQA, frames: np.ndarr
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"), [("silent", "can't be opened"), ("garbage", "can't be opened"), ("refused", "refused")]
+    ("kind", "words"),
+    [("silent", "no answer in 0.5 s"), ("garbage", "can't be opened"), ("refused", "refused")],
 )
 def test_a_stream_that_never_starts(qa: VideoQA, frames: np.ndarray, kind: str, words: str) -> None:
     server = StreamServer(forever(frames), kind)
@@ -187,3 +193,42 @@ with VideoQA(device="cpu").live("http://127.0.0.1:9/stream") as live:
     )
     assert silent.returncode == spoken.returncode == 0 and silent.stderr == silent.stdout == ""
     assert "ppllava_edge.runtime.live.reconnect" in spoken.stderr and "trying again in" in spoken.stderr
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_stream_that_goes_on_with_sound_only_is_lost(tmp_path: Path, isolate: bool) -> None:
+    """No packet of video comes any more, but data does."""
+    path = tmp_path / "sound.ts"
+    with av.open(str(path), "w") as container:
+        video: Any = container.add_stream("mpeg2video", rate=25)
+        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+        sound: Any = container.add_stream("mp2", rate=48000)
+        for i in range(5):
+            image = np.full((64, 64, 3), 40 * i, np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(video.encode())
+        for i in range(5000):
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.int16), "s16", "mono")
+            samples.sample_rate, samples.pts = 48000, i * 1152
+            container.mux(sound.encode(samples))
+    data, ended = path.read_bytes(), threading.Event()
+
+    def send(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(data[: len(data) // 2])
+            for i in range(len(data) // 2, len(data), 188):
+                connection.sendall(data[i : i + 188])
+                if ended.wait(0.01):
+                    return
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=send, args=(listening,), daemon=True).start()
+        address = f"tcp://127.0.0.1:{listening.getsockname()[1]}"
+        kind = IsolatedSource if isolate else LiveSource
+        source = kind(address, lambda t: True, lambda image, t: None, timeout=1.0)
+        try:
+            with pytest.raises(MediaError, match="delivered no frame for 1 s"):
+                source.read(threading.Event(), lambda: None)
+        finally:
+            ended.set()

@@ -6,6 +6,7 @@ import os
 import struct
 import warnings
 import zlib
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -352,3 +353,30 @@ def test_large_files_are_left_to_ffmpeg(
     monkeypatch.setattr(Image, "open", lambda *arguments, **options: pytest.fail("opened"))
     with pytest.raises(MediaError, match="not a video"):
         readers.open_reader(tmp_path / "a.webp")
+
+
+def test_the_canvas_of_a_gif_counts_whatever_its_pictures_cover(tmp_path: Path) -> None:
+    """Each small picture is drawn on a copy of the whole canvas."""
+    path, pictures = tmp_path / "canvas.gif", [Image.new("L", (8, 8), 9 * i) for i in range(20)]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:])
+    data = bytearray(path.read_bytes())
+    data[6:10] = struct.pack("<HH", 512, 512)
+    path.write_bytes(data)
+    _refused(path, "max_animation_pixels", max_animation_pixels=19 * 512 * 512)
+
+
+def test_time_of_a_file_with_little_but_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is looked at with each packet of sound, too."""
+    path, checks = tmp_path / "sound.mkv", list[int]()
+    with av.open(str(path), "w") as container:
+        video: Any = container.add_stream("mpeg4", rate=25)
+        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+        sound: Any = container.add_stream("pcm_s16le", rate=48000)
+        frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+        container.mux([*video.encode(frame), *video.encode()])
+        for i in range(500):
+            packet = av.Packet(bytes(96))
+            packet.stream, packet.time_base, packet.pts, packet.dts = sound, Fraction(1, 1000), i, i
+            container.mux(packet)
+    monkeypatch.setattr(Budget, "check", lambda self: checks.append(1))
+    assert open_reader(path).count == 1 and len(checks) >= 500
