@@ -86,8 +86,24 @@ def encode_source(
         Features, or encoded candidates if the question is to choose among them.
 
     Raises:
-        MediaError: If the source can't be decoded or doesn't suit the model; in one line.
+        MediaError: If the source can't be decoded or doesn't suit the model; in one line. The reader is
+            closed then: an error that the app keeps must not keep a decoding process.
     """
+    try:
+        return _encode(pipeline, engine_lock, reader, options, progress)
+    except BaseException:
+        reader.close()
+        raise
+
+
+def _encode(
+    pipeline: BasePipeline,
+    engine_lock: EngineLock,
+    reader: FrameReader,
+    options: FrameOptions,
+    progress: Progress | None,
+) -> EncodedVideo:
+    """encode_source, which closes the reader if this fails."""
     m = pipeline.manifest
     if reader.kind == "image" and m.pooling.takes_images:
         return _encode_image(pipeline, engine_lock, reader)
@@ -105,7 +121,7 @@ def encode_source(
     # Fewer frames than asked for: a single picture, or a file whose header promises more than it holds.
     video.windows = options.windows(m, count if guided else len(reader.indices))
     started = time.perf_counter()
-    with engine_lock:
+    with engine_lock.hold():
         if not guided:
             video.features = encoder.clip.features(reader.indices)
         elif len(reader.indices) > count:
@@ -172,7 +188,7 @@ def _encode_image(pipeline: BasePipeline, engine_lock: EngineLock, reader: Frame
     started = time.perf_counter()
     tiles = preprocess_image(frame.image, pipeline.manifest.preprocessing)
     pipeline.load("encoding")
-    with engine_lock:
+    with engine_lock.hold():
         features = pipeline.encode_frames(tiles, media="image")
         pipeline.wait()
     return EncodedVideo(

@@ -11,6 +11,7 @@ import numpy as np
 
 from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.engines.plugins.prepare_frame.kernel import is_device_frame
+from ppllava_edge.runtime.media.container import reason
 from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits, check_size
 from ppllava_edge.runtime.media.readers import Frame, FrameReader
 
@@ -160,7 +161,7 @@ def rgb_frame(image: Any, what: str, color: str = "rgb", limits: MediaLimits = D
     Raises:
         MediaError: For GPU memory, another shape or dtype, an unknown colour order, or an unusable size.
     """
-    if color not in CHANNELS:
+    if not isinstance(color, str) or color not in CHANNELS:
         raise MediaError(f"color must be {', '.join(CHANNELS)}, not {color!r}")
     if is_device_frame(image):
         raise MediaError(
@@ -170,11 +171,11 @@ def rgb_frame(image: Any, what: str, color: str = "rgb", limits: MediaLimits = D
         try:
             image = np.from_dlpack(image)
         except (RuntimeError, TypeError, ValueError, BufferError) as error:
-            raise MediaError(f"{what} can't be read through DLPack: {str(error).splitlines()[0]}") from None
+            raise MediaError(f"{what} can't be read through DLPack: {reason(error)}") from None
     try:
         array: np.ndarray = np.asarray(image)
     except (TypeError, ValueError) as error:
-        raise MediaError(f"{what} is not an array ({str(error).splitlines()[0]})") from None
+        raise MediaError(f"{what} is not an array ({reason(error)})") from None
     if color == "gray" and array.ndim == 2:
         array = array[:, :, None]
     channels = CHANNELS[color]

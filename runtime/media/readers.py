@@ -99,6 +99,9 @@ class FrameReader(ABC):
         self.notes: list[str] = []
         self.reading = threading.Lock()
 
+    def close(self) -> None:  # noqa: B027 – most readers hold nothing
+        """Release what is held until the frames are read. They can still be read afterwards."""
+
     @abstractmethod
     def frames(self, choice: Callable[[FrameReader], Sequence[int]]) -> Iterator[Frame]:
         """Read the chosen frames.

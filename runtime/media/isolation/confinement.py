@@ -14,6 +14,7 @@ from ppllava_edge.runtime.media.limits import MediaLimits
 
 MAX_OPEN_FILES = 64
 CPU_GRACE = 10  # seconds of processor time beside twice decode_seconds on every core
+MAX_CPU_SECONDS = 2**31  # more than setrlimit takes everywhere is no limit
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38  # Linux's prctl
 
 
@@ -42,7 +43,7 @@ def confine(limits: MediaLimits, parent: int) -> None:
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_NOFILE, MAX_OPEN_FILES)
     if limits.decode_seconds is not None:
-        seconds = int(2 * limits.decode_seconds * (os.cpu_count() or 1)) + CPU_GRACE
+        seconds = int(min(2 * limits.decode_seconds * (os.cpu_count() or 1), MAX_CPU_SECONDS)) + CPU_GRACE
         _limit(resource.RLIMIT_CPU, seconds, seconds + CPU_GRACE)  # SIGXCPU comes first, then SIGKILL
     _limit(resource.RLIMIT_AS, limits.memory)
 

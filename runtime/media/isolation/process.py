@@ -197,13 +197,13 @@ class DecodingProcess:
         if self.silence is not None:
             silent = now - self._began > self.silence
         else:
-            silent = self._is_idle(now) and now - self._last_used > STALL_SECONDS
+            silent = self._look(now) and now - self._last_used > STALL_SECONDS
         if silent:
             seconds = now - self._began
             raise MediaError(f"{self._what}: the decoding process hangs (no answer for {seconds:.0f} s)")
 
-    def _is_idle(self, now: float) -> bool:
-        """Whether the process used no processor time since the last look; False where that is unknown."""
+    def _look(self, now: float) -> bool:
+        """Look at the processor time, now and then. Returns whether it was looked at, and can be."""
         if now - self._looked < LOOK_SECONDS:
             return False
         self._looked = now
@@ -214,4 +214,4 @@ class DecodingProcess:
             return False
         if used != self._used:
             self._used, self._last_used = used, now
-        return used == self._used
+        return True

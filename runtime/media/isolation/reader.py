@@ -54,6 +54,14 @@ class IsolatedReader(FrameReader):
         finally:
             process.close()
 
+    def close(self) -> None:
+        """See FrameReader.close."""
+        with self._lock:
+            process, self._opened = self._opened, None
+            self._end_unread.detach()
+        if process is not None:
+            process.close()
+
     def _open(self) -> DecodingProcess:
         """Start a process that opens the source, and take over the facts about it."""
         process = DecodingProcess(WORKER, self.what, self._limits)

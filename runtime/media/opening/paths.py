@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from ppllava_edge.engines.errors import MediaError
 
-CREDENTIALS = re.compile(r"^([a-z][a-z0-9+.-]*://)[^/]*@", re.IGNORECASE)
+CREDENTIALS = re.compile(r"([a-z][a-z0-9+.-]+:/{1,2})[^/]*@", re.IGNORECASE)  # of a Path: one slash
 ADDRESS = re.compile(r"(https?|rtsps?|s?rtp|rtmp\w*|udp|tcp|tls|srt|rist):/", re.IGNORECASE)
 LONGEST_NAME = 300  # characters of a name in an error message
 KINDS = (
@@ -30,7 +30,7 @@ def source_name(source: object) -> str:
         source: str, bytes or a path-like object. Bytes that aren't UTF-8 become surrogates, as in os.listdir.
 
     Raises:
-        MediaError: If it is none of these, is empty or holds a null character.
+        MediaError: If it is none of these, is empty, or holds what no file's name can hold.
     """
     if not isinstance(source, (str, bytes, os.PathLike)):
         raise MediaError(f"a source is a path, an address or frames, not {type(source).__name__}")
@@ -39,6 +39,10 @@ def source_name(source: object) -> str:
         raise MediaError("the source's name is empty")
     if "\0" in name:
         raise MediaError(f"{display_name(name)}: a name can't hold a null character")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise MediaError(f"{display_name(name)}: half a surrogate pair is in the name") from None
     return name
 
 

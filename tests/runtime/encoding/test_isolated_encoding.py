@@ -101,3 +101,14 @@ def test_without_isolation_nothing_of_it_is_loaded() -> None:
         "assert not [m for m in sys.modules if 'isolation.' in m or m == 'multiprocessing.spawn']\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_error_that_is_kept_keeps_no_process(child_processes: Children) -> None:
+    """An error refers to the reader, and it to its process."""
+    before, kept = child_processes(), list[MediaError]()
+    qa = VideoQA(device="cpu", isolate=True)
+    for options in ({"frames": 4000}, {"start": 1e6}, {"select": "guided", "frames": 4000}):
+        with pytest.raises(MediaError) as found:
+            qa.open(SAMPLE, **options)  # type: ignore[arg-type]
+        kept.append(found.value)
+    assert len(kept) == 3 and child_processes() == before

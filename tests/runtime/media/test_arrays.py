@@ -185,7 +185,9 @@ def test_options_of_frames_are_refused_for_files(qa: VideoQA, video_file: Any, o
         qa.open(video_file, **options)
 
 
-@pytest.mark.parametrize(("shape", "color"), [((64, 64, 3), "rgb"), ((64, 64, 4), "bgra"), ((64, 64), "gray")])
+@pytest.mark.parametrize(
+    ("shape", "color"), [((64, 64, 3), "rgb"), ((64, 64, 4), "bgra"), ((64, 64), "gray")]
+)
 def test_a_single_frame_is_no_list(shape: tuple[int, ...], color: str) -> None:
     with pytest.raises(MediaError, match=r"pass a list: \[frame\]"):
         ArrayReader(np.zeros(shape, np.uint8), color=color)
@@ -217,3 +219,14 @@ def test_an_endless_iterator_is_refused() -> None:
 def test_limits_hold_for_frames_in_memory(images: list[np.ndarray]) -> None:
     with pytest.raises(MediaError, match="too large"):
         ArrayReader(images, limits=MediaLimits(max_side=100))
+
+
+def test_frames_whose_errors_say_nothing_and_colors_that_are_no_text() -> None:
+    class Silent:
+        def __dlpack__(self, **options: object) -> None:
+            raise BufferError
+
+    with pytest.raises(MediaError, match="frame 0 can't be read through DLPack: BufferError"):
+        rgb_frame(Silent(), "frame 0")
+    with pytest.raises(MediaError, match="color must be"):
+        rgb_frame(np.zeros((8, 8, 3), np.uint8), "frame 0", ["rgb"])  # type: ignore[arg-type]

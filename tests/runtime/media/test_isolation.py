@@ -21,7 +21,7 @@ from PIL import Image
 
 from helpers.encoded_clips import KINDS, Clips, encode_clip
 from ppllava_edge.engines.errors import EngineError, MediaError
-from ppllava_edge.runtime.media.isolation import interpreter, reader
+from ppllava_edge.runtime.media.isolation import interpreter, open_source, reader
 from ppllava_edge.runtime.media.isolation.reader import IsolatedReader
 from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits
 from ppllava_edge.runtime.media.readers import FrameReader, open_reader
@@ -382,3 +382,7 @@ def test_relative_entries_of_the_import_path_are_left_out(monkeypatch: pytest.Mo
     """The current folder may hold foreign files."""
     monkeypatch.setattr(sys, "path", ["", "modules", *sys.path])
     assert all(os.path.isabs(entry) for entry in interpreter._import_path())
+
+
+def test_a_time_limit_beyond_all_processor_time(clips: Clips) -> None:
+    open_source(clips.path("mpeg-2"), MediaLimits(decode_seconds=1e300), isolate=True)

@@ -172,3 +172,15 @@ def test_a_camera_that_is_not_plugged_in_is_no_file(tmp_path: Path) -> None:
 def test_an_address_opened_as_a_file_is_referred_to_a_live_view(address: str) -> None:
     with pytest.raises(MediaError, match=r"no such file.*--live"):
         open_reader(address)
+
+
+def test_half_a_surrogate_pair_is_no_name() -> None:
+    with pytest.raises(MediaError, match=r"^\\ud800.mp4: half a surrogate pair"):
+        source_name("\ud800.mp4")
+
+
+@pytest.mark.parametrize(
+    "address", [" rtsp://me:secret@host/x", "live: http://me:secret@host", "rtsp:/me:secret@h"]
+)
+def test_no_message_shows_a_password(address: str) -> None:
+    assert "***@h" in display_name(address) and "secret" not in display_name(address)
