@@ -12,14 +12,17 @@ import msgspec
 import numpy as np
 
 from ppllava_edge.engines.bundle.windows import Windows
+from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.runtime.encoding.candidates import Candidates
 from ppllava_edge.runtime.encoding.encoded_video import EncodedVideo
 from ppllava_edge.runtime.media.isolation import open_source
 from ppllava_edge.runtime.media.limits import DEFAULT_LIMITS, MediaLimits
+from ppllava_edge.runtime.media.opening.paths import display_name
 from ppllava_edge.runtime.media.thumbnails import read_pictures
 from ppllava_edge.runtime.pipeline.base import BasePipeline
 from ppllava_edge.runtime.vision.feature_cache import CachedVideo, FeatureCache, bundle_hash, content_hash
 from ppllava_edge.runtime.vision.frame_options import FrameOptions
+from ppllava_edge.runtime.vision.preprocess import count_tiles
 
 log = logging.getLogger(__name__)
 KEY_OF_OPTIONS = "Look"  # part of every entry's key: changing it would orphan users' cached entries
@@ -89,8 +92,11 @@ class CachedFeatures:
             facts = msgspec.convert(found.facts, _Facts)
             windows = Windows.from_json(facts.windows) if facts.windows else None
             _check_shapes(self.pipeline, facts, found.arrays)
-        except (ValueError, KeyError) as error:  # msgspec's errors are ValueErrors
-            log.warning("the cached features of %s don't fit this version or model (%s)", self.source, error)
+            if facts.media == "video":
+                _check_windows(self.pipeline, facts, windows)
+        except (ValueError, KeyError, PPLLaVAError) as error:  # msgspec's errors are ValueErrors
+            name = display_name(self.source)
+            log.warning("the cached features of %s don't fit this version or model (%s)", name, error)
             return None
         video = EncodedVideo(**(msgspec.structs.asdict(facts) | {"windows": windows}))
         if "states" in found.arrays:
@@ -98,7 +104,11 @@ class CachedFeatures:
         else:
             video.features = found.arrays["features"]
         video.read_again = self._read_again
-        log.info("features of %s came from the cache in %.3f s", self.source, time.perf_counter() - started)
+        log.info(
+            "features of %s came from the cache in %.3f s",
+            display_name(self.source),
+            time.perf_counter() - started,
+        )
         return video
 
     def _read_again(self, indices: Sequence[int]) -> dict[int, np.ndarray]:
@@ -117,6 +127,17 @@ class CachedFeatures:
         self._cache.store(CachedVideo(arrays, facts), *self._key)
 
 
+def _check_windows(pipeline: BasePipeline, facts: _Facts, windows: Windows | None) -> None:
+    """Check that the frames which a question sees can be pooled. Raises ValueError, PPLLaVAError."""
+    m = pipeline.manifest
+    frames = min(facts.count, len(facts.indices))
+    pipeline.check_frames(frames)
+    if windows is not None and not m.pooling.windowed:
+        raise ValueError("windows for a model that pools without")
+    if m.pooling.windowed:
+        (windows or m.pooling.video).resolve((frames, *m.vision.grid))
+
+
 def _check_shapes(pipeline: BasePipeline, facts: _Facts, arrays: dict[str, np.ndarray]) -> None:
     """Compare arrays with the model and the number of frames. Raises ValueError, KeyError."""
     vision = pipeline.manifest.vision
@@ -128,9 +149,15 @@ def _check_shapes(pipeline: BasePipeline, facts: _Facts, arrays: dict[str, np.nd
         raise ValueError(f"features are {features.dtype} {features.shape}")
     if facts.media == "video" and len(features) != frames:
         raise ValueError(f"features of {len(features)} frames for {frames}")
-    if (facts.media == "image") != (facts.image_size is not None) or not 1 <= len(features) <= MOST:
-        raise ValueError("an image's size or features are missing")
+    if (facts.media == "image") != (facts.image_size is not None):
+        raise ValueError("an image's size is missing")
+    if facts.image_size is not None and len(features) != count_tiles(
+        facts.image_size, pipeline.manifest.preprocessing
+    ):
+        raise ValueError(f"features of {len(features)} tiles for an image of {facts.image_size}")
     if states is not None:
+        if facts.media != "video" or facts.count >= frames:
+            raise ValueError(f"{facts.count} frames are to be chosen among {frames}")
         rows = vision.patches + vision.class_token
         if states.shape != (frames, vision.states, rows, vision.hidden_size) or states.dtype.kind != "f":
             raise ValueError(f"states are {states.dtype} {states.shape}")

@@ -32,6 +32,7 @@ from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.integrity import cache_folder
 from ppllava_edge.engines.errors import MediaError, PPLLaVAError
 from ppllava_edge.engines.staging import staging_folder, sweep
+from ppllava_edge.runtime.media.opening.paths import display_name
 
 log = logging.getLogger(__name__)
 DEFAULT_LIMIT = 4 << 30  # bytes
@@ -86,9 +87,9 @@ def content_hash(source: str | os.PathLike[str]) -> str:
     try:
         return _folder_hash(path) if path.is_dir() else _file_hash(path)
     except FileNotFoundError:
-        raise MediaError(f"no such file: {source}") from None
+        raise MediaError(f"no such file: {display_name(source)}") from None
     except OSError as error:
-        raise MediaError(f"{source} can't be read: {error.strerror}") from None
+        raise MediaError(f"{display_name(source)} can't be read: {error.strerror}") from None
 
 
 def _folder_hash(folder: Path) -> str:
@@ -105,7 +106,7 @@ def _file_hash(path: Path) -> str:
     with open(os.open(path, OPENING & ~getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise MediaError(f"{path} is not a regular file")
+            raise MediaError(f"{display_name(path)} is not a regular file")
         size = status.st_size
         digest.update(f"{size}\0{status.st_mtime_ns}\0".encode())
         digest.update(file.read(HASHED_EDGE))
@@ -257,6 +258,11 @@ def _read(path: Path, limit: int) -> CachedVideo:
         header = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
         metadata = msgspec.json.decode(header.pop("__metadata__"), type=dict[str, str])
         tensors = {name: msgspec.json.decode(raw, type=_Tensor) for name, raw in header.items()}
+        if (
+            sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors.values())
+            > status.st_size
+        ):
+            raise ValueError("its arrays overlap")  # each would be read anew
         arrays = {name: _array(file, tensor, 8 + length, status.st_size) for name, tensor in tensors.items()}
     checksums = msgspec.json.decode(metadata["checksums"], type=dict[str, int])
     if checksums != _checksums(metadata["facts"], arrays):

@@ -43,6 +43,14 @@ def preprocess_image(image: np.ndarray, p: Preprocessing) -> np.ndarray:
     return np.stack([_normalise(tile, p) for tile in tiles])
 
 
+def count_tiles(size: tuple[int, int], p: Preprocessing) -> int:
+    """How many tiles `preprocess_image` makes of an image of this height and width."""
+    if not p.image_grids:
+        return 1
+    height, width = best_resolution(size, p.image_grids)
+    return 1 + (height // p.size) * (width // p.size)
+
+
 def _crops(picture: Image.Image, p: Preprocessing) -> list[Image.Image]:
     """The crops of the best grid, (size, size) each."""
     if not p.image_grids:

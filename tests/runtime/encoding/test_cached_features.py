@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from helpers.commands import SAMPLE
 from ppllava_edge import MediaError, VideoQA
@@ -142,3 +144,38 @@ def test_arrays_that_do_not_fit_the_model_are_encoded_anew(tmp_path: Path, chang
     cached.arrays |= changed[change]
     qa.cache.store(cached, *key)
     assert qa.open(SAMPLE, **arguments).ask(QUESTION).timings["vision"] > 0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "fact", "value"),
+    [
+        ({}, "windows", {"kernel": [4096, 1, 1], "stride": [1, 1, 1], "output_size": None}),
+        ({"select": "guided", "candidates": 16}, "count", 16),
+        ({"select": "guided", "candidates": 16}, "count", 1),
+    ],
+)
+def test_a_choice_of_frames_that_cannot_be_pooled_is_encoded_anew(
+    tmp_path: Path, options: dict[str, Any], fact: str, value: object
+) -> None:
+    qa = VideoQA(device="cpu", cache=tmp_path)
+    qa.open(SAMPLE, **options)
+    assert qa.cache is not None
+    key = CachedFeatures(qa.cache, qa.pipeline, SAMPLE, FrameOptions(**options))._key
+    cached = qa.cache.load(*key)
+    assert cached is not None
+    cached.facts[fact] = value
+    qa.cache.store(cached, *key)
+    assert qa.open(SAMPLE, **options).ask(QUESTION).timings["vision"] > 0
+
+
+def test_an_image_of_other_tiles_is_encoded_anew(tmp_path: Path) -> None:
+    path, qa = tmp_path / "image.png", VideoQA(device="cpu", cache=tmp_path / "cache")
+    Image.new("RGB", (300, 200), "red").save(path)
+    qa.open(path)
+    assert qa.cache is not None
+    key = CachedFeatures(qa.cache, qa.pipeline, path, FrameOptions())._key
+    cached = qa.cache.load(*key)
+    assert cached is not None and qa.open(path).ask(DESCRIBE).timings["vision"] == 0
+    cached.facts["image_size"] = [50, 2000]
+    qa.cache.store(cached, *key)
+    assert qa.open(path).ask(DESCRIBE).timings["vision"] > 0

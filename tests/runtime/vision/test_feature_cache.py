@@ -246,3 +246,19 @@ def test_several_processes_share_a_cache(tmp_path: Path) -> None:
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert not list(tmp_path.glob(".*.part"))
+
+
+def test_arrays_that_share_their_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small file would need any amount of memory."""
+    cache = FeatureCache(tmp_path)
+    monkeypatch.setattr(feature_cache, "_array", lambda *arguments: pytest.fail("an array was read"))
+    tensor = {"dtype": "U8", "shape": [1 << 20], "data_offsets": [0, 1 << 20]}
+    arrays = {f"a{i}": tensor for i in range(5)}
+    text = json.dumps({"__metadata__": {"facts": "{}", "checksums": "{}"}, **arrays}).encode()
+    cache.path("key").write_bytes(len(text).to_bytes(8, "little") + text + bytes(1 << 20))
+    assert cache.load("key") is None and not cache.path("key").exists()
+
+
+def test_errors_of_a_hash_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match=r"a\\nb"):
+        content_hash(tmp_path / "a\nb")
