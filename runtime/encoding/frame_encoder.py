@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,11 +18,17 @@ from ppllava_edge.runtime.pipeline.clip import ClipEncoder
 from ppllava_edge.runtime.vision.preprocess import preprocess_video
 
 Progress = Callable[[str, int, int], None]  # what ("decode" or "vision"), frames done, total
-EngineLock = AbstractContextManager[Any]
 Prepared = tuple[int, float, np.ndarray]  # a frame's number, seconds, pixels (3, size, size)
 
 BATCH = 4  # frames encoded at once
 MAX_PICTURES = 64  # kept per clip; the others are read again on demand
+
+
+class EngineLock(Protocol):
+    """Held for one call of the engine (session/admission.py)."""
+
+    def hold(self) -> AbstractContextManager[Any]:
+        """Wait for the lock; released on leaving."""
 
 
 class FrameEncoder:
@@ -91,7 +97,7 @@ class FrameEncoder:
         pixels, numbers = np.stack([pixels for _, pixels in batch]), [number for number, _ in batch]
         self._encoded += len(batch)
         self.pipeline.load("encoding")
-        with self.engine_lock:
+        with self.engine_lock.hold():
             self.clip.add(pixels, numbers, more=more and self._encoded < wanted)
         if self.to_array:
             self._move_to_array(wanted)

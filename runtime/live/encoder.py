@@ -148,7 +148,7 @@ class LiveEncoder:
         else:
             pixels, picture = pipeline.prepare_frame(image)
         pipeline.load("encoding")
-        with session.engine_lock:
+        with session.engine_lock.hold():
             (states,) = pipeline.rows(pipeline.encode_trunk(pixels))
             pipeline.wait()
         picture = small_picture(np.asarray(picture))

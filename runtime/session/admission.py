@@ -7,6 +7,7 @@ engine call (a batch of frames, a pooling, one token), so active answers take tu
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -139,18 +140,12 @@ class Slot:
         self.release()
 
 
-class _Entered(threading.local):
-    """Slots that the calling thread took with `with semaphore:`."""
-
-    def __init__(self) -> None:
-        self.slots: tuple[Slot, ...] = ()
-
-
 class FairSemaphore:
     """A counting semaphore with a FIFO queue: a released slot goes to the thread that has waited longest.
 
     A plain threading.Semaphore wakes any waiter, and a thread that releases and acquires in a loop starves
-    the others. `with semaphore:` waits for as long as it takes.
+    the others. It is no context manager itself, its slots are: an interrupt (Ctrl-C) may come before the first
+    line of __exit__, and only a slot that nobody refers to any more is released even then.
 
     A thread that holds slots never waits for another one: it might wait for itself. It gets a free slot, or
     BusyError.
@@ -180,7 +175,7 @@ class FairSemaphore:
         self._released: deque[_Ticket] = deque()
         self._admitted: set[_Ticket] = set()
         self._queue: deque[_Ticket] = deque()
-        self._entered = _Entered()
+        self._process = os.getpid()
 
     @property
     def waiting(self) -> int:
@@ -224,6 +219,12 @@ class FairSemaphore:
             raise
         slot.release()  # leaves the queue
         return None
+
+    def hold(self) -> Slot:
+        """`acquire`, for as long as it takes: `with semaphore.hold():`."""
+        slot = self.acquire()
+        assert slot is not None  # without patience it doesn't give up
+        return slot
 
     def _enter(self, ticket: _Ticket, elsewhere: int) -> bool:
         """Take a free slot, or queue. Returns whether a slot was taken."""
@@ -273,6 +274,8 @@ class FairSemaphore:
 
     def _settle(self) -> None:
         """Free what was released, and admit the head of the queue."""
+        if os.getpid() != self._process:  # a forked child: a thread of its parent may hold the lock for ever
+            return
         # If this thread holds the lock already, this is a destructor inside a critical section.
         while self._released and not self._lock._is_owned():  # type: ignore[attr-defined]
             with self._lock:
@@ -292,19 +295,6 @@ class FairSemaphore:
             self._queue.popleft()
             ticket.gate.release()
 
-    def __enter__(self) -> FairSemaphore:
-        slot = self.acquire()
-        assert slot is not None
-        self._entered.slots = (*self._entered.slots, slot)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        *others, slot = self._entered.slots
-        self._entered.slots = tuple(others)
-        slot.release()
-
 
 def iterate_under_lock(items: Iterator[T], engine_lock: FairSemaphore, patience: Patience) -> Iterator[T]:
     """Yield items, holding the lock while each is produced, and not in between.
@@ -314,14 +304,18 @@ def iterate_under_lock(items: Iterator[T], engine_lock: FairSemaphore, patience:
         engine_lock: Acquired for each step.
         patience: Ends the iteration, also while waiting for the lock.
     """
-    while not patience.ended():
-        slot = engine_lock.acquire(patience)
-        if slot is None:
-            return
-        with slot:
-            try:
-                item = next(items)
-            except StopIteration:
+    slot: Slot | None = None
+    try:
+        while not patience.ended():
+            slot = engine_lock.acquire(patience)
+            if slot is None:
                 return
-        del slot
-        yield item
+            with slot:
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
+    finally:
+        if slot is not None:  # an interrupt may have come before the first line of __enter__ or __exit__
+            slot.release()

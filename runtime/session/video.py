@@ -183,7 +183,7 @@ class Video:
             )
         self.qa.load("answering")
         ids, _ = self.qa.text.question_ids(clean_question(question))
-        with self.qa.engine_lock:
+        with self.qa.engine_lock.hold():
             q = pipeline.encode_question(ids)
             features, indices, times = self._view(q)
             weights = np.asarray(pipeline.window_weights(features, q))

@@ -223,7 +223,7 @@ def test_watches_are_bounded_and_none_starts_while_the_view_closes(qa: VideoQA, 
 
 
 def test_stopping_a_watch_that_waits_for_the_engine(pushed: Any, frames: np.ndarray) -> None:
-    with pushed.qa.engine_lock:
+    with pushed.qa.engine_lock.hold():
         pushed._snapshot = None
         watch = pushed.watch(QUESTION, every=0.01)
         time.sleep(0.1)

@@ -27,7 +27,7 @@ HUGE = 10**400  # no float
 def test_the_app_may_draw_into_a_pushed_frame(qa: VideoQA, frames: np.ndarray, wait: bool) -> None:
     buffer = frames[0].copy()
     with qa.live(fps=100, window=8) as live:
-        with qa.engine_lock:  # the encoder waits
+        with qa.engine_lock.hold():  # the encoder waits
             live.push(buffer, 0.0, wait=wait)
             buffer[:] = 0
         assert live.wait_for(1, 10)
@@ -46,7 +46,7 @@ def test_colour_orders(qa: VideoQA, frames: np.ndarray, color: str, wait: bool) 
     }[color].copy()
     want = np.stack([image] * 3, 2) if color == "gray" else frames[0]
     with qa.live(fps=100, window=8, color=color) as live:
-        with qa.engine_lock:
+        with qa.engine_lock.hold():
             live.push(image, 0.0, wait=wait)
             image[:] = 0
         assert live.wait_for(1, 10)
@@ -155,7 +155,7 @@ def test_pushing_while_the_view_closes(qa: VideoQA, frames: np.ndarray) -> None:
     def push() -> None:
         results.extend(live.push(frames[0], t, wait=True) for t in (1.0, 2.0))
 
-    with qa.engine_lock:
+    with qa.engine_lock.hold():
         assert live.push(frames[0], 0.0)
         assert wait_until(lambda: not live._encoder._slot._item), "the encoder has taken it"
         thread = threading.Thread(target=push)

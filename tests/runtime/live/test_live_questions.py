@@ -96,7 +96,7 @@ def test_a_snapshot_that_is_asked_twice_counts_its_encoding_once(pushed: Any) ->
 
 
 def test_the_timeout_counts_waiting_for_the_engine(pushed: Any) -> None:
-    with pushed.qa.engine_lock:
+    with pushed.qa.engine_lock.hold():
         asking = threading.Thread(target=lambda: errors.append(error_of(pushed)))
         errors: list[Exception] = []
         asking.start()

@@ -72,7 +72,7 @@ def test_frames_from_other_libraries(qa: VideoQA, frames: np.ndarray) -> None:
 def test_the_app_may_draw_into_a_pushed_frame(qa: VideoQA, frames: np.ndarray) -> None:
     buffer = frames[0].copy()
     with qa.live(fps=100, window=8) as live:
-        with qa.engine_lock:  # the encoder waits
+        with qa.engine_lock.hold():  # the encoder waits
             live.push(buffer, 0.0)
             buffer[:] = 0
         assert live.wait_for(1, 10)

@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from helpers.stream_server import wait_until
 from ppllava_edge import BusyError
 from ppllava_edge.runtime.session import admission
-from ppllava_edge.runtime.session.admission import FairSemaphore, Patience, Slot
+from ppllava_edge.runtime.session.admission import FairSemaphore, Patience, Slot, iterate_under_lock
 
 
 def in_thread(work: Callable[[], Any]) -> threading.Thread:
@@ -53,7 +53,7 @@ def test_slots_are_assigned_in_the_order_of_asking() -> None:
     assert slot is not None
 
     def work(i: int) -> None:
-        with semaphore:
+        with semaphore.hold():
             order.append(i)
 
     for i in range(20):
@@ -73,7 +73,7 @@ def test_at_most_count_threads_hold_the_semaphore() -> None:
     def work() -> None:
         nonlocal inside, peak
         for _ in range(50):
-            with semaphore:
+            with semaphore.hold():
                 with lock:
                     inside += 1
                     peak = max(peak, inside)
@@ -132,9 +132,10 @@ def test_a_thread_never_waits_for_its_own_slots() -> None:
     assert semaphore.held == 2 and semaphore.waiting == 0 and all(slots)
     slots.pop()
     assert semaphore.held == 1, "a slot that nobody refers to is free"
-    with pytest.raises(BusyError, match="3 unfinished"), semaphore:
+    with pytest.raises(BusyError, match="3 unfinished"), semaphore.hold():
         semaphore.acquire(elsewhere=1)
-    with pytest.raises(BusyError, match="don't call the model from inside"), FairSemaphore() as engine_lock:
+    engine_lock = FairSemaphore()
+    with pytest.raises(BusyError, match="don't call the model from inside"), engine_lock.hold():
         engine_lock.acquire()
 
 
@@ -175,25 +176,43 @@ def test_a_destructor_may_release_a_slot_inside_the_semaphores_own_code() -> Non
         assert semaphore.held == 0
 
 
-def test_an_interrupt_at_any_step_loses_no_slot() -> None:
-    """Ctrl-C raises KeyboardInterrupt in the main thread between any two lines."""
+def in_destructor(frame: FrameType | None) -> bool:
+    """Python drops exceptions there, interrupts as well."""
+    return frame is not None and (frame.f_code.co_name == "__del__" or in_destructor(frame.f_back))
 
-    def use(semaphore: FairSemaphore) -> None:
-        slot = semaphore.acquire()
-        assert slot is not None
-        with slot:
-            pass
-        sys.settrace(None)  # not in the slot's destructor: Python drops exceptions there
+
+def use_acquire(semaphore: FairSemaphore) -> None:
+    slot = semaphore.acquire()
+    assert slot is not None
+    with slot:
+        pass
+
+
+def use_hold(semaphore: FairSemaphore) -> None:
+    with semaphore.hold():
+        pass
+
+
+def use_steps(semaphore: FairSemaphore) -> None:
+    for _ in iterate_under_lock(iter([1, 2]), semaphore, Patience()):
+        assert not semaphore.held
+
+
+@pytest.mark.parametrize("use_it", [use_acquire, use_hold, use_steps])
+def test_an_interrupt_at_any_step_loses_no_slot(use_it: Callable[[FairSemaphore], None]) -> None:
+    """Ctrl-C raises KeyboardInterrupt in the main thread between any two lines, or before a function's first."""
 
     interrupts = 0
     for step in range(1000):
         semaphore, countdown = FairSemaphore(1), [step]
 
         def interrupt(frame: FrameType, event: str, argument: Any, countdown: list[int] = countdown) -> Any:
-            if frame.f_code.co_filename != admission.__file__ or frame.f_code.co_name == "__del__":
+            if frame.f_code.co_filename != admission.__file__ or in_destructor(frame):
                 return None
             line = linecache.getline(admission.__file__, frame.f_lineno)
-            if event == "line" and "with self._lock" not in line:  # Python itself makes `with lock:` safe
+            if (
+                event in ("call", "line") and "with self._lock" not in line
+            ):  # Python itself makes `with lock:` safe
                 countdown[0] -= 1
                 if countdown[0] == -1:
                     raise KeyboardInterrupt
@@ -202,12 +221,12 @@ def test_an_interrupt_at_any_step_loses_no_slot() -> None:
         before = sys.gettrace()
         sys.settrace(interrupt)
         try:
-            use(semaphore)
+            use_it(semaphore)
         except KeyboardInterrupt:
             interrupts += 1
         finally:
             sys.settrace(before)
-        run_in_thread(partial(use, semaphore))  # whatever was left undone
+        run_in_thread(partial(use_it, semaphore))  # whatever was left undone
         assert semaphore.held == semaphore.waiting == 0, step
         if countdown[0] >= 0:
             break

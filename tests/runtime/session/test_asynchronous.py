@@ -57,7 +57,7 @@ def test_leaving_cancelling_and_abandoning_a_stream_releases_its_slot(qa: VideoQ
         assert stream.answer.text.startswith(piece.rstrip()) and qa.admission.held == 0
 
         stream = video.stream_async(DESCRIBE)
-        with qa.engine_lock:  # another thread's long call
+        with qa.engine_lock.hold():  # another thread's long call
             task = asyncio.create_task(anext_of(stream))
             while not qa.engine_lock.waiting:
                 await asyncio.sleep(0.005)

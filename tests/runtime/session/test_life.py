@@ -201,6 +201,25 @@ def test_closing_ends_what_is_under_way_and_what_waits() -> None:
     assert list(stream) == [] and stream.answer.finish == "cancelled" and qa.admission.held == 0
 
 
+def test_closing_ends_a_warm_up_that_waits_for_a_slot() -> None:
+    qa = VideoQA(device="cpu", parallel=1)
+    stream, ends = qa.open(SAMPLE).stream(COLOUR), list[str]()
+    next(stream)  # the app keeps its slot
+
+    def warm_up() -> None:
+        try:
+            qa.warm_up()
+        except EngineError as error:
+            ends.append(str(error))
+
+    thread = threading.Thread(target=warm_up, daemon=True)
+    thread.start()
+    assert wait_until(lambda: qa.admission.waiting == 1)
+    qa.close()
+    thread.join(30)
+    assert len(ends) == 1 and "closed" in ends[0] and qa.admission.waiting == 0
+
+
 @pytest.mark.parametrize("event", ["open", "answer", "frame"])
 def test_closing_inside_a_callback(event: str) -> None:
     closed = threading.Event()

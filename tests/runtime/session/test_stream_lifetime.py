@@ -216,7 +216,7 @@ def test_waiting_for_the_engine_ends(when: str, how: str) -> None:
         pieces.extend(stream)
         done.set()
 
-    with qa.engine_lock:  # another thread's long call
+    with qa.engine_lock.hold():  # another thread's long call
         thread = in_thread(take)
         if how == "cancelled":
             assert wait_until(lambda: qa.engine_lock.waiting == 1)
