@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 T = TypeVar("T")
+_UNBUILT: Any = object()
 
 
 class locked_cached_property(cached_property[T]):
@@ -32,9 +33,10 @@ class locked_cached_property(cached_property[T]):
             return self
         name, values = str(self.attrname), instance.__dict__
         with values.setdefault(f"_lock_of_{name}", threading.RLock()):
-            if name not in values:
-                values[name] = self.func(instance)
-            return values[name]
+            value = values.get(name, _UNBUILT)  # another thread may remove it at any time
+            if value is _UNBUILT:
+                value = values[name] = self.func(instance)
+            return value
 
 
 class LazyTable(Generic[T]):
@@ -51,12 +53,13 @@ class LazyTable(Generic[T]):
             name: Its name.
             build: Builds it if it isn't built yet. If that fails, the next use tries again.
         """
-        if name in self._values:  # without a lock: another value may be being built
-            return self._values[name]
-        with self._locks.setdefault(name, threading.RLock()):
-            if name not in self._values:
-                self._values[name] = build()
-            return self._values[name]
+        value = self._values.get(name, _UNBUILT)  # without a lock: another value may be being built
+        if value is _UNBUILT:
+            with self._locks.setdefault(name, threading.RLock()):
+                value = self._values.get(name, _UNBUILT)
+                if value is _UNBUILT:
+                    value = self._values[name] = build()
+        return cast(T, value)
 
     def built(self) -> dict[str, T]:
         """The values so far, by name."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+from types import FrameType
 from typing import Any
 
 import pytest
 
 from ppllava_edge.engines.errors import EngineError
+from ppllava_edge.runtime import lazy
 from ppllava_edge.runtime.lazy import LazyTable, locked_cached_property
 from ppllava_edge.runtime.pipeline.factory import Pipeline
 
@@ -84,6 +87,30 @@ def test_names_of_a_table_are_built_apart() -> None:
     thread.join()
     assert table.built() == {"a": "slow", "b": "quick"}
     assert table.get("a", lambda: "again") == "slow"
+
+
+def test_a_value_may_be_removed_while_it_is_asked_for() -> None:
+    """As close() does, at any step of another thread."""
+    table, owner = LazyTable[str](), Owner()
+    owner.go_on.set()
+
+    def remove(frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename != lazy.__file__:
+            return None
+        if frame.f_code.co_name in ("get", "__get__"):
+            table._values.clear()
+            owner.__dict__.pop("value", None)
+        return remove
+
+    table.get("a", lambda: "first")
+    assert owner.value == 1
+    before = sys.gettrace()
+    sys.settrace(remove)
+    try:
+        values = table.get("a", lambda: "second"), Owner.value.__get__(owner)
+    finally:
+        sys.settrace(before)
+    assert values == ("second", 2)
 
 
 def test_the_decoder_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
