@@ -50,7 +50,7 @@ class VideoQA(Session):
             happened, so it should return quickly. Figures are seconds unless stated otherwise.
         limits: What opening and decoding a source may cost; None: MediaLimits().
         isolate: Open and decode every path, camera and stream in a child process, which `limits.memory`
-            bounds: its crash is a MediaError. Costs a tenth of a second or so for each source.
+            bounds: its crash is a MediaError. Starting it takes some tenths of a second for each source.
 
     Raises:
         BundleError: If the bundle is damaged or isn't one; in one line.

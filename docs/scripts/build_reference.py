@@ -50,6 +50,12 @@ ORDER = (
     "BusyError",
 )
 ELSEWHERE = {"LiveStatus": LiveStatus, "Watch": Watch, "run_batch": run_batch, "BatchResult": BatchResult}
+INTERNAL = {  # public between the runtime's modules, but nothing for an app
+    "VideoQA": ("check_usable", "register", "load", "report", "report_later"),
+    "Video": ("arrays", "release", "turn", "prepare", "empty_answer", "take_encoding_times"),
+    "Live": ("arrays", "release"),
+    "AnswerStream": ("request_close",),
+}
 LINE_LENGTH = 88  # of a signature; longer ones have a line per parameter
 SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises):")
 TITLES = {"Args": "Arguments"}
@@ -75,7 +81,8 @@ def chapter(name: str, thing: Any) -> list[str]:
     lines += [markdown(thing.__doc__), ""]
     if inspect.isclass(thing):
         for member, value in public_members(thing):
-            lines += member_lines(name, member, value)
+            if member not in INTERNAL.get(name, ()):
+                lines += member_lines(name, member, value)
     return lines
 
 
