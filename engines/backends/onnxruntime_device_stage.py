@@ -9,7 +9,12 @@ import numpy as np
 from ppllava_edge.engines.backends.cuda_driver import CudaDevice
 from ppllava_edge.engines.backends.device_memory import Buffer, Values
 from ppllava_edge.engines.backends.forking import keep_in_children
-from ppllava_edge.engines.backends.onnxruntime_stage import element_types, first_line, graph_files
+from ppllava_edge.engines.backends.onnxruntime_stage import (
+    element_types,
+    first_line,
+    graph_files,
+    open_session,
+)
 from ppllava_edge.engines.errors import EngineError
 from ppllava_edge.engines.libraries import import_onnxruntime
 
@@ -36,24 +41,8 @@ class OrtDeviceStage:
     captures = False
 
     def __init__(self, path: Path, device: CudaDevice, on_cpu: bool = False):
-        ort = import_onnxruntime()
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        cuda = ("CUDAExecutionProvider", {"user_compute_stream": str(device.stream)})
-        providers = ["CPUExecutionProvider"] if on_cpu else [cuda, "CPUExecutionProvider"]
-        try:
-            self.session = ort.InferenceSession(
-                str(path), options, providers=providers, enable_fallback=False
-            )
-        except Exception as error:
-            raise EngineError(
-                f"ONNX Runtime {ort.__version__} can't open {path.name}: {first_line(error)}"
-            ) from None
-        if not on_cpu and "CUDAExecutionProvider" not in self.session.get_providers():
-            raise EngineError(
-                "ONNX Runtime could not start its CUDA provider (driver, CUDA or cuDNN missing); "
-                "ppllava-doctor says what is missing; or use device=cpu"
-            )
+        cuda = None if on_cpu else {"user_compute_stream": str(device.stream)}
+        self.session = open_session(path, import_onnxruntime().SessionOptions(), cuda)
         keep_in_children(self)
         self.path = path
         self.device = device

@@ -94,28 +94,8 @@ class Stage:
         lean: bool = False,
         piece: bool = False,
     ):
-        ort = import_onnxruntime()
-        providers: list[Any] = ["CPUExecutionProvider"]
-        if device != "cpu":
-            providers.insert(0, ("CUDAExecutionProvider", {}))
-        options = _session_options(ort, threads, lean, piece)
-        if tuple(map(int, ort.__version__.split(".")[:2])) < CHECKS_WEIGHT_FILES:
-            check_weight_files(path)
-        try:
-            # its fallback to another provider prints to stdout, and would hide that CUDA failed
-            self.session = ort.InferenceSession(
-                str(path), options, providers=providers, enable_fallback=False
-            )
-        except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            reason = f": {first_line(error)}"
-            if "opset" in str(error).lower():
-                reason = "; it needs ONNX Runtime 1.24 or newer, or: ppllava-build BUNDLE --target lowered"
-            raise EngineError(f"ONNX Runtime {ort.__version__} can't open {path.name}{reason}") from None
-        if device == "cuda" and "CUDAExecutionProvider" not in self.session.get_providers():
-            raise EngineError(
-                "ONNX Runtime could not start its CUDA provider (driver, CUDA or cuDNN missing); "
-                "use device=cpu"
-            )
+        options = _session_options(import_onnxruntime(), threads, lean, piece)
+        self.session = open_session(path, options, None if device == "cpu" else {})
         keep_in_children(self)
         release_mapped_weights(path)
         self.path = path
@@ -153,10 +133,47 @@ class Stage:
             raise EngineError(f"{self.path.name} failed: {first_line(error)}") from None
 
 
-def _session_options(ort: Any, threads: int | None, lean: bool, piece: bool) -> Any:
-    options = ort.SessionOptions()
+def open_session(path: Path, options: Any, cuda: dict[str, Any] | None = None) -> Any:
+    """Open a graph.
+
+    Args:
+        path: The graph.
+        options: SessionOptions.
+        cuda: Options of the CUDA provider; None: run on the CPU.
+
+    Returns:
+        The InferenceSession.
+
+    Raises:
+        EngineError: ONNX Runtime can't open the graph, or can't start CUDA.
+        BundleError: The graph takes its weights from outside its folder.
+    """
+    ort = import_onnxruntime()
     options.log_severity_level = 3
     options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file's name says
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if cuda is not None:
+        providers.insert(0, ("CUDAExecutionProvider", cuda))
+    if tuple(map(int, ort.__version__.split(".")[:2])) < CHECKS_WEIGHT_FILES:
+        check_weight_files(path)
+    try:
+        # its fallback to another provider prints to stdout, and would hide that CUDA failed
+        session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
+    except Exception as error:  # ONNX Runtime's exceptions share no public base class
+        reason = f": {first_line(error)}"
+        if "opset" in str(error).lower():
+            reason = "; it needs ONNX Runtime 1.24 or newer, or: ppllava-build BUNDLE --target lowered"
+        raise EngineError(f"ONNX Runtime {ort.__version__} can't open {path.name}{reason}") from None
+    if cuda is not None and "CUDAExecutionProvider" not in session.get_providers():
+        raise EngineError(
+            "ONNX Runtime could not start its CUDA provider (driver, CUDA or cuDNN missing); "
+            "ppllava-doctor says what is missing; or use device=cpu"
+        )
+    return session
+
+
+def _session_options(ort: Any, threads: int | None, lean: bool, piece: bool) -> Any:
+    options = ort.SessionOptions()
     # weight-only products multiply in INT8: 5 times faster
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
     if piece:

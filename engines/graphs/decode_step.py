@@ -17,9 +17,10 @@ from itertools import pairwise
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
-from safetensors import safe_open
 
 from ppllava_edge.engines.bundle.bundle import Bundle
+from ppllava_edge.engines.bundle.embeddings import SCALES, open_embeddings
+from ppllava_edge.engines.bundle.embeddings import TABLE as EMBEDDINGS
 from ppllava_edge.engines.bundle.engine_manifest import LAST_POSITIONS
 from ppllava_edge.engines.errors import EngineError
 from ppllava_edge.engines.graphs.graph import Graph
@@ -124,16 +125,20 @@ def _choose(g: Graph, candidates: int) -> None:
 
 
 def embedding_table(bundle: Bundle, dtype: str) -> Tensor:
-    """The token embeddings (V, D) of a bundle in a floating type, dequantised if they are stored as INT8."""
+    """The token embeddings (V, D) of a bundle in a floating type, dequantised if they are stored as INT8.
+
+    Raises:
+        BundleError: The file can't be read, or its tensors aren't those that the manifest promises.
+    """
     decoder = bundle.manifest.decoder
-    path = bundle.file("embed_tokens.safetensors")
+    open_embeddings(bundle)  # raises before any work is done
 
     def load() -> np.ndarray:
-        with safe_open(path, "np") as file:
-            rows = file.get_tensor("embed_tokens").astype(dtype)
-            if "embed_tokens.scale" not in file.keys():  # noqa: SIM118 (not a dict)
-                return rows
-            return rows * file.get_tensor("embed_tokens.scale").astype(dtype)[:, None]
+        with open_embeddings(bundle) as file:
+            rows = file.get_tensor(EMBEDDINGS)
+            if rows.dtype != np.int8:
+                return rows.astype(dtype)
+            return rows.astype(dtype) * file.get_tensor(SCALES).astype(dtype)[:, None]
 
     return Tensor(TABLE, (decoder.vocab, decoder.hidden_size), load)
 

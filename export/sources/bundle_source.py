@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
 
 from ppllava_edge.engines.bundle.bundle import Bundle
+from ppllava_edge.engines.bundle.embeddings import NEWLINE, TABLE, open_embeddings
 from ppllava_edge.engines.bundle.manifest import Manifest
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.engines.graphs.graph import Graph
@@ -57,15 +57,14 @@ class BundleSource:
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """Return the token embeddings (V, D) and image_newline (D)."""
-        return self._embedding("embed_tokens"), self._embedding("image_newline")
+        return self._embedding(TABLE), self._embedding(NEWLINE)
 
     def _embedding(self, name: str) -> Tensor:
-        path = self.bundle.file("embed_tokens.safetensors")
-        with safe_open(path, "np") as reader:
+        with open_embeddings(self.bundle, newline=True) as reader:
             shape = tuple(reader.get_slice(name).get_shape())
 
         def load() -> np.ndarray:
-            with safe_open(path, "np") as reader:
+            with open_embeddings(self.bundle, newline=True) as reader:
                 return reader.get_tensor(name)
 
         return Tensor(name, shape, load)

@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from ppllava_edge.engines.bundle.bundle import Bundle
+from ppllava_edge.engines.bundle.embeddings import FILE as EMBEDDINGS
 from ppllava_edge.engines.errors import EngineError
 from ppllava_edge.runtime.decoding.decoder import Decoder
 from ppllava_edge.runtime.lazy import LazyTable, locked_cached_property
-from ppllava_edge.runtime.pipeline.embeddings import FILE as EMBEDDINGS
 from ppllava_edge.runtime.pipeline.embeddings import EmbeddingTable
 
 ENCODING = ("trunk", "temporal")  # the stages that frames need; a question needs the others

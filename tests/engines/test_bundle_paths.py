@@ -1,4 +1,4 @@
-"""Names and places of bundles, engines and caches that can't work are one line; those that do are quick to open."""
+"""Names and places of bundles, engines and caches that can't work are one line; others open quickly."""
 
 from __future__ import annotations
 

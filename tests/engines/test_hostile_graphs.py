@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-from safetensors.numpy import save_file
 
 from helpers.commands import SAMPLE, assert_one_line_error, run_command
+from ppllava_edge.engines.backends.onnxruntime_device_stage import OrtDeviceStage
 from ppllava_edge.engines.backends.onnxruntime_stage import Stage
 from ppllava_edge.engines.backends.weight_files import FIELDS, check_weight_files
 from ppllava_edge.engines.bundle.bundle import Bundle
@@ -28,7 +27,6 @@ from ppllava_edge.engines.bundle.packed import packed_bundle
 from ppllava_edge.engines.errors import BundleError, EngineError, PPLLaVAError
 from ppllava_edge.engines.targets.build import build_cpu
 from ppllava_edge.runtime import Pipeline
-from ppllava_edge.runtime.pipeline.embeddings import EmbeddingTable
 
 
 @pytest.fixture
@@ -133,13 +131,16 @@ def test_weights_inside_the_bundle_are_read(
         np.testing.assert_array_equal(Stage(path)()[0], [1, 2])
 
 
-def test_weights_are_checked_for_older_versions(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stage", [Stage, lambda path: OrtDeviceStage(path, None, on_cpu=True)])
+def test_weights_are_checked_for_older_versions(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, stage: Any
+) -> None:
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
     (weights / "graph.onnx").write_bytes(in_graph(external("../secret")).SerializeToString())
     with pytest.raises(BundleError, match="leaves the bundle"):
-        Stage(weights / "graph.onnx")
+        stage(weights / "graph.onnx")
 
 
 @pytest.mark.parametrize("parts", [["value", "key"], ["key", "value", "key"], ["key", "value", "value"]])
@@ -316,48 +317,6 @@ def test_a_stage_of_other_inputs_or_outputs_is_one_line(
     with pytest.raises(BundleError) as found:
         Pipeline.open(bundle, engine="standard").load()
     assert tensor in one_line(found.value)
-
-
-# -- embeddings ----------------------------------------------------------------------------------------------
-
-ROW = np.zeros(128, np.float16)
-EMBEDDINGS: dict[str, dict[str, np.ndarray]] = {
-    "no table": {"image_newline": ROW},
-    "fewer rows": {"embed_tokens": np.zeros((61, 128), np.float16)},
-    "another width": {"embed_tokens": np.zeros((62, 64), np.float16)},
-    "a vector": {"embed_tokens": np.zeros(62 * 128, np.float16)},
-    "whole numbers": {"embed_tokens": np.zeros((62, 128), np.int64)},
-    "no scales": {"embed_tokens": np.zeros((62, 128), np.int8)},
-    "other scales": {
-        "embed_tokens": np.zeros((62, 128), np.int8),
-        "embed_tokens.scale": np.ones(3, np.float32),
-    },
-}
-
-
-@pytest.mark.parametrize("name", EMBEDDINGS)
-def test_embeddings_of_other_shapes_are_one_line(bundle: Path, name: str) -> None:
-    save_file(EMBEDDINGS[name], bundle / "embed_tokens.safetensors")
-    rehash(bundle / MANIFEST)
-    with pytest.raises(BundleError, match="embed_tokens"):
-        EmbeddingTable(Bundle.open(bundle))
-
-
-@pytest.mark.parametrize("length", [2 << 20, 1 << 62])
-def test_a_long_header_of_embeddings_is_not_read(bundle: Path, length: int) -> None:
-    with open(bundle / "embed_tokens.safetensors", "wb") as file:
-        file.write(struct.pack("<Q", length) + b"{" + b" " * (2 << 20))
-    rehash(bundle / MANIFEST)
-    with pytest.raises(BundleError, match="lists too many tensors"):
-        EmbeddingTable(Bundle.open(bundle))
-
-
-def test_an_image_without_its_newline_is_one_line(bundle: Path) -> None:
-    save_file({"embed_tokens": np.zeros((62, 128), np.float16)}, bundle / "embed_tokens.safetensors")
-    rehash(bundle / MANIFEST)
-    table = EmbeddingTable(Bundle.open(bundle))
-    with pytest.raises(BundleError, match="has no image_newline"):
-        table.image_newline()
 
 
 # -- damaged engines -----------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ import numpy as np
 from ppllava_edge.bench.fuzz.inputs.checkpoints import CONFIGS
 from ppllava_edge.bench.fuzz.inputs.videos import IMAGES, VIDEOS, encode_images, encode_video
 from ppllava_edge.engines.bundle.bundle import Bundle
+from ppllava_edge.engines.bundle.embeddings import FILE
 from ppllava_edge.engines.bundle.engine_manifest import Engine, fingerprint, write_engine
 from ppllava_edge.engines.bundle.manifest import MANIFEST
 from ppllava_edge.engines.bundle.packed import packed_bundle
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.nano import sample_path
-from ppllava_edge.runtime.pipeline.embeddings import FILE
 from ppllava_edge.runtime.vision.feature_cache import CachedVideo, FeatureCache
 
 PLAYLISTS = (

@@ -13,11 +13,12 @@ import numpy as np
 from ppllava_edge.bench.fuzz.targets.target import Target, expect
 from ppllava_edge.engines.backends.onnxruntime_stage import Stage
 from ppllava_edge.engines.bundle.bundle import Bundle
+from ppllava_edge.engines.bundle.embeddings import FILE
 from ppllava_edge.engines.bundle.engine_manifest import find_engine
 from ppllava_edge.engines.bundle.manifest import MANIFEST
 from ppllava_edge.engines.bundle.packed import packed_bundle
 from ppllava_edge.runtime.language.text_processor import TextProcessor
-from ppllava_edge.runtime.pipeline.embeddings import FILE, EmbeddingTable
+from ppllava_edge.runtime.pipeline.embeddings import EmbeddingTable
 from ppllava_edge.runtime.video_qa import VideoQA
 from ppllava_edge.runtime.vision.preprocess import preprocess_image, preprocess_video
 
