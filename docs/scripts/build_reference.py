@@ -51,7 +51,7 @@ ORDER = (
 )
 ELSEWHERE = {"LiveStatus": LiveStatus, "Watch": Watch, "run_batch": run_batch, "BatchResult": BatchResult}
 INTERNAL = {  # public between the runtime's modules, but nothing for an app
-    "VideoQA": ("check_usable", "register", "load", "report", "report_later"),
+    "VideoQA": ("check_usable", "check_process", "forked", "register", "load", "report", "report_later"),
     "Video": ("arrays", "release", "turn", "prepare", "empty_answer", "take_encoding_times"),
     "Live": ("arrays", "release"),
     "AnswerStream": ("request_close",),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +66,7 @@ class EncodedVideo:
             MediaError: If the source has no such frame, or they can't be read again.
         """
         for i in indices:
-            if not (isinstance(i, numbers.Integral) and 0 <= i < self.source_frames):
+            if not (isinstance(i, int | np.integer) and 0 <= i < self.source_frames):
                 raise MediaError(
                     f"there is no frame {i!r}; frames have the numbers 0 to {self.source_frames - 1}"
                 )

@@ -194,6 +194,21 @@ class LiveSource:
         return float(frame.pts * frame.time_base)
 
 
+def check_source_options(source: object, format: object, options: Any, color: str) -> None:
+    """Refuse options of a live view that its source can't use, or would ignore.
+
+    Raises:
+        MediaError: Which one, and why.
+    """
+    if source is None and (format is not None or options):
+        raise MediaError("format and options are for a source; this view's frames are pushed")
+    if source is not None and color != "rgb":
+        raise MediaError("color is for pushed frames; a source says it itself")
+    texts = [text for pair in options.items() for text in pair] if isinstance(options, Mapping) else [None]
+    if options is not None and not all(isinstance(text, str) for text in texts):
+        raise MediaError("options must be strings by name, as in {'video_size': '1280x720'}")
+
+
 def _is_camera(name: str) -> bool:
     """Whether a path is a V4L2 device (/dev/video0, or a link to one), which may be missing now."""
     return name.startswith("/dev/v4l/") or os.path.realpath(name).startswith("/dev/video")

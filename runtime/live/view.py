@@ -24,7 +24,7 @@ from ppllava_edge.runtime.language.numbers import finite_number, integer
 from ppllava_edge.runtime.live.encoder import FramePacer, LiveEncoder
 from ppllava_edge.runtime.live.questions import LiveQuestions, check_last
 from ppllava_edge.runtime.live.reconnect import StreamReader
-from ppllava_edge.runtime.live.source import LiveSource
+from ppllava_edge.runtime.live.source import LiveSource, check_source_options
 from ppllava_edge.runtime.live.status import (
     CLOSED,
     CONNECTING,
@@ -104,7 +104,7 @@ class Live(LiveQuestions):
         self._pacer = FramePacer(1.0)
         self.fps = fps
         self._check(window, history, timeout, on_state, color)
-        _check_source(source, format, options, color)
+        check_source_options(source, format, options, color)
         self.window = Window(window, history)
         self._state = ViewState(PLAYING if source is None else CONNECTING, qa.report, on_state)
         self._encoder = LiveEncoder(qa, self.window, self._state.notify, self._state.problem)
@@ -378,17 +378,6 @@ def _end_later(state: ViewState, encoder: LiveEncoder, reader: StreamReader | No
     """
     with contextlib.suppress(RuntimeError):  # no thread can be started: the process ends
         Worker(lambda: _end(state, encoder, reader), "ppllava-live-end").start()
-
-
-def _check_source(source: object, format: object, options: Any, color: str) -> None:
-    """Refuse options that the source can't use, or would ignore."""
-    if source is None and (format is not None or options):
-        raise MediaError("format and options are for a source; this view's frames are pushed")
-    if source is not None and color != "rgb":
-        raise MediaError("color is for pushed frames; a source says it itself")
-    texts = [text for pair in options.items() for text in pair] if isinstance(options, Mapping) else [None]
-    if options is not None and not all(isinstance(text, str) for text in texts):
-        raise MediaError("options must be strings by name, as in {'video_size': '1280x720'}")
 
 
 def _source_kind(isolate: bool) -> type[LiveSource]:

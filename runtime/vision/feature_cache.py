@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import numbers
 import os
 import shutil
 import stat
@@ -145,7 +144,7 @@ class FeatureCache:
     def __init__(self, folder: str | os.PathLike[str] | None = None, limit: int = DEFAULT_LIMIT):
         self.folder = Path(folder) if folder is not None else cache_folder() / "features"
         self.limit = limit
-        if not isinstance(limit, numbers.Integral) or limit < 0:
+        if not isinstance(limit, int | np.integer) or limit < 0:
             raise PPLLaVAError(f"the cache's limit must be a number of bytes, 0 or more, not {limit!r}")
         self._swept = False
         _check_owner(self.folder)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass
+
+import numpy as np
 
 from ppllava_edge.engines.bundle.manifest import Manifest
 from ppllava_edge.engines.bundle.windows import Windows, within_budget
@@ -41,16 +42,16 @@ class FrameOptions:
     candidates: int = DEFAULT_CANDIDATES
 
     def __post_init__(self) -> None:
-        if self.frames not in (None, "auto") and not isinstance(self.frames, numbers.Integral):
+        if self.frames not in (None, "auto") and not isinstance(self.frames, int | np.integer):
             raise MediaError(f"frames must be a number or auto, not {self.frames!r}")
         if self.select not in SELECTIONS:
             raise MediaError(f"select must be {' or '.join(SELECTIONS)}, not {self.select!r}")
-        if not (isinstance(self.candidates, numbers.Integral) and 1 <= self.candidates <= MAX_FRAMES):
+        if not (isinstance(self.candidates, int | np.integer) and 1 <= self.candidates <= MAX_FRAMES):
             raise MediaError(f"candidates must be from 1 to {MAX_FRAMES}, not {self.candidates!r}")
-        if self.tokens is not None and not (isinstance(self.tokens, numbers.Integral) and self.tokens >= 1):
+        if self.tokens is not None and not (isinstance(self.tokens, int | np.integer) and self.tokens >= 1):
             raise MediaError(f"tokens must be 1 or more, not {self.tokens!r}")
         for name, seconds in (("start", self.start), ("end", self.end)):
-            if seconds is not None and not isinstance(seconds, numbers.Real):
+            if seconds is not None and not isinstance(seconds, int | float | np.number):
                 raise MediaError(f"{name} must be a number of seconds, not {seconds!r}")
 
     def count(self, m: Manifest, reader: FrameReader) -> int:
