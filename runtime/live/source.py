@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -130,9 +131,15 @@ class LiveSource:
         except av.error.ExitError:
             raise MediaError(f"{self.name} can't be opened (no answer in {self.timeout:g} s)") from None
         except (av.error.FFmpegError, ValueError, OSError, MemoryError) as error:
-            raise MediaError(f"{self.name} can't be opened ({reason(error)})") from None
+            raise MediaError(f"{self.name} can't be opened ({self._why_not_open(error)})") from None
         with container:
             yield container, video_stream(container, self.name, self.limits)
+
+    def _why_not_open(self, error: Exception) -> str:
+        """FFmpeg says "Invalid argument" of formats that aren't on the list."""
+        if getattr(error, "errno", None) == errno.EINVAL and "format_whitelist" in self.options:
+            return "it isn't a format that is read from such an address; a playlist's must end in .m3u8"
+        return reason(error)
 
     def _play(
         self, container: Any, stream: Any, closed: threading.Event, on_frame: Callable[[], None]

@@ -211,6 +211,9 @@ def test_playlists_are_read_if_the_address_asks_for_one(tmp_path: Path, server: 
     assert _frames_of(f"{server}/list.m3u8") > COUNT / 2
     assert _frames_of(f"{server}/hidden.ts") == 0
     assert _frames_of(f"{server}/part.ts") > COUNT / 2
+    source = LiveSource(f"{server}/hidden.ts?as=.m3u8", lambda t: True, lambda image, t: None, timeout=5)
+    with pytest.raises(MediaError, match=r"a playlist's must end in \.m3u8"):
+        source.read(threading.Event(), lambda: None)
 
 
 def test_no_scheme_lets_a_stream_open_files() -> None:
