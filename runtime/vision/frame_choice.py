@@ -105,7 +105,7 @@ def frames_for_length(duration: float, default: int, limit: int | None, step: in
         step: Frames of a pooling window; the result is a multiple of it, if the limit allows.
     """
     most = min(limit or 8 * default, MAX_AUTO_FRAMES)
-    count = min(max(round(duration / 2), default), most)
+    count = min(max(round(min(most, duration / 2)), default), most)  # infinite and NaN: most
     return max(count // step * step, min(step, most))
 
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import upstream_samplers
-from helpers.commands import GOLDEN, frame_number
+from helpers.commands import GOLDEN, SAMPLE, frame_number
+from ppllava_edge import VideoQA
 from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.vision.frame_choice import read_frames, sample_indices
 
@@ -89,3 +90,11 @@ def test_a_short_video_repeats_frames(video_file: Path) -> None:
 def test_impossible_frame_counts(video_file: Path, frames: int) -> None:
     with pytest.raises(MediaError, match="^frames must"):
         read_frames(video_file, frames)
+
+
+@pytest.mark.parametrize("time", [float("nan"), float("inf"), float("-inf")])
+def test_times_that_are_no_numbers_with_automatic_frames(time: float) -> None:
+    qa = VideoQA(device="cpu")
+    for name in ("start", "end"):
+        with pytest.raises(MediaError, match=f"{name} must be 0 or more seconds, not {time:g}"):
+            qa.open(SAMPLE, frames="auto", **{name: time})  # type: ignore[arg-type]
