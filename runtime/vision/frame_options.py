@@ -68,7 +68,7 @@ class FrameOptions:
         if 0 < count < m.pooling.min_frames:
             least = m.pooling.min_frames
             raise MediaError(
-                f"{count} frames are too few: a pooling window has {least}; use frames={least} or more"
+                f"frames={count} is too few: a pooling window has {least} frames; use frames={least} or more"
             )
         return count
 
