@@ -77,6 +77,7 @@ class BundleTokenizer:
             PromptError: See check_text.
             BundleError: If the tokenizer fails.
         """
+        check_text(text)
         ids: list[int] = self._encode(text, add_special_tokens).ids
         return ids
 
@@ -94,6 +95,7 @@ class BundleTokenizer:
             PromptError: See check_text.
             BundleError: If the tokenizer fails.
         """
+        check_text(text)  # alone: its length is the user's, the template's isn't
         place = _random_letters(20)
         parts = [
             self._control_pattern.sub(lambda found: self._names[found.group()], part)
@@ -120,7 +122,6 @@ class BundleTokenizer:
         return number
 
     def _encode(self, text: str, add_special_tokens: bool) -> Encoding:
-        check_text(text)
         try:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except BaseException as error:

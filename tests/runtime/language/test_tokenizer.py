@@ -180,3 +180,11 @@ def test_padding_and_truncation_of_a_tokenizer_file_are_ignored(tmp_path: Path) 
 def test_what_is_no_template(template: Any) -> None:
     with pytest.raises(PromptError, match="template"):
         VideoQA(device="cpu", template=template)
+
+
+def test_the_longest_question_is_counted_without_its_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ppllava_edge.runtime.language.tokenizer.MAX_TEXT", 14)
+    text = VideoQA(device="cpu").text
+    assert text.prompt_pieces("what is a bird") and text.follow_up_ids("what is a bird")
+    with pytest.raises(PromptError, match="the question has 15 characters; at most 14"):
+        text.prompt_pieces("what is a bird?")
