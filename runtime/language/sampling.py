@@ -81,9 +81,16 @@ class Sampler:
         if s.repetition_penalty != 1 and ids:
             logits = penalise(logits, ids, s.repetition_penalty)
         if s.temperature == 0:
-            return int(logits.argmax())
+            best = int(logits.argmax())  # the first NaN, if there is one
+            if np.isnan(logits[best]):
+                raise _no_numbers()
+            return best
         p = probabilities(logits, s.temperature, s.top_k, s.top_p)
         return int(self._random.choice(len(p), p=p))
+
+
+def _no_numbers() -> EngineError:
+    return EngineError("the decoder computed logits that are no numbers; try engine='standard'")
 
 
 def penalise(logits: np.ndarray, ids: list[int], penalty: float) -> np.ndarray:
@@ -125,7 +132,7 @@ def probabilities(logits: np.ndarray, temperature: float, top_k: int = 0, top_p:
     p: np.ndarray = np.exp(scaled)
     p /= p.sum()
     if np.isnan(p[0]):
-        raise EngineError("the decoder computed logits that are no numbers; try engine='standard'")
+        raise _no_numbers()
     if top_p < 1:
         order = np.argsort(-scaled, kind="stable")
         likelier = np.cumsum(p[order]) - p[order]  # probability of all tokens before each

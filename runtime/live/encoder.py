@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ppllava_edge.runtime.live.latest_slot import LatestSlot
-from ppllava_edge.runtime.live.threads import Worker, call_app, one_line
+from ppllava_edge.runtime.live.threads import Worker, one_line
 from ppllava_edge.runtime.live.window import LiveFrame, Window
 from ppllava_edge.runtime.media.thumbnails import small_picture
 from ppllava_edge.runtime.session.context import Session
@@ -95,9 +95,9 @@ class LiveEncoder:
         """Accept no more frames; a waiting frame is dropped, the current one is finished (join)."""
         self._slot.close()
 
-    def join(self) -> None:
-        """Wait for the thread's end, after close. In a callback, don't."""
-        self._thread.wait_for_end()
+    def join(self, until: float | None = None) -> None:
+        """Wait for the thread's end, after close, until then (time.monotonic()). In a callback, don't."""
+        self._thread.wait_for_end(until)
 
     def put(self, image: Any, t: float, wait: bool) -> bool:
         """Hand over a frame.
@@ -133,7 +133,7 @@ class LiveEncoder:
                 level = logging.DEBUG if problem == self._last_problem else logging.ERROR
                 log.log(level, "a live frame could not be encoded", exc_info=True)
             else:
-                call_app("metrics", self._session.report, "frame", figures)
+                self._session.report("frame", figures)
             del item  # not to keep the picture while waiting for the next one
             self._last_problem = problem
             self._on_problem(problem)

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
-from ppllava_edge.engines.errors import BusyError, MediaError, PPLLaVAError
+from ppllava_edge.engines.errors import BusyError, EngineError, MediaError, PPLLaVAError
 from ppllava_edge.runtime.language.numbers import finite_number
 from ppllava_edge.runtime.language.sampling import Sampling
 from ppllava_edge.runtime.language.text_processor import clean_question
@@ -19,6 +19,7 @@ from ppllava_edge.runtime.session.admission import EndedEarly, Patience
 from ppllava_edge.runtime.session.answer import MAX_TIMEOUT, Answer, AskOptions, GenerationOptions
 from ppllava_edge.runtime.session.answer_stream import AnswerStream
 from ppllava_edge.runtime.session.asynchronous import AsyncAnswerStream, finished, in_thread
+from ppllava_edge.runtime.session.context import Session
 from ppllava_edge.runtime.session.video import Video
 
 if TYPE_CHECKING:
@@ -30,7 +31,13 @@ POLL = 0.2  # seconds between looks at whether the view was closed
 
 
 class LiveQuestions(ABC):
-    """The part of a live view that answers questions."""
+    """The part of a live view that answers questions.
+
+    Attributes:
+        qa: The model.
+    """
+
+    qa: Session
 
     def __init__(self) -> None:
         self._watches: list[Watch] = []
@@ -213,9 +220,9 @@ class LiveQuestions(ABC):
         changes_only: bool = False,
         **asking: Unpack[AskOptions],
     ) -> AsyncIterator[Answer]:
-        """`watch` for asyncio: `async for answer in live.watch_async(…)`. Ends when the view is closed.
+        """`watch` for asyncio: `async for answer in live.watch_async(…)`.
 
-        Goes on while there is no frame, or the engine is busy.
+        Ends when the view or the model is closed. Goes on while there is no frame, or the engine is busy.
 
         Raises:
             MediaError, PromptError, EngineError: As `watch` and `ask`.
@@ -228,7 +235,13 @@ class LiveQuestions(ABC):
                 answer = await self.ask_async(question, last, wait=every, **asking)
             except (MediaError, BusyError) as error:  # no frame was encoded yet, or try again later
                 log.debug("%s", error)
+            except EngineError:
+                if not self.qa.closed:
+                    raise
+                return
             else:
+                if self.qa.closed and answer.finish == "cancelled":
+                    return
                 if not (changes_only and answer.text == last_text):
                     last_text = answer.text
                     yield answer
@@ -245,13 +258,13 @@ class LiveQuestions(ABC):
         _options(asking)
         return every
 
-    def _stop_watches(self) -> None:
-        """Stop all watches, then wait for their threads."""
+    def _stop_watches(self, until: float | None) -> None:
+        """Stop all watches, then wait for their threads, until then (time.monotonic()) at most."""
         with self._watches_lock:
             watches = list(self._watches)
         for wait in (False, True):
             for watch in watches:
-                watch.stop(wait)
+                watch.stop(wait, until)
 
 
 def check_last(last: float | None) -> None:

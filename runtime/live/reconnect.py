@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.runtime.live.source import LiveSource
@@ -50,7 +51,7 @@ class StreamReader:
                 In a callback, it isn't waited for.
         """
         self._closed.set()
-        self._thread.wait_for_end(grace)
+        self._thread.wait_for_end(time.monotonic() + grace)
 
     def _run(self) -> None:
         attempt = 0

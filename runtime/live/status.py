@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ppllava_edge.runtime.live.threads import call_app
+from ppllava_edge.runtime.session.callbacks import call_app
 
 MAX_UNREPORTED = 1000  # changes of state that wait for a slow callback; older ones are left out
 CONNECTING, PLAYING, RECONNECTING, ENDED, CLOSED = "connecting", "playing", "reconnecting", "ended", "closed"
@@ -135,7 +135,7 @@ class ViewState:
                 self._reporting = True
                 state, why = self._unreported.popleft()
             try:
-                call_app("metrics", self._report, "live", {"state": state, "why": why})
+                self._report("live", {"state": state, "why": why})
                 if self._on_state is not None:
                     call_app("on_state", self._on_state, state, why)
             finally:

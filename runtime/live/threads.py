@@ -1,13 +1,10 @@
-"""The threads of a live view, and the app's callbacks that run in them."""
+"""The threads of a live view."""
 
 from __future__ import annotations
 
-import logging
 import threading
+import time
 from collections.abc import Callable
-from typing import Any
-
-log = logging.getLogger(__name__)
 
 
 class Worker(threading.Thread):
@@ -21,24 +18,14 @@ class Worker(threading.Thread):
     def __init__(self, run: Callable[[], None], name: str):
         super().__init__(target=run, name=name, daemon=True)
 
-    def wait_for_end(self, timeout: float | None = None) -> None:
-        """Wait until the thread has ended, at most `timeout` seconds.
+    def wait_for_end(self, until: float | None = None) -> None:
+        """Wait until the thread has ended, at most until then, by time.monotonic(); None: no limit.
 
         Returns at once in any Worker: there it is called from a callback, and two callbacks that waited for
         each other's thread would wait for ever.
         """
         if self.ident is not None and not isinstance(threading.current_thread(), Worker):
-            self.join(timeout)
-
-
-def call_app(name: str, callback: Callable[..., Any], *args: Any) -> None:
-    """Call a callback of the app. What it raises is logged, sys.exit included: our threads go on."""
-    try:
-        callback(*args)
-    except KeyboardInterrupt:  # only in the main thread, where the app called us
-        raise
-    except BaseException:
-        log.exception("the %s callback failed", name)
+            self.join(None if until is None else max(until - time.monotonic(), 0))
 
 
 def one_line(error: BaseException) -> str:

@@ -218,7 +218,8 @@ class Live(LiveQuestions):
 
     @property
     def status(self) -> LiveStatus:
-        """A snapshot of the current status."""
+        """A snapshot of the current status. Raises EngineError in a forked child."""
+        self.qa.check_process()
         reader, encoder = self._reader, self._encoder
         state, why = self._state.now
         return LiveStatus(
@@ -247,6 +248,7 @@ class Live(LiveQuestions):
         Raises:
             MediaError: If an argument can't be used.
         """
+        self.qa.check_process()
         integer("frames", frames, 0, error=MediaError)
         if timeout is not None:
             timeout = min(finite_number("timeout", timeout, MediaError), MAX_TIMEOUT)
@@ -332,9 +334,9 @@ class Live(LiveQuestions):
         snapshot = self._snapshot
         return [*self.window.arrays(), *(snapshot[1].arrays() if snapshot is not None else [])]
 
-    def release(self) -> None:
-        """The model is closed: close the view."""
-        self.close()
+    def release(self, timeout: float | None) -> None:
+        """The model is closed: close the view. See session.context.Dependent."""
+        self._close(timeout)
 
     def close(self) -> None:
         """Stop watches, reading and encoding, and wait for their threads (a second for one that reads).
@@ -342,15 +344,19 @@ class Live(LiveQuestions):
         Videos created before can still be asked. May be called twice, from any thread, and in any callback,
         where it doesn't wait.
         """
-        if not self._state.begin_closing():
+        self._close(None)
+
+    def _close(self, timeout: float | None) -> None:
+        if self.qa.forked or not self._state.begin_closing():  # a forked child has none of the threads
             return
+        until = None if timeout is None else time.monotonic() + timeout
         self._when_dropped.detach()
         try:
             _end(self._state, self._encoder, self._reader)
-            self._stop_watches()
+            self._stop_watches(until)
             if self._reader is not None:
                 self._reader.close()
-            self._encoder.join()
+            self._encoder.join(until)
         finally:
             self._state.change(CLOSED)
 

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 
 from ppllava_edge.engines.errors import EngineError, PPLLaVAError
-from ppllava_edge.runtime.live.threads import Worker, call_app, one_line
+from ppllava_edge.runtime.live.threads import Worker, one_line
 from ppllava_edge.runtime.session.answer import Answer
 from ppllava_edge.runtime.session.answer_stream import AnswerStream
+from ppllava_edge.runtime.session.callbacks import call_app
 
 log = logging.getLogger(__name__)
 
@@ -59,18 +60,19 @@ class Watch:
         """Whether the watch is still running."""
         return self._thread.is_alive()
 
-    def stop(self, wait: bool = True) -> None:
+    def stop(self, wait: bool = True, until: float | None = None) -> None:
         """Stop asking; an answer under way ends within one token. May be called twice, and in any callback.
 
         Args:
             wait: Wait for the thread's end. In callbacks of watches and views, it isn't waited for.
+            until: Until then at most, by time.monotonic(); None: no limit.
         """
         self._stopped.set()
         stream = self._stream
         if stream is not None:
             stream.close()
         if wait:
-            self._thread.wait_for_end()
+            self._thread.wait_for_end(until)
 
     def _run(self) -> None:
         while not self._stopped.is_set():

@@ -41,7 +41,7 @@ class Window:
     def __init__(self, capacity: int, history: float | None = None):
         self.capacity, self.history = capacity, history
         self._frames: list[LiveFrame] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # re-entrant: a signal handler may ask for the status
 
     def add(self, frame: LiveFrame) -> None:
         """Append a frame, newer than all others; evict one if the window is full."""

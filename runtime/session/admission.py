@@ -144,8 +144,8 @@ class FairSemaphore:
     """A counting semaphore with a FIFO queue: a released slot goes to the thread that has waited longest.
 
     A plain threading.Semaphore wakes any waiter, and a thread that releases and acquires in a loop starves
-    the others. It is no context manager itself, its slots are: an interrupt (Ctrl-C) may come before the first
-    line of __exit__, and only a slot that nobody refers to any more is released even then.
+    the others. The semaphore is no context manager, its slots are: an interrupt (Ctrl-C) may come before the
+    first line of __exit__, and only a slot that nobody refers to any more is released even then.
 
     A thread that holds slots never waits for another one: it might wait for itself. It gets a free slot, or
     BusyError.

@@ -45,6 +45,7 @@ class AnswerStream:
         return self
 
     def __next__(self) -> str:
+        self._run.check_process()  # before any lock
         try:
             with self._lock:
                 if self._is_running:
@@ -73,7 +74,7 @@ class AnswerStream:
 
     def _end_if_closed(self) -> None:
         """Close the generator if `close` was called, unless a thread is running it: that one calls this."""
-        if not self._run.closed.is_set() or not self._lock.acquire(blocking=False):
+        if not self._run.closed.is_set() or self._run.forked or not self._lock.acquire(blocking=False):
             return
         try:
             if self._is_running:  # close() was called by a callback
@@ -100,8 +101,9 @@ class AnswerStream:
 
     def exhaust(self) -> Answer:
         """Generate to the end and return the answer."""
-        for _ in self:
-            pass
+        with self:  # an interrupt may come between two pieces
+            for _ in self:
+                pass
         return self.answer
 
     def __enter__(self) -> AnswerStream:
@@ -137,6 +139,15 @@ class AnswerRun:
         self.holder = Holder()
         self.answer: Answer | None = None
         self._patience = Patience(options.timeout, lambda: closed.is_set() or session.closed)
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a forked child, where the stream can neither go on nor be ended."""
+        return self._session.forked
+
+    def check_process(self) -> None:
+        """Raise EngineError in a forked child."""
+        self._session.check_process()
 
     def cancel_unbegun(self) -> None:
         """Set the answer of a question that was closed before it began."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ppllava_edge.runtime.session.answer import Answer
 from ppllava_edge.runtime.session.answer_stream import AnswerStream
@@ -20,15 +22,37 @@ def _start(call: Callable[[], T]) -> asyncio.Future[T]:
     """Start a function in a thread of its own.
 
     A pool of threads would be a second queue before admission: once it were full of questions that wait, the
-    others would not even be refused, and those that a slot is free for could not run.
+    others would not even be refused, and those that a slot is free for could not run. The interpreter also
+    waits for an executor's threads when it exits, before it closes the models that would end their calls.
     """
     import asyncio  # on first use: it takes 10 ms to import, and most apps have none
 
-    executor = ThreadPoolExecutor(1, "ppllava-async")
-    try:
-        return asyncio.get_running_loop().run_in_executor(executor, call)
-    finally:
-        executor.shutdown(wait=False)  # the thread ends after the call
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            settle = partial(_settle, result, call(), None)
+        except BaseException as error:
+            settle = partial(_settle, result, None, error)
+        try:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits
+                loop.call_soon_threadsafe(settle)
+        finally:
+            del settle  # an error refers to this frame
+
+    threading.Thread(target=run, name="ppllava-async", daemon=True).start()
+    return result
+
+
+def _settle(result: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
+    """Set a future's result or exception, unless it was cancelled."""
+    if result.done():
+        return
+    if error is None:
+        result.set_result(value)
+    else:
+        result.set_exception(error)
 
 
 async def in_thread(call: Callable[[], T]) -> T:
@@ -121,4 +145,7 @@ def _generate(stream: AnswerStream) -> tuple[asyncio.Queue[str | None], asyncio.
         finally:
             loop.call_soon_threadsafe(pieces.put_nowait, None)
 
-    return pieces, _start(generate)
+    thread = _start(generate)
+    # asyncio logs errors that nobody asks for, with a traceback: those of a stream that was left early
+    thread.add_done_callback(lambda thread: thread.cancelled() or thread.exception())
+    return pieces, thread

@@ -18,8 +18,10 @@ from ppllava_edge.runtime.language.text_processor import TextProcessor
 from ppllava_edge.runtime.pipeline.base import BasePipeline
 from ppllava_edge.runtime.pipeline.memory import Memory, is_mapped
 from ppllava_edge.runtime.session.admission import FairSemaphore
+from ppllava_edge.runtime.session.callbacks import call_app
 
 log = logging.getLogger(__name__)
+EXIT_GRACE = 2.0  # seconds to wait for the threads of each live view when the interpreter exits
 MAX_LATE = 1024  # events of abandoned streams that wait to be reported
 # The event ("open", "answer", "frame", "live") and its figures, in seconds unless stated otherwise.
 Metrics = Callable[[str, dict[str, Any]], None]
@@ -32,8 +34,12 @@ class Dependent(Protocol):
     def arrays(self) -> Iterable[Any]:
         """The arrays that it holds: numpy's or device buffers."""
 
-    def release(self) -> None:
-        """The model is closed: end what is under way, and release the KV caches."""
+    def release(self, timeout: float | None) -> None:
+        """The model is closed: end what is under way, and release the KV caches.
+
+        Args:
+            timeout: Seconds to wait for threads at most; None: as long as it takes.
+        """
 
 
 class Session:
@@ -93,7 +99,16 @@ class Session:
         """
         if self._closed:
             raise EngineError("the VideoQA is closed; create another one")
-        if os.getpid() != self._process:
+        self.check_process()
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a forked child of the process that loaded the model."""
+        return os.getpid() != self._process
+
+    def check_process(self) -> None:
+        """Raise EngineError in a forked child, where other threads may have held our locks for ever."""
+        if self.forked:
             raise EngineError(
                 "the VideoQA was loaded before this process was forked, and an engine's threads don't "
                 "survive a fork: create the VideoQA in the child, or start children with spawn"
@@ -126,6 +141,7 @@ class Session:
 
     def memory(self) -> Memory:
         """What the model, its caches and its videos hold, in bytes."""
+        self.check_process()
         with self._life:
             arrays = [array for dependent in self._dependents for array in dependent.arrays()]
         distinct = {id(array): array for array in arrays}.values()
@@ -145,7 +161,11 @@ class Session:
         under way has ended (a stream that the app keeps unfinished: when it takes the next piece or drops the
         stream); features when the app drops its videos. Safe from any thread, from callbacks, and twice.
         """
-        if os.getpid() != self._process:  # a forked child: other threads may have held these locks for ever
+        self._close(None)
+
+    def _close(self, timeout: float | None) -> None:
+        """`close`, waiting for the threads of each live view for `timeout` seconds at most."""
+        if self.forked:  # other threads may have held these locks for ever
             self._closed = True
             return
         with self._life:
@@ -154,13 +174,15 @@ class Session:
             self._closed = True
             dependents = list(self._dependents)
         _sessions.discard(self)
-        for dependent in dependents:
-            try:
-                dependent.release()
-            except Exception:
-                log.exception("a video or a live view could not be closed")
-        self.pipeline.close()
-        self.text.close()
+        try:
+            for dependent in dependents:
+                try:
+                    dependent.release(timeout)
+                except Exception:
+                    log.exception("a video or a live view could not be closed")
+        finally:  # also after Ctrl-C, while it waits for a thread
+            self.pipeline.close()
+            self.text.close()
 
     def __enter__(self: S) -> S:
         return self
@@ -196,10 +218,7 @@ class Session:
     def _tell(self, event: str, figures: dict[str, Any]) -> None:
         log.debug("%s %s", event, figures)
         if self._metrics is not None:
-            try:
-                self._metrics(event, figures)
-            except Exception:
-                log.exception("the metrics callback failed")
+            call_app("metrics", self._metrics, event, figures)
 
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -207,6 +226,9 @@ _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """Close what the app left open: its threads must not run while the interpreter is taken down."""
+    """Close what the app left open: its threads must not run while the interpreter is taken down.
+
+    A callback that never returns, because it waits for the main thread, must not keep the process.
+    """
     for session in list(_sessions):
-        session.close()
+        session._close(EXIT_GRACE)

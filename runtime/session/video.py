@@ -78,7 +78,7 @@ class Video:
         """The arrays that it holds: features, or candidates, and small pictures."""
         return self.encoded_video.arrays()
 
-    def release(self) -> None:
+    def release(self, timeout: float | None) -> None:
         """The model is closed: release the chat's KV cache, at once or when its answer has ended."""
         if self._chat is not None:
             self._chat.release()

@@ -290,3 +290,31 @@ def test_the_encoder_may_push_from_its_own_callback(frames: np.ndarray) -> None:
         views.append(live)
         live.push(frames[0], 0.0)
         assert live.wait_for(5, 20)
+
+
+def test_a_metrics_callback_that_exits_ends_no_watch(frames: np.ndarray) -> None:
+    def metrics(event: str, figures: dict[str, Any]) -> None:
+        raise SystemExit(f"at {event}")
+
+    qa, answers = VideoQA(device="cpu", metrics=metrics), list[str]()
+    with qa, qa.live() as live:
+        live.push(frames[0], 0.0)
+        assert live.wait_for(1, 60)
+        watch = live.watch(
+            "What color is the circle?", every=0.01, on_answer=lambda a: answers.append(a.text)
+        )
+        assert wait_until(lambda: len(answers) > 2) and watch.running
+
+
+def test_the_status_may_be_asked_for_by_a_signals_handler(pushed: Any) -> None:
+    """It runs between any two lines of the main thread, also while that holds one of our locks."""
+    kept: list[int] = []
+
+    def handled() -> None:
+        with pushed.window._lock, pushed._state._changed, pushed._encoder._slot._changed:
+            kept.append(pushed.status.kept)
+
+    thread = threading.Thread(target=handled, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert kept == [8]

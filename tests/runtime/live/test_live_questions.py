@@ -88,6 +88,35 @@ def test_asyncio(pushed: Any) -> None:
     assert text.startswith("a red circle moves right") and watched == [ANSWER] * 3 and ticked
 
 
+@pytest.mark.parametrize("when", ["before", "while it is answered"])
+def test_closing_the_model_ends_an_asynchronous_watch(frames: np.ndarray, when: str) -> None:
+    """Without an error, and without a part of an answer."""
+    qa = VideoQA(device="cpu")
+    live = qa.live()
+    live.push(frames[0], 0.0)
+    assert live.wait_for(1, 60)
+
+    async def main() -> int:
+        count = 0
+        async for answer in live.watch_async(QUESTION, every=0.01):
+            assert answer.text == ANSWER
+            count += 1
+            if when == "before":
+                qa._closed = True  # a question may come before the view is closed
+                threading.Timer(0.2, live.close).start()
+            else:
+                closing.start()
+        return count
+
+    def close_while_a_question_runs() -> None:
+        with qa.engine_lock.hold():
+            assert wait_until(lambda: qa.admission.held > 0 and qa.engine_lock.waiting > 0)
+            qa.close()
+
+    closing = threading.Thread(target=close_while_a_question_runs)
+    assert asyncio.run(asyncio.wait_for(main(), 60)) == 1
+
+
 def test_a_snapshot_that_is_asked_twice_counts_its_encoding_once(pushed: Any) -> None:
     first, second = pushed.ask(QUESTION, last=1.0), pushed.ask(QUESTION, last=1.0)
     assert first.timings["vision"] > 0 == second.timings["vision"]

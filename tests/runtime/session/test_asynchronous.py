@@ -107,6 +107,30 @@ def test_an_engine_error_reaches_the_task(qa: VideoQA, monkeypatch: pytest.Monke
     assert asyncio.run(main()) == "error" and qa.admission.held == 0
 
 
+def test_an_error_after_a_stream_was_left_is_not_logged_by_asyncio(
+    qa: VideoQA, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    video, generate = qa.open(SAMPLE), qa.pipeline.generate
+
+    def broken(*arguments: Any) -> Iterator[int]:
+        tokens = generate(*arguments)
+        yield next(tokens)
+        raise EngineError("the GPU fell off the bus")
+
+    monkeypatch.setattr(qa.pipeline, "generate", broken)
+
+    async def main() -> None:
+        async with video.stream_async(DESCRIBE) as stream:
+            await anext_of(stream)
+            while qa.admission.held:
+                await asyncio.sleep(0.005)
+        assert stream.answer.finish == "error"
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    gc.collect()
+    assert not caplog.records
+
+
 def test_more_questions_than_places_are_refused_not_queued_elsewhere() -> None:
     """And a slow reader keeps nobody from being answered."""
     qa = VideoQA(device="cpu", parallel=1, queue=70)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from helpers.commands import SAMPLE
 from helpers.stream_server import wait_until
 from ppllava_edge import BusyError, EngineError, PromptError, VideoQA
+from ppllava_edge.runtime.session.answer_stream import AnswerRun
 from ppllava_edge.runtime.session.video import Video
 
 DESCRIBE, COLOR = "Describe the video.", "What color is the circle?"
@@ -264,6 +266,22 @@ def test_an_interrupt_ends_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert stream.answer.finish == "cancelled" and stream.answer.new_tokens == 1
     assert video.ask(COLOR).text == "red" and qa.admission.held == qa.engine_lock.held == 0
+
+
+def test_an_interrupt_between_two_pieces_frees_the_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while something keeps the interrupt, and with it the stream, as an interactive Python does."""
+    qa, video = serial(queue=0)
+    taken = itertools.count()
+
+    def interrupted(run: AnswerRun) -> None:
+        if next(taken) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(AnswerRun, "check_process", interrupted)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        video.ask(DESCRIBE)
+    assert kept.value.__traceback__ is not None and qa.admission.held == 0
+    assert video.ask(COLOR).text == "red"
 
 
 def test_a_stream_in_a_reference_cycle_is_collected_anywhere() -> None:
