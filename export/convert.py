@@ -11,7 +11,7 @@ from pathlib import Path
 from ppllava_edge.engines.bundle.bundle import Bundle
 from ppllava_edge.engines.bundle.integrity import write_manifest
 from ppllava_edge.engines.bundle.manifest import MANIFEST, Manifest
-from ppllava_edge.engines.bundle.manifest_parser import read_manifest
+from ppllava_edge.engines.bundle.manifest_parser import check_manifest, read_manifest
 from ppllava_edge.engines.errors import EngineError, PPLLaVAError
 from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.engines.targets.build import build_cpu
@@ -76,9 +76,10 @@ def convert(
     if precision.parts["kv"] == "int8" and plans is None:
         raise PPLLaVAError("kv=int8 needs calibration clips for the cache's scales: add --calibrate FOLDER")
     with contextlib.closing(source or open_source(options)) as model, bundle_staging(output) as staging:
+        model.write_tokenizers(staging)  # first, because it is quick and may fail, as the manifest's check
+        check_manifest(model.manifest(precision, hash_weights=False))
         graphs, records = quantized_graphs(model, options, plans or {})
         progress.start(sum(g.weight_bytes for g in graphs.values()))
-        model.write_tokenizers(staging)  # first, because it is quick and may fail
         reports = [_save_stage(name, g, staging, progress) for name, g in graphs.items()]
         reports.append(_save_embeddings(model, options, staging))
         manifest = model.manifest(precision)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ppllava_edge.engines.bundle.manifest import FORMAT, MANIFEST, SCHEMA, Manifest
 from ppllava_edge.engines.bundle.untrusted import decode_json, printable, read_limited
 from ppllava_edge.engines.errors import BundleError, PPLLaVAError
@@ -60,6 +62,20 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def check_manifest(manifest: Manifest) -> None:
+    """Check a manifest before its bundle is written; its files may be missing yet.
+
+    Raises:
+        BundleError: The runtime would refuse it.
+    """
+    try:
+        checked = msgspec.convert(manifest.as_json(), Manifest)
+    except msgspec.ValidationError as error:
+        raise BundleError(f"the runtime can't open such a bundle: {printable(error)}") from None
+    for problem in _model_problems(checked):
+        raise BundleError(f"the runtime can't open such a bundle: {problem}")
+
+
 def is_bundle(folder: Path) -> bool:
     """Whether a folder's manifest.json is one of ours, of whatever version, and even if it is damaged."""
     try:
@@ -81,19 +97,24 @@ def _problems(m: Manifest) -> Iterator[str]:
     """What doesn't fit together in a manifest whose values are within their limits each."""
     if name_problem := file_name_problem(m.files):
         yield name_problem
-    if m.pooling.guided and m.question is None:
-        yield "prompt-guided pooling without a question tower"
     missing = [name for name in m.required_files() if name not in m.files]
     if missing:
         yield f"the manifest lists no {', '.join(missing)}"
-    if "decoder" not in m.precision:
-        yield "precision has no decoder"
     for name, entry in m.files.items():
         limit = (
             LARGEST_TOKENIZER if name.endswith(".json") else LARGEST_GRAPH if name.endswith(".onnx") else 0
         )
         if limit and entry.bytes > limit:
             yield f"{name} has {entry.bytes} bytes, more than such a file can have ({limit >> 20} MB)"
+    yield from _model_problems(m)
+
+
+def _model_problems(m: Manifest) -> Iterator[str]:
+    """Those of them that have nothing to do with the files."""
+    if m.pooling.guided and m.question is None:
+        yield "prompt-guided pooling without a question tower"
+    if "decoder" not in m.precision:
+        yield "precision has no decoder"
     yield from _vision_problems(m)
     yield from _pooling_problems(m)
     yield from _decoder_problems(m)

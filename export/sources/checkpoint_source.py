@@ -8,6 +8,7 @@ from typing import Any
 
 from ppllava_edge.engines.bundle.manifest import Manifest
 from ppllava_edge.engines.bundle.prompt_template import IMAGE, TEMPLATES, PromptTemplate
+from ppllava_edge.engines.bundle.untrusted import printable
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.engines.graphs.graph import Graph
 from ppllava_edge.engines.graphs.tensors import Tensor
@@ -103,15 +104,16 @@ def _clip_folder(folder: Path, config: dict[str, Any], options: Options) -> Path
     if options.clip:
         return locate(options.clip, patterns=_CLIP_FILES)
     name = config.get("clip_weight")
-    if not name:
+    if not isinstance(name, str) or not name or name != printable(name):
         raise PPLLaVAError(
-            f"{folder / 'config.json'} has no clip_weight; name the question tower's directory with --clip"
+            f"{folder / 'config.json'} has no usable clip_weight; "
+            "name the question tower's directory with --clip"
         )
-    inside = folder / str(name)
+    inside = folder / name
     if inside.is_dir() and folder.resolve() in inside.resolve().parents:
         return inside
     try:
-        return locate(str(name), patterns=_CLIP_FILES)
+        return locate(name, patterns=_CLIP_FILES)
     except PPLLaVAError as error:
         raise PPLLaVAError(
             f"the question tower's configuration is not there ({error}); name its directory with --clip"

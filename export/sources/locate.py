@@ -11,6 +11,7 @@ from ppllava_edge.engines.bundle.packed import expanded
 from ppllava_edge.engines.bundle.untrusted import printable
 from ppllava_edge.engines.errors import PPLLaVAError
 
+LARGEST_JSON = 32 << 20  # bytes; the index of a checkpoint of 200 billion parameters has 0.2 MB
 _SMALL_FILES = ("*.json", "*.model", "*.txt", "clip*/*.json", "siglip*/*.json", "clip*/*.txt")
 
 
@@ -58,7 +59,13 @@ def read_json(path: Path) -> dict[str, Any]:
         PPLLaVAError: The file is missing, unreadable, or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a pipe would block, a device never ends
+            raise ValueError("it is not a regular file")
+        with open(path, "rb") as file:
+            data = file.read(LARGEST_JSON + 1)
+        if len(data) > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON >> 20} MB")
+        value = json.loads(data.decode("utf-8"))
     except FileNotFoundError:
         raise PPLLaVAError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: also for numbers of many digits

@@ -16,6 +16,7 @@ from ppllava_edge.engines.bundle.manifest import (
     VisionInfo,
 )
 from ppllava_edge.engines.bundle.prompt_template import PromptTemplate
+from ppllava_edge.engines.bundle.untrusted import printable
 from ppllava_edge.export.config.model import Model
 from ppllava_edge.export.options import Options
 from ppllava_edge.export.quantisation.precision import Precision
@@ -61,7 +62,7 @@ def build_manifest(
         model.pooling, model.temperature, model.video_windows, model.image_windows, model.pooled_shape
     )
     return Manifest(
-        name=str(config.get("name") or Path(options.checkpoint).name or folder.name),
+        name=printable(config.get("name") or Path(options.checkpoint).name or folder.name),
         family=model.family,
         precision=describe_precision(precision),
         vision=_vision_info(model),
@@ -137,4 +138,4 @@ def _decoder_info(model: Model, precision: Precision) -> DecoderInfo:
 def _checkpoint_name(options: Options, folder: Path) -> str:
     """The hub id, or the name of a directory without its path, which means nothing on another machine."""
     is_hub_id = "/" in options.checkpoint and not Path(options.checkpoint).exists()
-    return options.checkpoint if is_hub_id else folder.name
+    return printable(options.checkpoint if is_hub_id else folder.name)

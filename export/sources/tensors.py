@@ -87,9 +87,14 @@ class Checkpoint:
         """Load one tensor as float32 or float16.
 
         Raises:
-            PPLLaVAError: The tensor holds NaN or infinity.
+            PPLLaVAError: The tensor holds NaN or infinity, or isn't of real numbers that NumPy reads.
         """
-        array = self._read(self._file_of[name], name)
+        try:
+            array = self._read(self._file_of[name], name)
+        except (AttributeError, SafetensorError) as error:  # float8 and smaller types
+            raise PPLLaVAError(f"{name} is of a type that isn't exported ({printable(error)})") from None
+        if array.dtype.kind == "c":
+            raise PPLLaVAError(f"{name} is of a type that isn't exported ({array.dtype})")
         if array.dtype not in (np.float32, np.float16):
             array = array.astype(np.float32)  # bfloat16, float64
         if not np.isfinite(array).all():
@@ -137,7 +142,7 @@ def _find_files(folder: Path) -> list[Path]:
         if (folder / index).is_file():
             return _shards(folder, folder / index)
     for pattern in _PATTERNS:
-        files = sorted(folder.glob(pattern))
+        files = sorted(path for path in folder.glob(pattern) if path.is_file())
         if files:
             return files
     raise PPLLaVAError(f"{folder} holds no weights: no model.safetensors, no index, no .bin shards")

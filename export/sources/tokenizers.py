@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ppllava_edge.engines.bundle.prompt_template import IMAGE
+from ppllava_edge.engines.bundle.untrusted import printable
 from ppllava_edge.engines.errors import PPLLaVAError
 from ppllava_edge.export.sources.locate import locate
 
@@ -58,9 +59,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return _convert_slow_tokenizer(folder)
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+    except BaseException as error:  # bare Exception, and PanicException, which is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise PPLLaVAError(
-            f"{path} is not a tokenizer that this version of tokenizers reads: {error}"
+            f"{path} is not a tokenizer that this version of tokenizers reads: {printable(error)}"
         ) from None
 
 
@@ -115,7 +118,7 @@ def _convert_slow_tokenizer(folder: Path) -> Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False).backend_tokenizer
     except Exception as error:  # transformers raises many kinds
-        reason = str(error).splitlines()[0][:200]
+        reason = printable(str(error).strip().partition("\n")[0] or type(error).__name__)
         raise PPLLaVAError(f"the tokenizer in {folder} can't be converted: {reason}") from None
 
 

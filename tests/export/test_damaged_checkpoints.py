@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ from safetensors.numpy import load_file, save_file
 
 from helpers.commands import GOLDEN, assert_one_line_error, run_command
 from helpers.exporting import change_config, export, nothing_left
+from ppllava_edge.engines.bundle.bundle import Bundle
+from ppllava_edge.engines.errors import PPLLaVAError
+from ppllava_edge.export.convert import convert
+from ppllava_edge.export.options import Options
+from ppllava_edge.export.quantisation.precision import parse_precision
+from ppllava_edge.export.sources.tokenizers import load_tokenizer
 
 
 def test_missing_unexpected_and_wrongly_shaped_tensors_are_listed_by_name(golden: Path) -> None:
@@ -99,3 +106,58 @@ def test_models_that_are_not_supported_are_refused_by_name(
     config = json.loads((golden / "config.json").read_text())
     change_config(golden, **(change if part is None else {part: config[part] | change}))
     assert_one_line_error(export(golden), words)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_pipes_and_devices_are_not_read(golden: Path, name: str) -> None:
+    """A pipe would block whoever opens it; a device never ends."""
+    (golden / name).unlink()
+    os.mkfifo(golden / name)
+    assert_one_line_error(export(golden), "config.json" if name == "config.json" else "holds no weights")
+    (golden / name).unlink()
+    (golden / name).symlink_to("/dev/zero")
+    assert_one_line_error(export(golden), "config.json" if name == "config.json" else "holds no weights")
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "C64"])
+def test_tensors_of_other_types_are_named(golden: Path, dtype: str) -> None:
+    name, bytes_each = "language_model.model.norm.weight", {"F8_E4M3": 1, "C64": 8}[dtype]
+    tensors = load_file(golden / "model.safetensors")
+    shape = tensors.pop(name).shape
+    save_file(tensors, golden / "model.safetensors")
+    file = (golden / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(file[:8], "little")
+    size, at = bytes_each * shape[0], len(file) - end
+    header = json.loads(file[8:end])
+    header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (golden / "model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + file[end:] + bytes(size)
+    )
+    assert_one_line_error(export(golden), name, "type that isn't exported")
+    assert nothing_left(golden)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\nb\x1b[31m", "half a \ud800 pair"])
+def test_any_name_of_a_model_can_be_written(golden: Path, name: str) -> None:
+    change_config(golden, name=name)
+    manifest, _ = convert(Options(str(golden), golden.parent / "b", parse_precision("fp32"), tokenizer=False))
+    assert manifest.name.isprintable() and Bundle.open(golden.parent / "b").manifest.name == manifest.name
+
+
+@pytest.mark.parametrize("weight", ["x" * 5000, ["clip"], "a\nb", "~nobody-of-this-name/x"])
+def test_a_question_tower_of_an_odd_name(golden: Path, weight: object) -> None:
+    change_config(golden, clip_weight=weight)
+    run = export(golden)
+    assert_one_line_error(run, "--clip")
+    assert len(run.stderr) < 500
+
+
+def test_a_tokenizer_that_makes_the_library_panic(golden: Path) -> None:
+    tokenizer = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
+    tokenizer["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (golden / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(PPLLaVAError, match="not a tokenizer that this version") as refused:
+        load_tokenizer(golden)
+    assert str(refused.value).isprintable()

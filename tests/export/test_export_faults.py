@@ -19,6 +19,7 @@ from ppllava_edge.export.convert import convert
 from ppllava_edge.export.options import Options
 from ppllava_edge.export.output import check_output, move_into_place
 from ppllava_edge.export.quantisation.precision import parse_precision
+from ppllava_edge.export.sources.tensors import Checkpoint
 
 FP32 = parse_precision("fp32")
 
@@ -75,7 +76,8 @@ def test_an_output_directory_that_can_not_be_written(golden: Path) -> None:
 def test_a_bundle_that_the_runtime_would_refuse_is_not_written(
     golden: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model that is larger than the runtime's limits."""
+    """A model that is larger than the runtime's limits; no weight is read."""
+    monkeypatch.setattr(Checkpoint, "load", lambda self, name: pytest.fail(f"{name} was read"))
     monkeypatch.setattr("ppllava_edge.engines.bundle.manifest_parser.LARGEST_CACHE", 0)
     with pytest.raises(PPLLaVAError, match="KV cache takes"):
         convert(Options(str(golden), golden.parent / "bundle", FP32, tokenizer=False))
