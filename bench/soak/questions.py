@@ -42,7 +42,7 @@ class ThreadQuestions:
             self._script: 0.5,
         }
         self._closing: queue.SimpleQueue[tuple[AnswerStream, float] | None] = queue.SimpleQueue()
-        self._closer = threading.Thread(target=self._close_streams, name="soak-closer")
+        self._closer = threading.Thread(target=self._close_streams, name="soak-closer", daemon=True)
         self._closer.start()
 
     def ask(self, rng: random.Random) -> str:

@@ -161,7 +161,9 @@ def _ask_from_tasks(workload: Workload, progress: Progress, threads: int, seed: 
     async def work_together() -> None:
         await asyncio.gather(*(work(random.Random(seed + i)) for i in range(TASKS)))
 
-    asyncio.run(work_together())
+    loop = threading.Thread(target=lambda: asyncio.run(work_together()), name="soak-loop", daemon=True)
+    loop.start()
+    _wait(progress, lambda: not loop.is_alive())
 
 
 def _warm_libraries(parallel: int) -> None:

@@ -72,7 +72,7 @@ class Workload:
         self.live.watch(
             QUESTIONS[0], 0.5, self._on_answer, max_new_tokens=MAX_NEW_TOKENS, on_error=self._on_error
         )
-        self._camera = threading.Thread(target=self._push_frames, name="soak-camera")
+        self._camera = threading.Thread(target=self._push_frames, name="soak-camera", daemon=True)
         self._camera.start()
 
     def _serial_answers(self) -> dict[tuple[str, str], str]:

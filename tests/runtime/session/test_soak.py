@@ -64,3 +64,23 @@ def test_the_command_says_what_it_found() -> None:
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
     assert report["questions"] == sum(report["ended"].values()) == 100 and report["wrong"] == []
+
+
+STUCK = """
+import asyncio, time
+from ppllava_edge.bench.soak import questions, run
+from ppllava_edge.bench.soak.__main__ import main
+run.STUCK_SECONDS = 1
+run._warm_libraries = lambda parallel: None
+questions.ThreadQuestions.ask = lambda self, rng: time.sleep(3600)
+questions.AsyncQuestions.ask = lambda self, rng: asyncio.sleep(3600)
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [[], ["--asyncio"]])
+def test_a_soak_that_is_stuck_ends(how: list[str]) -> None:
+    command = [sys.executable, "-c", STUCK, "--questions", "10", *how]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and "error: no question ended for 1 s, after 0 of them" in run.stderr
