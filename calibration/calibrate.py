@@ -286,7 +286,7 @@ class _Run:
         if outcome.violations:
             parity["drift"] = outcome.violations
         counts = {"clips": len(self.data.clips), "skipped": len(self.data.skipped)}
-        used = {"hash": self.data.hash, "job": self.key, **counts}
+        used: dict[str, Any] = {"hash": self.data.hash, "job": self.key, **counts}
         manifest = replace(manifest, calibration=used, parity=parity)
         write_report(staging, manifest, outcome, records, self.data)
         return manifest

@@ -122,7 +122,7 @@ SCENARIOS = (
     Scenario(
         "export --calibrate",
         (
-            *("ppllava-export", "nano", "-o", "bundle", "--precision", "vision=int8", "--no-engine"),
+            *("ppllava-export", "nano", "-o", "bundle", "--precision", "vision=int8,kv=int8", "--no-engine"),
             *("--calibrate", "videos", "--questions", "questions.txt", "--calibration-frames", "2"),
             *("--keep-fp16", "0", "--allow-drift"),
         ),

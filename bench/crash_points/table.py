@@ -103,6 +103,9 @@ class Trial:
                     run.is_one_line_error or run.status in (self.scenario.status, self.scenario.on_full_disk)
                 ):
                     row.problems.append(f"{what}: exit status {run.status}: {_end(run)}")
+                is_success = run.status == self.scenario.status != self.scenario.on_full_disk
+                if is_success and self._state() != self.new:
+                    row.problems.append(f"{what}: exit status {run.status}, but the result is another one")
                 if "Traceback" in run.stderr or run.late:
                     row.problems.append(f"{what}: {'it hung' if run.late else _end(run)}")
                 self._judge(row, what)
