@@ -37,7 +37,7 @@ class Step:
 
 FRAME = (
     Step("runtime/video_qa.py", "VideoQA.open", "a video is opened", ("encode_source",)),
-    Step("runtime/encoding/encode_source.py", "encode_source", "source → features", ("_chosen", "run")),
+    Step("runtime/encoding/encode_source.py", "_encode", "source → features", ("_chosen", "run")),
     Step("runtime/encoding/encode_source.py", "_chosen", "which frames", ("choose_frames",)),
     Step("runtime/vision/frame_choice.py", "choose_frames", "the middle of equal parts"),
     Step("runtime/media/readers.py", "VideoReader.frames", "decoded from the key frame before each"),

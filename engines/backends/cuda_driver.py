@@ -255,9 +255,7 @@ def _import_driver() -> Any:
         driver.cuInit(0)
     except Exception as error:  # cuda-core is installed, but the driver's library is not
         reason = " ".join(str(error).split())[:120]
-        raise EngineError(
-            f"no NVIDIA driver was found on this machine ({reason}); use device=cpu"
-        ) from None
+        raise EngineError(f"no NVIDIA driver was found on this machine ({reason}); use device=cpu") from None
     return driver
 
 
