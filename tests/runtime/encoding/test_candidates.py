@@ -65,9 +65,9 @@ def test_a_short_clip_has_nothing_to_choose_from(
 ) -> None:
     short = write_video(tmp_path / "short.mp4", moving_frames[:5], fps=5)
     np.testing.assert_allclose(qa.open(short, select="guided").features, qa.open(short).features, atol=2e-3)
-    with pytest.raises(MediaError, match="^select"):
+    with pytest.raises(MediaError, match=r"^select"):
         qa.open(SAMPLE, select="best")
-    with pytest.raises(MediaError, match="^candidates must"):
+    with pytest.raises(MediaError, match=r"^candidates must"):
         qa.open(SAMPLE, select="guided", candidates=0)
 
 

@@ -200,7 +200,7 @@ def use_steps(semaphore: FairSemaphore) -> None:
 
 @pytest.mark.parametrize("use_it", [use_acquire, use_hold, use_steps])
 def test_an_interrupt_at_any_step_loses_no_slot(use_it: Callable[[FairSemaphore], None]) -> None:
-    """Ctrl-C raises KeyboardInterrupt in the main thread between any two lines, or before a function's first."""
+    """Ctrl-C raises KeyboardInterrupt in the main thread between two lines or before the first."""
 
     interrupts = 0
     for step in range(1000):

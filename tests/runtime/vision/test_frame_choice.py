@@ -77,7 +77,7 @@ def test_a_range(video_file: Path) -> None:
     for start, end in ((5, 9), (1.5, 0.5)):
         with pytest.raises(MediaError, match="no frames of"):
             read_frames(video_file, 4, start=start, end=end)
-    with pytest.raises(MediaError, match="^start must"):
+    with pytest.raises(MediaError, match=r"^start must"):
         read_frames(video_file, 4, start=-1)
 
 
@@ -88,7 +88,7 @@ def test_a_short_video_repeats_frames(video_file: Path) -> None:
 
 @pytest.mark.parametrize("frames", [0, -3, 10**6])
 def test_impossible_frame_counts(video_file: Path, frames: int) -> None:
-    with pytest.raises(MediaError, match="^frames must"):
+    with pytest.raises(MediaError, match=r"^frames must"):
         read_frames(video_file, frames)
 
 
