@@ -239,7 +239,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _random_letters(count: int) -> str:
-    return "".join(secrets.choice("bcdfghjkmpqvwxz") for _ in range(count))
+    return "".join("bcdfghjkmpqvwxyz"[byte % 16] for byte in secrets.token_bytes(count))
 
 
 def _as_letters(number: int) -> str:
