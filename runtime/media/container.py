@@ -118,7 +118,8 @@ def read_all_packets(container: Any, stream: Any, budget: Budget | None = None) 
 
     try:
         for packet in container.demux():
-            yield packet if packet.stream_index == stream.index else None
+            # Not stream_index: the empty packets at the end all say 0, whatever stream they flush.
+            yield packet if packet.stream.index == stream.index else None
             if budget is not None:
                 budget.check()
     except av.error.ExitError:

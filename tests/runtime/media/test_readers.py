@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -100,3 +101,30 @@ def test_threads_share_a_reader_for_pictures(clips: Clips) -> None:
         assert sorted(pictures) == numbers
         for number in numbers:
             np.testing.assert_array_equal(pictures[number], clips.frames("h264 with B-frames")[number])
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("sound_first", [True, False])
+def test_all_frames_come_out_beside_sound(
+    sound_first: bool, suffix: str, tmp_path: Path, moving_frames: np.ndarray
+) -> None:
+    """The decoder keeps its last frames until the empty packet of the video stream flushes it."""
+    path = tmp_path / f"sound.{suffix}"
+    with av.open(str(path), "w") as container:
+        streams: dict[str, Any] = {}
+        for kind in ("sound", "video") if sound_first else ("video", "sound"):
+            codec = "aac" if kind == "sound" else "libx264"
+            streams[kind] = container.add_stream(codec, rate=16000 if kind == "sound" else 12)
+        video, sound = streams["video"], streams["sound"]
+        video.height, video.width = moving_frames.shape[1:3]
+        video.options, video.pix_fmt = {"crf": "10", "bf": "3"}, "yuv420p"
+        for image in moving_frames:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(video.encode())
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 32000), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 16000
+        container.mux([*sound.encode(silence), *sound.encode()])
+    reader = open_reader(path)
+    frames = list(reader.frames(lambda r: range(r.count)))
+    assert reader.count == len(moving_frames) and not reader.notes
+    assert [frame_number(frame.image) for frame in frames] == list(range(len(moving_frames)))
