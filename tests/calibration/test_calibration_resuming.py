@@ -99,6 +99,7 @@ def test_another_job_uses_nothing_of_an_interrupted_one(
     assert found == ["job"]
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_decisions_and_the_scales_of_the_cache_changes_nothing(
     tiny_checkpoint: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

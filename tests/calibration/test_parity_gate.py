@@ -105,6 +105,7 @@ def test_the_command_exits_3_when_the_gate_does_not_hold(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_most_sensitive_layers_are_kept(
     tiny_checkpoint: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,6 +96,7 @@ def test_it_answers_right_on_held_out_clips(answers: list[dict[str, str]]) -> No
     assert found["all"]["exact"] >= 0.96, found
 
 
+@pytest.mark.slow
 def test_accuracy_falls_without_guidance(answers: list[dict[str, str]]) -> None:
     """With equal pooling weights accuracy falls, so a runtime that loses the guidance is noticed."""
     uniform = summary(evaluate(None, 200, seed=2024, uniform=True))["all"]["exact"]

@@ -83,6 +83,7 @@ def test_camera_alerts_from_a_stream() -> None:
             process.wait()
 
 
+@pytest.mark.slow
 def test_robot_loop() -> None:
     done = run("robot_loop.py")
     found = re.search(r"(\d+) answers; the loop was late by ([\d.]+) ms", done.stdout)

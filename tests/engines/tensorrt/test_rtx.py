@@ -77,8 +77,7 @@ def export(source: Path, output: Path, precision: str, clips: Path) -> Path:
 @pytest.mark.parametrize(
     "model, precision",
     [
-        ("nano", "int8"),  # quantised activations, float16 elsewhere: the most that a graph can hold
-        *(pytest.param("nano", p, marks=pytest.mark.slow) for p in ("fp16", "int4")),
+        *(pytest.param("nano", p, marks=pytest.mark.slow) for p in ("fp16", "int8", "int4")),
         *(pytest.param("wide", p, marks=pytest.mark.slow) for p in ("fp16", "int8", "int4")),
     ],
 )
@@ -169,6 +168,7 @@ def test_an_interrupted_build_continues(tmp_path: Path, monkeypatch: pytest.Monk
     assert not any(report.kept for report in others), "engines for other capabilities are built again"
 
 
+@pytest.mark.slow
 def test_the_head_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_graphs, "split_head", lambda g: _split(g, 8000))
     bundle = Bundle.open(shutil.copytree(packed_bundle(), tmp_path / "b"))
@@ -290,6 +290,7 @@ def test_export_builds_engines_too(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_a_stale_engine_is_not_used(tmp_path: Path) -> None:
     bundle = Bundle.open(shutil.copytree(packed_bundle(), tmp_path / "b"))
     engine, _ = build_tensorrt(bundle, "rtx", Options(capabilities=("8.9",)))

@@ -66,6 +66,7 @@ def assert_built_for(engine: Engine, target: str, version: str) -> None:
     assert engine.details["capabilities"] == ["8.7"]
 
 
+@pytest.mark.slow
 def test_orin(tmp_path: Path, tensorrt: Any) -> None:
     tensorrt("10.16.1")
     bundle = nano(tmp_path)

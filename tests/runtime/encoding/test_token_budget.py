@@ -46,6 +46,7 @@ def test_frames_grow_with_the_length_up_to_the_models_limit(
     assert 1 <= count <= (limit or 512) and count <= frames_for_length(duration + 100, default, limit, step)
 
 
+@pytest.mark.slow
 def test_auto_frames_and_tokens(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Without an adapter, a longer video gives more frames, and no more tokens than a short one."""
     clip = write_video(tmp_path / "long.mp4", np.zeros((130, 32, 32, 3), np.uint8), fps=1)

@@ -73,6 +73,7 @@ def test_drafts_are_always_a_piece_of_the_history(prompt: list[int], ids: list[i
 # -- answers -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_answers_are_the_same_with_and_without_looking_ahead(qa: VideoQA, tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     passes = tokens = 0

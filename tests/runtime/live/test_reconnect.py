@@ -26,7 +26,7 @@ RTSP_SERVER = ROOT / "tests" / "helpers" / "rtsp_server.py"
 QUESTION, ANSWER = "What color is the circle?", "red"
 
 
-@pytest.mark.parametrize("kind", ["mpegts", "mpjpeg"])
+@pytest.mark.parametrize("kind", [pytest.param("mpegts", marks=pytest.mark.slow), "mpjpeg"])
 def test_a_stream_that_is_cut_off_and_brought_back(qa: VideoQA, frames: np.ndarray, kind: str) -> None:
     states: list[str] = []
     with (
@@ -95,6 +95,7 @@ def test_a_stream_that_changes_its_size(qa: VideoQA, frames: np.ndarray) -> None
         assert live.ask("How many objects are there?").text
 
 
+@pytest.mark.slow
 def test_a_stream_that_changes_its_codec(qa: VideoQA, frames: np.ndarray) -> None:
     with StreamServer(forever(frames), "mpegts") as server, qa.live(server.url, fps=10, timeout=1.5) as live:
         assert live.wait_for(5, 20)

@@ -332,6 +332,7 @@ next(stream)
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_leaves_everything_open_exits_cleanly() -> None:
     for _ in range(3):
         run = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=120)
