@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ppllava_edge.bench.soak.workload import MAX_NEW_TOKENS, QUESTIONS, Workload
+from ppllava_edge.bench.concurrency import QUESTIONS
+from ppllava_edge.bench.soak.workload import MAX_NEW_TOKENS, Workload
 from ppllava_edge.engines.errors import BusyError
 from ppllava_edge.runtime.session.answer_stream import AnswerStream
 

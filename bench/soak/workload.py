@@ -7,19 +7,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from ppllava_edge.bench.concurrency import QUESTIONS
 from ppllava_edge.engines.errors import MediaError
 from ppllava_edge.nano import sample_path
 from ppllava_edge.runtime.session.answer import Answer
 from ppllava_edge.runtime.session.video import Video
 from ppllava_edge.runtime.video_qa import VideoQA
 
-QUESTIONS = (
-    "What color is the circle?",
-    "Describe the video.",
-    "How many objects are there?",
-    "Where is the blue square?",
-    "Is there a red circle?",
-)
 MAX_NEW_TOKENS = 8
 CALLBACKS_FAIL = 0.1  # share of the app's callbacks that raise
 MAX_WRONG = 20  # lines kept

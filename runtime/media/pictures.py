@@ -22,11 +22,11 @@ from ppllava_edge.runtime.media.limits import Budget, MemoryShortage, check_size
 from ppllava_edge.runtime.media.opening.gif import scan_gif
 from ppllava_edge.runtime.media.opening.paths import display_name, open_regular
 
-# Pillow reads these by itself; for some others it starts another program. FFmpeg opens further formats.
+# Pillow reads these by itself; for some others it starts another program.
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
-MAX_FILE_BYTES = 2**29  # Pillow reads WebP files as a whole; larger files are left to FFmpeg
+MAX_FILE_BYTES = 2**29  # Pillow reads WebP files as a whole; larger files count as videos
 DEFAULT_SECONDS = 0.1  # for an animation's frame without a duration
 FOLDER_SECONDS = 1.0  # for each image of a folder
 
